@@ -1,0 +1,1 @@
+"""Kernels: one fused op per file. Nothing heavy is imported here."""

@@ -1,0 +1,1 @@
+"""Graphwright: a compiler-style optimizer for PyTorch models."""

@@ -1,0 +1,1 @@
+"""Passes: one transformation of the IR per file."""
