@@ -1,0 +1,471 @@
+"""The IR: ``Program`` wraps one ``torch.fx.GraphModule`` whose invariants ``Program.verify`` checks.
+
+The graph has one placeholder per input tensor, ``get_attr`` nodes for parameters, buffers and constants (under the
+model's own qualified names), ``call_function`` nodes whose targets are ``OpOverload`` s or scalar functions on
+symbolic sizes, and one output: a flat tuple of the user's outputs followed by the new values of mutated buffers and
+inputs. Every node carries ``meta["val"]`` (FakeTensor, SymInt or number); every ``call_function`` node carries
+``meta["sites"]``, a tuple of site names.
+"""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._ops import OpOverload
+
+from graphwright import ops
+from graphwright.errors import InternalError
+
+#: Scalar functions that may stand in the graph beside ops: arithmetic on symbolic sizes, and tuple access.
+SCALAR_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    f"{m.__name__}.{n}": getattr(m, n)
+    for m, names in (
+        (operator, "getitem add sub mul floordiv truediv mod neg pow eq ne lt le gt ge and_ or_ not_".split()),
+        (math, "ceil floor trunc sqrt".split()),
+        (builtins, "max min abs round int float".split()),
+        (torch, "sym_max sym_min sym_int sym_float sym_ite sym_not sym_sum".split()),
+    )
+    for n in names
+    if hasattr(m, n)
+}
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One extra output: the new value of a buffer (by name) or of an input (by its position among the leaves)."""
+
+    buffer: str | None = None
+    input: int | None = None
+
+
+@dataclass(frozen=True)
+class Span:
+    """What a symbolic size may be: ``low <= size <= high`` and ``size % multiple == 0``."""
+
+    low: int
+    high: int | None
+    multiple: int = 1
+
+
+@dataclass(eq=False)
+class Signature:
+    """What stands round the graph: structures of inputs and outputs, mutations, and dynamic sizes.
+
+    Attributes:
+        inputs, outputs: ``graphwright.structure.Spec``.
+        mutations: extra outputs, in the order in which they follow the user's.
+        symbols: every free symbol in the placeholders' sizes, by name (``"s27"``), and what it may be.
+    """
+
+    inputs: Any = None
+    outputs: Any = None
+    mutations: tuple[Mutation, ...] = ()
+    symbols: dict[str, Span] = field(default_factory=dict)
+
+
+class Program(nn.Module):
+    """A captured model; an ordinary ``nn.Module`` over flat tensors.
+
+    Args:
+        graph_module: the graph and, under their qualified names, its parameters, buffers and constants.
+        signature: see ``Signature``.
+        fake_mode: the FakeTensorMode that made ``meta["val"]``.
+        provenance: for each parameter that a pass made, the names of the original ones it came from.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, signature: Signature, fake_mode: Any,
+                 provenance: Mapping[str, tuple[str, ...]] | None = None):  # fmt: skip
+        super().__init__()
+        self.graph_module = graph_module
+        self.signature = signature
+        self.fake_mode = fake_mode
+        self.provenance: dict[str, tuple[str, ...]] = dict(provenance or {})
+
+    # -- running -----------------------------------------------------------------------------------------------
+
+    def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run the graph op by op: flat input tensors in, the user's output tensors out; mutations are applied."""
+        outs = self.graph_module(*leaves)
+        count = len(outs) - len(self.signature.mutations)
+        for mutation, value in zip(self.signature.mutations, outs[count:], strict=True):
+            with torch.no_grad():
+                target = leaves[mutation.input] if mutation.buffer is None else self.tensor(mutation.buffer)
+                target.copy_(value)
+        return tuple(outs[:count])
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.graph_module.graph
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """The ops, in order: placeholders, constants and the output are left out."""
+        return [n for n in self.graph.nodes if n.op == "call_function"]
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if n.op == "placeholder"]
+
+    @property
+    def output(self) -> fx.Node:
+        return next(iter(reversed(self.graph.nodes)))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The parameter, buffer or constant of that qualified name."""
+        value = operator.attrgetter(name)(self.graph_module)
+        if not isinstance(value, torch.Tensor):
+            raise InternalError(f"{name!r} is no tensor but {type(value).__name__}")
+        return value
+
+    def constant(self, node: Any) -> torch.Tensor | None:
+        """The tensor behind a ``get_attr`` node that no mutation writes; None for anything else."""
+        if not isinstance(node, fx.Node) or node.op != "get_attr":
+            return None
+        if any(m.buffer == node.target for m in self.signature.mutations):
+            return None
+        return self.tensor(str(node.target))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor the graph reads, by name."""
+        return {str(n.target): self.tensor(str(n.target)) for n in self.graph.nodes if n.op == "get_attr"}
+
+    def size_bytes(self) -> int:
+        """Bytes of all tensors the graph reads, shared storage counted once."""
+        seen = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in self.tensors().values()}
+        return sum(nbytes for _, nbytes in seen)
+
+    def sites(self) -> dict[str, list[fx.Node]]:
+        """Nodes by site, in graph order."""
+        found: dict[str, list[fx.Node]] = {}
+        for node in self.nodes:
+            for site in sites_of(node):
+                found.setdefault(site, []).append(node)
+        return found
+
+    # -- writing -----------------------------------------------------------------------------------------------
+
+    def add_tensor(self, name: str, tensor: torch.Tensor, *, origin: Iterable[str] = (),
+                   trainable: bool = False) -> fx.Node:  # fmt: skip
+        """Store a tensor under a name derived from ``name`` and return its ``get_attr`` node.
+
+        Args:
+            origin: names of the tensors that it was made from; followed back to the original ones.
+            trainable: keep it as a parameter rather than a buffer.
+        """
+        name = self._free_name(name)
+        owner = self.graph_module
+        *path, leaf = name.split(".")
+        for part in path:
+            if not isinstance(getattr(owner, part, None), nn.Module):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        if trainable and tensor.is_floating_point():
+            owner.register_parameter(leaf, nn.Parameter(tensor.detach()))
+        else:
+            owner.register_buffer(leaf, tensor.detach())
+        sources = [s for o in origin for s in self.provenance.get(o, (o,))]
+        if sources:
+            self.provenance[name] = tuple(dict.fromkeys(sources))
+        return self._get_attr(name)
+
+    def _free_name(self, name: str) -> str:
+        taken = {n for n, _ in self.graph_module.named_parameters(remove_duplicate=False)}
+        taken |= {n for n, _ in self.graph_module.named_buffers(remove_duplicate=False)}
+        taken |= {n for n, _ in self.graph_module.named_modules(remove_duplicate=False)}
+        candidate, k = name, 1
+        while candidate in taken or any(t.startswith(candidate + ".") for t in taken):
+            k += 1
+            candidate = f"{name}_{k}"
+        return candidate
+
+    def _get_attr(self, name: str) -> fx.Node:
+        for node in self.graph.nodes:
+            if node.op == "get_attr" and node.target == name:
+                return node
+        last = [n for n in self.graph.nodes if n.op in ("placeholder", "get_attr")]
+        with self.graph.inserting_after(last[-1]) if last else self.graph.inserting_before(next(iter(self.graph.nodes))):
+            node = self.graph.create_node("get_attr", name, (), {})
+        node.meta["val"] = self.fake(self.tensor(name))
+        return node
+
+    def fake(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` as a FakeTensor of this program's mode, all sizes fixed."""
+        return self.fake_mode.from_tensor(tensor.detach(), static_shapes=True)
+
+    def call(self, target: OpOverload, *args: Any, sites: Iterable[str] = (), like: fx.Node | None = None,
+             **kwargs: Any) -> fx.Node:  # fmt: skip
+        """Insert a normalised, inferred node at the graph's current insertion point.
+
+        Args:
+            sites: the sites it stands for.
+            like: a node whose sites and source line it takes.
+        """
+        args, kwargs = normalise(target, args, kwargs)
+        node = self.graph.call_function(target, args, kwargs)
+        if like is not None:
+            node.meta["trace"] = like.meta.get("trace")
+        node.meta["sites"] = tuple(dict.fromkeys([*sites, *(sites_of(like) if like is not None else ())]))
+        node.meta["val"] = self.infer(node)
+        return node
+
+    def infer(self, node: fx.Node) -> Any:
+        """What ``node`` gives, as fake tensors and symbolic sizes, from its arguments' ``meta["val"]``."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with self.fake_mode, torch.no_grad():
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let every reader of ``old`` read ``new``, which takes over its sites, and erase ``old``."""
+        if new.op == "call_function":
+            new.meta["sites"] = tuple(dict.fromkeys([*sites_of(new), *sites_of(old)]))
+        old.replace_all_uses_with(new)
+        self.graph.erase_node(old)
+
+    def tidy(self) -> bool:
+        """Erase nodes that nothing reads and tensors that no node reads; True when anything went."""
+        gone = False
+        for node in reversed(list(self.graph.nodes)):
+            if not node.users and node.op in ("call_function", "get_attr"):
+                self.graph.erase_node(node)
+                gone = True
+        wanted = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        wanted |= {m.buffer for m in self.signature.mutations if m.buffer}
+        for module_name, module in list(self.graph_module.named_modules()):
+            prefix = f"{module_name}." if module_name else ""
+            for store in (module._parameters, module._buffers):
+                for leaf in [k for k in store if prefix + k not in wanted]:
+                    del store[leaf]
+                    gone = True
+        if gone:
+            self._drop_empty(self.graph_module)
+        return gone
+
+    def _drop_empty(self, module: nn.Module) -> bool:
+        for name, child in list(module._modules.items()):
+            if child is not None and self._drop_empty(child):
+                del module._modules[name]
+        return not (module._modules or module._parameters or module._buffers)
+
+    def copy(self) -> Program:
+        """A program of its own graph; tensors are shared, since passes never write into one."""
+        graph_module = fx.GraphModule(nn.Module(), fx.Graph())
+        graph = fx.Graph()
+        memo: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(self.graph, memo))
+        for old, new in memo.items():
+            new.meta = dict(old.meta)
+        graph_module = fx.GraphModule(_tensor_tree(self.graph_module), graph)
+        next(iter(reversed(graph_module.graph.nodes))).meta = dict(self.output.meta)
+        twin = Program(graph_module, copy.copy(self.signature), self.fake_mode, self.provenance)
+        twin.train(self.training)
+        return twin
+
+    def recompile(self) -> None:
+        self.graph_module.recompile()
+
+    # -- checking ----------------------------------------------------------------------------------------------
+
+    def verify(self) -> None:
+        """Check every invariant.
+
+        Raises:
+            InternalError: which node breaks which invariant, with the program's text.
+        """
+        try:
+            self.graph.lint()
+        except Exception as error:
+            raise InternalError(f"the graph is malformed: {error}", program=self._safe_text()) from error
+        for node in self.graph.nodes:
+            reason = self._broken(node)
+            if reason:
+                site = ", ".join(sites_of(node)) or node.name
+                raise InternalError(f"node {node.name}: {reason}", where=site, program=self._safe_text())
+
+    def _broken(self, node: fx.Node) -> str | None:
+        if node.op == "output":
+            flat = isinstance(node.args[0], tuple)
+            return None if flat else "the output is no flat tuple"
+        if "val" not in node.meta:
+            return "meta['val'] is missing"
+        if node.op == "get_attr":
+            held, said = self.tensor(str(node.target)), node.meta["val"]
+            same = tuple(held.shape) == tuple(said.shape) and held.dtype == said.dtype
+            return None if same else f"meta['val'] says {describe(said)}, the tensor is {describe(held)}"
+        if node.op == "placeholder":
+            return None
+        if node.op != "call_function":
+            return f"a {node.op} node may not stand in a program"
+        if node.meta.get("sites") is None:
+            return "meta['sites'] is missing"
+        if not isinstance(node.target, OpOverload):
+            known = node.target in SCALAR_FUNCTIONS.values()
+            return None if known else f"{node.target!r} is neither an op nor a scalar function"
+        if node.target._schema.is_mutable:
+            return f"{node.target} writes into its arguments"
+        if normalise(node.target, node.args, node.kwargs) != (node.args, dict(node.kwargs)):
+            return "its arguments are not complete"
+        if ops.row(node.target) is None:
+            return None  # opaque: it may not be runnable on fakes a second time
+        said, found = describe(node.meta["val"]), describe(self.infer(node))
+        return None if said == found else f"meta['val'] says {said}, the op gives {found}"
+
+    # -- printing ----------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def text(self) -> str:
+        """The program, a line per node: name, shape, op, arguments, site. Golden tests compare this text."""
+        lines = []
+        for node in self.graph.nodes:
+            if node.op == "output":
+                lines.append(f"return {_show(node.args[0])}")
+                continue
+            said = describe(node.meta.get("val"))
+            if node.op == "placeholder":
+                lines.append(f"{node.name}: {said} = input")
+            elif node.op == "get_attr":
+                lines.append(f"{node.name}: {said} = tensor {node.target}")
+            else:
+                shown = [_show(a) for a in node.args] + [f"{k}={_show(v)}" for k, v in node.kwargs.items()]
+                site = ", ".join(sites_of(node))
+                lines.append(f"{node.name}: {said} = {op_name(node.target)}({', '.join(shown)})" + (f"  # {site}" if site else ""))
+        return "\n".join(lines)
+
+    def _safe_text(self) -> str:
+        try:
+            return self.text()
+        except Exception:  # a broken graph may not print: its own words are the next best thing
+            return str(self.graph)
+
+
+# -- helpers on nodes ------------------------------------------------------------------------------------------------
+
+
+def sites_of(node: fx.Node) -> tuple[str, ...]:
+    """The sites a node stands for, first the one it was born with."""
+    return tuple(node.meta.get("sites") or ())
+
+
+def site_of(node: fx.Node) -> str:
+    """One name for a node: its first site, or the node's own name where it has none."""
+    return next(iter(sites_of(node)), node.name)
+
+
+def op_name(target: Any) -> str:
+    """``"aten.linear"``, ``"aten.add.Tensor"``, ``"graphwright.conv"`` or ``"operator.getitem"``."""
+    if isinstance(target, OpOverload):
+        name = str(target)
+        return name.removesuffix(".default")
+    for name, function in SCALAR_FUNCTIONS.items():
+        if function is target:
+            return name
+    return getattr(target, "__name__", repr(target))
+
+
+def arg(node: fx.Node, name: str) -> Any:
+    """The argument of a normalised node by its schema name."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    for k, a in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if a.name == name:
+            return node.args[k]
+    raise InternalError(f"{node.target} has no argument {name!r}")
+
+
+def args_by_name(node: fx.Node) -> dict[str, Any]:
+    """Every argument of a normalised node by its schema name."""
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def set_arg(node: fx.Node, name: str, value: Any) -> None:
+    """Change one argument of a normalised node."""
+    if name in node.kwargs:
+        node.update_kwarg(name, value)
+        return
+    names = [a.name for a in node.target._schema.arguments]  # type: ignore[union-attr]
+    node.update_arg(names.index(name), value)
+
+
+def normalise(target: OpOverload, args: Iterable[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Complete the arguments: all positional ones in schema order, keyword-only ones by name, defaults filled in.
+
+    Raises:
+        InternalError: an argument is missing or unknown.
+    """
+    schema, args, rest = target._schema, list(args), dict(kwargs)
+    full: list[Any] = []
+    named: dict[str, Any] = {}
+    for k, a in enumerate(schema.arguments):
+        if a.kwarg_only:
+            value = rest.pop(a.name, a.default_value if a.has_default_value() else None)
+            named[a.name] = value
+        elif k < len(args):
+            full.append(args[k])
+        elif a.name in rest:
+            full.append(rest.pop(a.name))
+        elif a.has_default_value():
+            full.append(a.default_value)
+        else:
+            raise InternalError(f"{target}: argument {a.name!r} is missing")
+    if rest:
+        raise InternalError(f"{target}: unknown arguments {sorted(rest)}")
+    return tuple(full), named
+
+
+_SHORT = {
+    torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",
+    torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
+    torch.complex64: "c64", torch.complex128: "c128",
+}  # fmt: skip
+
+
+def describe(value: Any) -> str:
+    """``"f32[2, 8]"`` for a tensor, ``"(f32[2], i64[])"`` for several, the type's name for a scalar."""
+    if isinstance(value, torch.Tensor):
+        return f"{_SHORT.get(value.dtype, str(value.dtype))}[{', '.join(map(str, value.shape))}]"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(describe, value))})"
+    return "none" if value is None else type(value).__name__
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return value.name
+    if isinstance(value, (tuple, list)):
+        open_, close = ("(", ")") if isinstance(value, tuple) else ("[", "]")
+        return f"{open_}{', '.join(map(_show, value))}{close}"
+    if isinstance(value, float):
+        return repr(value)
+    return str(value) if not isinstance(value, str) else repr(value)
+
+
+def walk_nodes(value: Any) -> Iterator[fx.Node]:
+    """Every node inside nested arguments."""
+    found: list[fx.Node] = []
+    fx.node.map_arg(value, found.append)
+    yield from found
+
+
+def _tensor_tree(module: nn.Module) -> nn.Module:
+    """A bare module tree holding the same parameters and buffers under the same names."""
+    twin = nn.Module()
+    for name, value in module._parameters.items():
+        twin.register_parameter(name, value)
+    for name, value in module._buffers.items():
+        twin.register_buffer(name, value)
+    for name, child in module._modules.items():
+        if child is not None:
+            twin.add_module(name, _tensor_tree(child))
+    return twin
