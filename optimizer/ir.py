@@ -13,7 +13,7 @@ import builtins
 import copy
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,6 +88,9 @@ class Program(nn.Module):
         self.signature = signature
         self.fake_mode = fake_mode
         self.provenance: dict[str, tuple[str, ...]] = dict(provenance or {})
+        #: flat example inputs, and batches of flat calibration inputs, for passes and checks; never saved
+        self.example: tuple[torch.Tensor, ...] | None = None
+        self.calibration: Sequence[tuple[torch.Tensor, ...]] = ()
 
     # -- running -----------------------------------------------------------------------------------------------
 
@@ -267,7 +270,8 @@ class Program(nn.Module):
         graph_module = fx.GraphModule(_tensor_tree(self.graph_module), graph)
         next(iter(reversed(graph_module.graph.nodes))).meta = dict(self.output.meta)
         twin = Program(graph_module, copy.copy(self.signature), self.fake_mode, self.provenance)
-        twin.train(self.training)
+        twin.example, twin.calibration = self.example, self.calibration
+        twin.training = self.training
         return twin
 
     def recompile(self) -> None:

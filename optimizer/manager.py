@@ -1,0 +1,253 @@
+"""Passes and the pipeline that runs them: verifies, checks numbers, times, and keeps what each pass did or declined."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+
+from graphwright.errors import InternalError, PassError, SiteError, nearest
+from graphwright.ir import Program, site_of
+from graphwright.numerics import Exact, Lossy, run_double, run_pure
+
+
+@dataclass
+class PassResult:
+    """What one pass did.
+
+    Attributes:
+        changes: ``(site, what was done)``.
+        refusals: ``(site, reason)``: what fits the pass's purpose but was left alone.
+        notes: anything about the program as a whole.
+        touched: set where the program was changed without a site to name.
+    """
+
+    changes: list[tuple[str, str]] = field(default_factory=list)
+    refusals: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    touched: bool = False
+
+    @property
+    def modified(self) -> bool:
+        return self.touched or bool(self.changes)
+
+    def change(self, site: str, what: str) -> None:
+        self.changes.append((site, what))
+
+    def refuse(self, site: str, reason: str) -> None:
+        self.refusals.append((site, reason))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of every pass: a frozen dataclass whose fields are its options.
+
+    Class attributes:
+        name: how recipes and the command line call it.
+        numerics: ``Exact()`` or ``Lossy(floor_db)``: the check that the manager applies.
+
+    Args:
+        include: site patterns (``fnmatch``); only these sites are considered. Empty: all.
+        exclude: site patterns that are left alone.
+    """
+
+    name: ClassVar[str] = ""
+    numerics: ClassVar[Exact | Lossy] = Exact()
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def run(self, program: Program) -> PassResult:
+        """Rewrite ``program`` in place. ``program.example`` holds flat inputs, ``program.calibration`` batches of them."""
+        raise InternalError(f"pass {type(self).__name__} does not define run")
+
+    def selects(self, sites: Iterable[str]) -> bool:
+        """Whether this pass may touch a node that stands for these sites."""
+        sites = tuple(sites)
+        wanted = not self.include or any(fnmatch.fnmatchcase(s, p) for s in sites for p in patterns(self.include))
+        return wanted and not any(fnmatch.fnmatchcase(s, p) for s in sites for p in patterns(self.exclude))
+
+    def refused(self, result: PassResult, node: fx.Node) -> bool:
+        """Record a refusal where include / exclude leave ``node`` out; True when they do."""
+        sites = node.meta.get("sites") or (node.name,)
+        if self.selects(sites):
+            return False
+        result.refuse(site_of(node), "left out by include / exclude")
+        return True
+
+    def options(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def summary(cls) -> str:
+        """The docstring's first line."""
+        return (cls.__doc__ or cls.__name__).strip().splitlines()[0]
+
+
+def patterns(value: str | Sequence[str]) -> tuple[str, ...]:
+    """Site patterns as a tuple; one string is one pattern."""
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def check_patterns(passes: Iterable[Pass], program: Program) -> None:
+    """Every include / exclude pattern matches a site.
+
+    Raises:
+        SiteError: one matches nothing; names the nearest sites.
+    """
+    sites = list(program.sites())
+    for p in passes:
+        for option in ("include", "exclude"):
+            for pattern in patterns(getattr(p, option)):
+                if not any(fnmatch.fnmatchcase(s, pattern) for s in sites):
+                    hint = nearest(pattern, sites) or f"the model's sites are {', '.join(sites[:8])}{', …' if len(sites) > 8 else ''}"
+                    raise SiteError(f"pattern {pattern!r} matches no site", where=f"{p.name}({option}=...)", hint=hint)
+
+
+@dataclass
+class PassRecord:
+    """One line of the report: what a pass did to the program.
+
+    Attributes:
+        error: worst SQNR of the outputs against float64, in dB, after the pass; None where nothing changed.
+        undone: why the pass's work was thrown away; None where it was kept.
+    """
+
+    name: str
+    numerics: str
+    result: PassResult
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    bytes_before: int
+    bytes_after: int
+    error: float | None = None
+    undone: str | None = None
+
+
+def fingerprint(program: Program) -> str:
+    """Hash of the graph's text and of the identity and version of its tensors."""
+    parts = [program.text()]
+    parts += [f"{n}:{t.data_ptr()}:{t._version}:{t.dtype}:{tuple(t.shape)}" for n, t in sorted(program.tensors().items())]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes in order.
+
+    Args:
+        passes: what to run.
+        strict: a pass that fails its numerics check raises; otherwise its work is undone and the record says why.
+    """
+
+    passes: tuple[Pass, ...]
+    strict: bool = False
+
+    def run(self, program: Program, *, progress: Callable[[str], None] | None = None) -> tuple[Program, list[PassRecord]]:
+        """Run every pass on a copy of ``program``.
+
+        ``program.example`` (flat inputs) feeds the numerics check; without it only the structure is checked.
+
+        Returns:
+            The new program and a record per pass.
+
+        Raises:
+            PassError: a pass broke an invariant, misreported ``modified``, or (strict) its numbers.
+            SiteError: a pattern matches nothing.
+        """
+        check_patterns(self.passes, program)
+        current, records = program.copy(), []
+        oracle = _Oracle(program) if program.example is not None else None
+        for p in self.passes:
+            if progress:
+                progress(f"pass {p.name}")
+            current, record = self._step(p, current, oracle, [r.name for r in records])
+            records.append(record)
+        current.recompile()
+        return current, records
+
+    def _step(self, p: Pass, program: Program, oracle: _Oracle | None, before: list[str]) -> tuple[Program, PassRecord]:
+        kept = program.copy()
+        mark, nodes, size, start = fingerprint(program), len(program.nodes), program.size_bytes(), time.perf_counter()
+        where = f"pass {p.name}" + (f" (after {', '.join(before)})" if before else "")
+        try:
+            result = p.run(program)
+            if fingerprint(program) != mark:
+                program.verify()
+        except InternalError as error:
+            raise PassError(f"the program is broken: {error.what}", where=where, hint=error.program) from error
+        if not isinstance(result, PassResult):
+            raise PassError(f"run() returned {type(result).__name__}, not a PassResult", where=where)
+        if result.modified != (fingerprint(program) != mark):
+            said = "says that it changed the program, and it did not" if result.modified else "changed the program and does not say so"
+            raise PassError(f"the pass {said}", where=where, hint="Record every change in PassResult.changes, or set touched.")
+        error, undone = None, None
+        if result.modified and oracle is not None:
+            error, failure = oracle.compare(program, p.numerics)
+            if failure and self.strict:
+                raise PassError(failure, where=where, hint=f"First bad node: {oracle.first_bad(kept, program, p.numerics)}")
+            if failure:
+                undone = f"undone: {failure}"
+                result = PassResult(refusals=[(s, undone) for s, _ in result.changes] + result.refusals, notes=result.notes)
+                program = kept
+        record = PassRecord(p.name, str(p.numerics), result, time.perf_counter() - start, nodes, len(program.nodes),
+                            size, program.size_bytes(), error, undone)  # fmt: skip
+        return program, record
+
+
+class _Oracle:
+    """What the program gave before any pass: in float64, and as it is."""
+
+    def __init__(self, program: Program):
+        self.leaves = program.example
+        self.before = run_pure(program, self.leaves)
+        try:
+            self.reference = run_double(program, self.leaves)
+        except RuntimeError:  # an op without a float64 kernel: the program's own numbers are the reference
+            self.reference = self.before
+
+    def compare(self, program: Program, numerics: Exact | Lossy) -> tuple[float, str | None]:
+        """Worst SQNR of the outputs in dB, and the first failure."""
+        from graphwright.numerics import sqnr_db
+
+        after, worst, failure = run_pure(program, self.leaves), float("inf"), None
+        for k, (ref, was, now) in enumerate(zip(self.reference, self.before, after, strict=True)):
+            if not isinstance(was, Tensor):
+                continue
+            problem = numerics.failure(ref, was, now)
+            if problem and failure is None:
+                failure = f"output {k}: {problem}"
+            if was.is_floating_point() and now.shape == was.shape:
+                worst = min(worst, sqnr_db(ref.double().nan_to_num(), now.double().nan_to_num()))
+        return worst, failure
+
+    def first_bad(self, before: Program, after: Program, numerics: Exact | Lossy) -> str:
+        """The first node, by site, whose value is beyond the check although its site exists in both programs."""
+        was, now = _values(before, self.leaves), _values(after, self.leaves)
+        for site, value in now.items():
+            if site in was and isinstance(value, Tensor) and numerics.failure(was[site].double() if was[site].is_floating_point() else was[site], was[site], value):
+                return site
+        return "unknown (only the outputs differ)"
+
+
+def _values(program: Program, leaves: Sequence[Tensor]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n.op == "call_function" and isinstance(value, Tensor):
+                for site in n.meta.get("sites") or ():
+                    found[site] = value
+            return value
+
+    with torch.no_grad():
+        Recorder(program.graph_module, garbage_collect_values=False).run(*leaves)
+    return found

@@ -1,0 +1,116 @@
+"""Error metrics, and the two checks that a pass may promise: ``Exact`` and ``Lossy``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphwright.ir import Program
+
+
+def rms(x: Tensor) -> float:
+    """Root mean square in float64; 0 for an empty tensor."""
+    return float(x.detach().double().pow(2).mean().sqrt()) if x.numel() else 0.0
+
+
+def sqnr_db(reference: Tensor, value: Tensor) -> float:
+    """Signal to quantization-noise ratio, 10·log10(Σ ref² / Σ (ref − value)²), in dB; inf where they are equal."""
+    ref, noise = reference.detach().double(), reference.detach().double() - value.detach().double()
+    if not noise.numel() or not bool(noise.any()):
+        return math.inf
+    signal = float(ref.pow(2).sum())
+    power = float(noise.pow(2).sum())
+    return 10 * math.log10(signal / power) if signal > 0 and math.isfinite(power) else -math.inf
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Reorders float arithmetic only: against float64, RMS error at most ``factor`` times eager's plus 4·eps·RMS(ref)."""
+
+    factor: float = 2.0
+
+    def __str__(self) -> str:
+        return "exact"
+
+    def failure(self, reference: Tensor, before: Tensor, after: Tensor) -> str | None:
+        """None, or why ``after`` is too far from the float64 ``reference`` given how far ``before`` is."""
+        problem = shape_failure(before, after)
+        if problem or not before.is_floating_point():
+            return problem or (None if torch.equal(before, after) else "integer or boolean values differ")
+        finite = torch.isfinite(before)
+        if not torch.equal(finite, torch.isfinite(after)):
+            return "values that were finite are not, or the other way round"
+        ref, old, new = (t.double()[finite] for t in (reference, before, after))
+        if not torch.equal(before[~finite].nan_to_num(), after[~finite].nan_to_num()):
+            return "infinities differ"
+        was, now = rms(old - ref), rms(new - ref)
+        allowed = self.factor * was + 4 * torch.finfo(before.dtype).eps * rms(ref)
+        return None if now <= allowed else f"RMS error {now:.3g} against float64 exceeds {allowed:.3g} (eager: {was:.3g})"
+
+
+@dataclass(frozen=True)
+class Lossy:
+    """Changes numbers: outputs stay finite and their SQNR stays above ``floor_db``."""
+
+    floor_db: float = 0.0
+
+    def __str__(self) -> str:
+        return "lossy"
+
+    def failure(self, reference: Tensor, before: Tensor, after: Tensor) -> str | None:
+        problem = shape_failure(before, after)
+        if problem or not before.is_floating_point():
+            return problem
+        finite = torch.isfinite(before)
+        if not bool(torch.isfinite(after[finite]).all()):
+            return "values that were finite are not"
+        got = sqnr_db(reference[finite], after[finite])
+        return None if got >= self.floor_db else f"SQNR {got:.1f} dB lies below {self.floor_db:.1f} dB"
+
+
+def shape_failure(before: Tensor, after: Tensor) -> str | None:
+    """None, or how shape or dtype differ."""
+    if before.shape != after.shape or before.dtype != after.dtype:
+        return f"{tuple(after.shape)} {after.dtype} instead of {tuple(before.shape)} {before.dtype}"
+    return None
+
+
+def double(program: Program) -> Program:
+    """The same program in float64: tensors, and every dtype argument that names a smaller float, are widened."""
+    twin = program.copy()
+    twin.graph_module.double()
+    wide = {torch.float32, torch.float16, torch.bfloat16}
+    for node in twin.nodes:
+        node.args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in wide else a for a in node.args)
+        node.kwargs = {k: torch.float64 if isinstance(v, torch.dtype) and v in wide else v for k, v in node.kwargs.items()}
+    twin.recompile()
+    return twin
+
+
+def run_double(program: Program, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Outputs of the program in float64 on inputs widened to float64; buffers of ``program`` stay as they are."""
+    wide = [x.double() if x.is_floating_point() else x for x in leaves]
+    with torch.no_grad():
+        return _outputs(double(program), wide)
+
+
+def run_pure(program: Program, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Outputs of the program without applying its mutations, those of the mutated values included."""
+    with torch.no_grad():
+        program.recompile()
+        return _outputs(program, list(leaves))
+
+
+def _outputs(program: Program, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    mode = torch.random.get_rng_state()
+    try:
+        torch.manual_seed(0)  # random ops give the same numbers in every run that is compared
+        return tuple(program.graph_module(*leaves))
+    finally:
+        torch.random.set_rng_state(mode)
+
+

@@ -1,0 +1,266 @@
+"""Pattern rewriting: what to find and what to put there are both written as ordinary calls.
+
+    class FuseSquaredRelu(RewritePass):
+        '''Replace relu(x) * relu(x).'''
+        name = "fuse-squared-relu"
+        def pattern(self, op, x): return op.relu(x) * op.relu(x)
+        def check(self, match): return None if match.val("x").dtype.is_floating_point else "x is no float"
+        def replace(self, op, x): return op.square(op.relu(x))
+
+Parameters after ``op`` are wildcards: each matches anything, the same thing everywhere it stands. ``op.name`` is an
+ATen op, ``op.graphwright.name`` one of ours; any overload matches. Arguments that a pattern leaves out match anything.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload, OpOverloadPacket
+
+from graphwright.errors import InternalError
+from graphwright.ir import Program, args_by_name, normalise, op_name, site_of, sites_of
+from graphwright.manager import Pass, PassResult
+
+_COMMUTATIVE = {"aten::add", "aten::mul"}
+
+
+class _Operators:
+    """Infix arithmetic for patterns: ``a * b`` is ``op.mul(a, b)``."""
+
+    def __add__(self, other: Any) -> Call:
+        return Call("aten::add", (self, other), {})
+
+    def __radd__(self, other: Any) -> Call:
+        return Call("aten::add", (other, self), {})
+
+    def __mul__(self, other: Any) -> Call:
+        return Call("aten::mul", (self, other), {})
+
+    def __rmul__(self, other: Any) -> Call:
+        return Call("aten::mul", (other, self), {})
+
+    def __sub__(self, other: Any) -> Call:
+        return Call("aten::sub", (self, other), {})
+
+    def __truediv__(self, other: Any) -> Call:
+        return Call("aten::div", (self, other), {})
+
+
+@dataclass(frozen=True, eq=False)
+class Wild(_Operators):
+    """Matches anything, the same thing everywhere."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Call(_Operators):
+    """Matches a call of an op (any overload) with these arguments."""
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _PatternOps:
+    def __init__(self, namespace: str = "aten"):
+        self._namespace = namespace
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("aten", "graphwright"):
+            return _PatternOps(name)
+        return lambda *args, **kwargs: Call(f"{self._namespace}::{name}", args, kwargs)
+
+
+@dataclass
+class Match:
+    """One place where a pattern fits.
+
+    Attributes:
+        program: where.
+        root: the node whose value is replaced.
+        bound: what each wildcard stands for: nodes, numbers, lists.
+        nodes: the ops that the pattern covers, root first.
+    """
+
+    program: Program
+    root: fx.Node
+    bound: dict[str, Any] = field(default_factory=dict)
+    nodes: list[fx.Node] = field(default_factory=list)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.bound[name]
+
+    def node(self, op: str) -> fx.Node:
+        """The covered node whose op (without overload) is ``op``, e.g. ``"aten.linear"``."""
+        for node in self.nodes:
+            if op_name(node.target).startswith(op) and op_name(node.target).removeprefix(op)[:1] in ("", "."):
+                return node
+        raise InternalError(f"the match covers no {op}: {[op_name(n.target) for n in self.nodes]}")
+
+    def val(self, name: str) -> Any:
+        """The fake value of a wildcard bound to a node; the bound value itself otherwise."""
+        value = self.bound[name]
+        return value.meta["val"] if isinstance(value, fx.Node) else value
+
+    def constant(self, name: str) -> torch.Tensor | None:
+        """The tensor that a wildcard is bound to, where it is a constant of the program."""
+        return self.program.constant(self.bound[name])
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(s for n in self.nodes for s in sites_of(n)))
+
+
+class Builder:
+    """``op`` in ``replace``: every call inserts a normalised, inferred node. Overloads are chosen by the arguments."""
+
+    def __init__(self, program: Program, match: Match, namespace: str = "aten"):
+        self._program, self._match, self._namespace = program, match, namespace
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("aten", "graphwright"):
+            return Builder(self._program, self._match, name)
+        packet = getattr(getattr(torch.ops, self._namespace), name)
+
+        def call(*args: Any, **kwargs: Any) -> fx.Node:
+            target = choose_overload(self._program, packet, args, kwargs)
+            return self._program.call(target, *args, sites=self._match.sites, like=self._match.root, **kwargs)
+
+        return call
+
+    def tensor(self, name: str, value: torch.Tensor, *, origin: Iterable[str] = ()) -> fx.Node:
+        """A new constant of the program."""
+        return self._program.add_tensor(name, value, origin=origin)
+
+
+def choose_overload(program: Program, packet: OpOverloadPacket, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpOverload:
+    """The first functional overload of ``packet`` that takes these arguments.
+
+    Raises:
+        InternalError: none does.
+    """
+    fakes, fake_kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    for overload in packet.overloads():
+        target = getattr(packet, overload)
+        if target._schema.is_mutable:
+            continue
+        try:
+            full, named = normalise(target, fakes, fake_kwargs)
+            with program.fake_mode, torch.no_grad():
+                target(*full, **named)
+            return target
+        except Exception:  # noqa: S112  an overload that does not take the arguments says so by raising anything
+            continue
+    raise InternalError(f"no overload of {packet} takes ({', '.join(map(str, args))})")
+
+
+class RewritePass(Pass):
+    """A pass written as a pattern, a check and a replacement. Subclasses give the three methods and a ``name``."""
+
+    def pattern(self, op: Any, *wilds: Any) -> Any:
+        """The graph to find, or a tuple of alternatives."""
+        raise InternalError(f"{type(self).__name__} has no pattern")
+
+    def check(self, match: Match) -> str | None:
+        """None, or the reason why this match is left alone (kept for ``explain``)."""
+        return None
+
+    def replace(self, op: Builder, *wilds: Any) -> Any:
+        """What stands there afterwards: a node."""
+        raise InternalError(f"{type(self).__name__} has no replacement")
+
+    def run(self, program: Program) -> PassResult:
+        result = PassResult()
+        names = list(inspect.signature(self.pattern).parameters)[1:]
+        found = self.pattern(_PatternOps(), *(Wild(n) for n in names))
+        alternatives = found if isinstance(found, tuple) else (found,)
+        wanted = list(inspect.signature(self.replace).parameters)[1:]
+        for node in list(program.nodes):
+            if node._erased:
+                continue
+            match = next((m for p in alternatives for m in _match(program, p, node)), None)
+            if match is None or not self.selects(match.sites):
+                continue
+            reason = _shared(match) or self.check(match)
+            if reason:
+                result.refuse(site_of(node), reason)
+                continue
+            with program.graph.inserting_before(match.root):
+                new = self.replace(Builder(program, match), *(match.bound[n] for n in wanted))
+            was = describe_ops(match)
+            program.replace(match.root, new)
+            for inner in match.nodes[1:]:
+                if not inner._erased and not inner.users:
+                    program.graph.erase_node(inner)
+            result.change(site_of(new), f"{was} → {op_name(new.target)}")
+        program.tidy()
+        return result
+
+
+def describe_ops(match: Match) -> str:
+    return " + ".join(op_name(n.target).split(".")[1] for n in reversed(match.nodes))
+
+
+def _shared(match: Match) -> str | None:
+    """The reason when a node inside the match is read from outside it too."""
+    inside = set(match.nodes)
+    for node in match.nodes[1:]:
+        outside = [u for u in node.users if u not in inside]
+        if outside:
+            return f"{site_of(node)} is read by {site_of(outside[0])} too"
+    return None
+
+
+def _match(program: Program, pattern: Any, root: fx.Node) -> Iterator[Match]:
+    for bound, nodes in _fit(pattern, root, {}, []):
+        yield Match(program, root, bound, nodes)
+
+
+def _fit(pattern: Any, value: Any, bound: dict[str, Any], nodes: list[fx.Node]) -> Iterator[tuple[dict[str, Any], list[fx.Node]]]:
+    """Every way in which ``pattern`` fits ``value`` given what is bound already."""
+    if isinstance(pattern, Wild):
+        if pattern.name not in bound:
+            yield {**bound, pattern.name: value}, nodes
+        elif bound[pattern.name] is value or (not isinstance(value, fx.Node) and bound[pattern.name] == value):
+            yield bound, nodes
+        return
+    if not isinstance(pattern, Call):
+        if isinstance(pattern, (list, tuple)) and isinstance(value, (list, tuple)) and len(pattern) == len(value):
+            yield from _fit_all(list(zip(pattern, value, strict=True)), bound, nodes)
+        elif not isinstance(value, fx.Node) and type(pattern) is not bool and pattern == value:
+            yield bound, nodes
+        elif pattern is value:
+            yield bound, nodes
+        return
+    if not (isinstance(value, fx.Node) and isinstance(value.target, OpOverload) and value.target._schema.name == pattern.op):
+        return
+    if value in nodes:
+        yield bound, nodes
+        return
+    params = [a.name for a in value.target._schema.arguments]
+    if len(pattern.args) > len(params) or any(k not in params for k in pattern.kwargs):
+        return
+    actual = args_by_name(value)
+    named = {**dict(zip(params, pattern.args, strict=False)), **pattern.kwargs}
+    orders = [list(named)]
+    if pattern.op in _COMMUTATIVE and len(pattern.args) == 2 and actual.get("alpha", 1) == 1:
+        orders = [list(o) for o in permutations(list(named)[:2])]
+    for order in orders:
+        pairs = [(named[k], actual[o]) for k, o in zip(named, [*order, *list(named)[len(order):]], strict=True)]
+        yield from _fit_all(pairs, bound, [*nodes, value])
+
+
+def _fit_all(pairs: list[tuple[Any, Any]], bound: dict[str, Any], nodes: list[fx.Node]) -> Iterator[tuple[dict[str, Any], list[fx.Node]]]:
+    if not pairs:
+        yield bound, nodes
+        return
+    (pattern, value), *rest = pairs
+    for b, n in _fit(pattern, value, bound, nodes):
+        yield from _fit_all(rest, b, n)
