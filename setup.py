@@ -4,4 +4,6 @@ from setuptools import find_packages, setup
 
 FOLDERS = {"graphwright": "optimizer", "graphwright.passes": "passes", "graphwright.kernels": "kernels"}
 
-setup(packages=[name for top, folder in FOLDERS.items() for name in (top, *(f"{top}.{p}" for p in find_packages(folder)))])
+setup(
+    packages=[name for top, folder in FOLDERS.items() for name in (top, *(f"{top}.{p}" for p in find_packages(folder)))]
+)
