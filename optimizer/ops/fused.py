@@ -8,6 +8,7 @@ Number format of quantized tensors: ``real = (q - zero_point) * scale``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from graphwright.errors import InternalError
+from graphwright.ops.matrix import conv_axes
 from graphwright.ops.registry import CAST, CONTRACTION, ELEMENTWISE, QUANT, op, resolve
 
 Args = Mapping[str, Any]
@@ -36,7 +38,7 @@ class Activation:
 
     compute: Callable[..., Tensor]
     calls: Mapping[str, Callable[[Args], tuple[float, ...] | None]]
-    arguments: Callable[..., dict[str, Any]] = lambda: {}
+    arguments: Callable[..., dict[str, Any]] = dict
 
 
 def _plain(args: Args) -> tuple[float, ...]:
@@ -152,12 +154,11 @@ def linear(
 
 def _conv_axes(**args: Any) -> str:
     spatial = args["weight"].ndim - 2
-    at, kernel, out = ([f"{s}{k}" for k in range(spatial)] for s in ("s", "k", "s"))
-    grouped = args["groups"] != 1
-    lead = "n " if args["x"].ndim == spatial + 2 else ""
-    i, w, o = ("(g i)", "(g o) i", "(g o)") if grouped else ("i", "o i", "o")
-    result = f"{lead}{o} {' '.join(a + chr(39) for a in out)}"
-    return f"{lead}{i} {' '.join(at)}, {w} {' '.join(kernel)}, {o}, {result} -> {result}"
+    plain = conv_axes(spatial, args["x"].ndim == spatial + 2, args["groups"] != 1)
+    left, result = plain.split(" -> ")
+    words = re.findall(r"\(.*?\)|\S+", result)
+    other = args["other"]
+    return f"{left}, {' '.join(words[len(words) - (0 if other is None else other.ndim):])} -> {result}"
 
 
 @op("graphwright.conv", axes=_conv_axes, traits={CONTRACTION})

@@ -22,7 +22,7 @@ POOL = "pool"                  # max or mean over windows
 VIEW = "view"                  # moves no numbers, or only copies them: reshape, slice, transpose, cat, expand
 CAST = "cast"                  # changes dtype, device or layout alone
 SHAPE = "shape"                # returns sizes, not tensors
-COMMUTATIVE = "commutative"    # f(a, b) == f(b, a)
+COMMUTATIVE = "commutative"    # f(a, b) == f(b, a), with every other argument at its default
 LAYOUT_FREE = "layout-free"    # same numbers for any memory format, and gives its input's format back
 RANDOM = "random"              # not a function of its inputs alone
 QUANT = "quant"                # quantize / dequantize
@@ -68,6 +68,7 @@ class OpRow:
 
 
 _ROWS: dict[OpOverload, OpRow] = {}
+_MISSING: list[str] = []
 
 
 def op(
@@ -84,6 +85,8 @@ def op(
     ``"graphwright.name"`` for one of ours, which is registered with ``torch.library.custom_op`` from the body's
     type hints: the body is its CPU and CUDA implementation, its shape rule and, re-run, its gradient.
 
+    An ATen overload that this torch does not have is left out and named by ``missing``.
+
     Raises:
         InternalError: the name stands in the table already, or the op does not exist.
     """
@@ -96,6 +99,9 @@ def op(
             try:
                 target = getattr(getattr(getattr(torch.ops, namespace), short), overload)
             except AttributeError:
+                if namespace == "aten":
+                    _MISSING.append(f"{name}.{overload}")
+                    continue
                 raise InternalError(f"op {name}.{overload} does not exist in torch {torch.__version__}") from None
             if target in _ROWS:
                 raise InternalError(f"op {name}.{overload} has two rows")
@@ -139,6 +145,21 @@ def row(target: Any) -> OpRow | None:
 def rows() -> tuple[OpRow, ...]:
     """Every row, in order of registration."""
     return tuple(_ROWS.values())
+
+
+def described(body: Callable[..., Any], summary: str) -> Callable[..., Any]:
+    """``body`` under a docstring: for rows whose body is a lambda or a function of torch."""
+
+    def reference(*args: Any, **kwargs: Any) -> Any:
+        return body(*args, **kwargs)
+
+    reference.__doc__ = summary
+    return reference
+
+
+def missing() -> tuple[str, ...]:
+    """ATen overloads that the table describes and this torch lacks."""
+    return tuple(_MISSING)
 
 
 def resolve(name: str) -> OpOverload | None:
