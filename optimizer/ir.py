@@ -219,6 +219,7 @@ class Program(nn.Module):
             node.meta["trace"] = like.meta.get("trace")
         node.meta["sites"] = tuple(dict.fromkeys([*sites, *(sites_of(like) if like is not None else ())]))
         node.meta["val"] = self.infer(node)
+        node.meta["checked"] = _evidence(node)
         return node
 
     def infer(self, node: fx.Node) -> Any:
@@ -316,12 +317,18 @@ class Program(nn.Module):
             return None if known else f"{node.target!r} is neither an op nor a scalar function"
         if node.target._schema.is_mutable:
             return f"{node.target} writes into its arguments"
+        evidence = _evidence(node)
+        if node.meta.get("checked") == evidence:
+            return None  # found right earlier, and neither its op, its arguments nor their values have changed since
         if normalise(node.target, node.args, node.kwargs) != (node.args, dict(node.kwargs)):
             return "its arguments are not complete"
         if ops.row(node.target) is None:
             return None  # opaque: it may not be runnable on fakes a second time
         said, found = describe(node.meta["val"]), describe(self.infer(node))
-        return None if said == found else f"meta['val'] says {said}, the op gives {found}"
+        if said != found:
+            return f"meta['val'] says {said}, the op gives {found}"
+        node.meta["checked"] = evidence
+        return None
 
     # -- printing ----------------------------------------------------------------------------------------------
 
@@ -460,6 +467,22 @@ def walk_nodes(value: Any) -> Iterator[fx.Node]:
     found: list[fx.Node] = []
     fx.node.map_arg(value, found.append)
     yield from found
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """Equal to another where both hold the very same object."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+def _evidence(node: fx.Node) -> tuple[Any, ...]:
+    """What the check of a node's value depends on; comparing it is far cheaper than inferring the value anew."""
+    args = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _Same(n.meta.get("val")))
+    return node.target, _Same(node.meta.get("val")), args
 
 
 def _tensor_tree(module: nn.Module) -> nn.Module:

@@ -190,43 +190,56 @@ class Pipeline:
             raise PassError(f"the pass {said}", where=where, hint="Record every change in PassResult.changes, or set touched.")
         error, undone = None, None
         if result.modified and oracle is not None:
-            error, failure = oracle.compare(program, p.numerics)
+            error, failure, outputs = oracle.compare(program, p.numerics)
             if failure and self.strict:
                 raise PassError(failure, where=where, hint=f"First bad node: {oracle.first_bad(kept, program, p.numerics)}")
             if failure:
                 undone = f"undone: {failure}"
                 result = PassResult(refusals=[(s, undone) for s, _ in result.changes] + result.refusals, notes=result.notes)
                 program = kept
+            elif isinstance(p.numerics, Lossy):
+                oracle.rebase(program, outputs)
         record = PassRecord(p.name, str(p.numerics), result, time.perf_counter() - start, nodes, len(program.nodes),
                             size, program.size_bytes(), error, undone)  # fmt: skip
         return program, record
 
 
 class _Oracle:
-    """What the program gave before any pass: in float64, and as it is."""
+    """What the program gave before any pass, and what an exact pass must keep to: in float64, and as it is.
+
+    Attributes:
+        original: the captured program's outputs in float64: what lossy passes, and the report, measure against.
+        reference, before: float64 and own outputs of the last program whose numbers were allowed to change.
+    """
 
     def __init__(self, program: Program):
         self.leaves = program.example
-        self.before = run_pure(program, self.leaves)
+        self.rebase(program, run_pure(program, self.leaves))
+        self.original = self.reference
+
+    def rebase(self, program: Program, outputs: tuple[Any, ...]) -> None:
+        """Hold exact passes to ``program`` from here on: a lossy pass was accepted."""
+        self.before = outputs
         try:
             self.reference = run_double(program, self.leaves)
         except RuntimeError:  # an op without a float64 kernel: the program's own numbers are the reference
-            self.reference = self.before
+            self.reference = outputs
 
-    def compare(self, program: Program, numerics: Exact | Lossy) -> tuple[float, str | None]:
-        """Worst SQNR of the outputs in dB, and the first failure."""
+    def compare(self, program: Program, numerics: Exact | Lossy) -> tuple[float, str | None, tuple[Any, ...]]:
+        """Worst SQNR of the outputs in dB against the original, the first failure, and the outputs."""
         from graphwright.numerics import sqnr_db
 
         after, worst, failure = run_pure(program, self.leaves), float("inf"), None
-        for k, (ref, was, now) in enumerate(zip(self.reference, self.before, after, strict=True)):
+        reference = self.original if isinstance(numerics, Lossy) else self.reference
+        for k, (ref, origin, was, now) in enumerate(zip(reference, self.original, self.before, after, strict=True)):
             if not isinstance(was, Tensor):
                 continue
             problem = numerics.failure(ref, was, now)
             if problem and failure is None:
                 failure = f"output {k}: {problem}"
             if was.is_floating_point() and now.shape == was.shape:
-                worst = min(worst, sqnr_db(ref.double().nan_to_num(), now.double().nan_to_num()))
-        return worst, failure
+                worst = min(worst, sqnr_db(origin.double().nan_to_num(), now.double().nan_to_num()))
+        return worst, failure, after
 
     def first_bad(self, before: Program, after: Program, numerics: Exact | Lossy) -> str:
         """The first node, by site, whose value is beyond the check although its site exists in both programs."""

@@ -185,13 +185,14 @@ class RewritePass(Pass):
         for node in list(program.nodes):
             if node._erased:
                 continue
-            match = next((m for p in alternatives for m in _match(program, p, node)), None)
-            if match is None or not self.selects(match.sites):
+            matches = [m for p in alternatives for m in _match(program, p, node)]
+            if not matches or self.refused(result, node):
                 continue
-            reason = _shared(match) or self.check(match)
-            if reason:
-                result.refuse(site_of(node), reason)
+            reasons = [_shared(m) or self.check(m) for m in matches]  # `x + y` fits in both orders: take one that may be
+            if None not in reasons:
+                result.refuse(site_of(node), str(reasons[0]))
                 continue
+            match = matches[reasons.index(None)]
             with program.graph.inserting_before(match.root):
                 new = self.replace(Builder(program, match), *(match.bound[n] for n in wanted))
             was = describe_ops(match)
@@ -200,7 +201,8 @@ class RewritePass(Pass):
                 if not inner._erased and not inner.users:
                     program.graph.erase_node(inner)
             result.change(site_of(new), f"{was} → {op_name(new.target)}")
-        program.tidy()
+        if result.changes:
+            program.tidy()
         return result
 
 
@@ -241,9 +243,7 @@ def _fit(pattern: Any, value: Any, bound: dict[str, Any], nodes: list[fx.Node]) 
         return
     if not (isinstance(value, fx.Node) and isinstance(value.target, OpOverload) and value.target._schema.name == pattern.op):
         return
-    if value in nodes:
-        yield bound, nodes
-        return
+    covered = nodes if value in nodes else [*nodes, value]
     params = [a.name for a in value.target._schema.arguments]
     if len(pattern.args) > len(params) or any(k not in params for k in pattern.kwargs):
         return
@@ -254,7 +254,7 @@ def _fit(pattern: Any, value: Any, bound: dict[str, Any], nodes: list[fx.Node]) 
         orders = [list(o) for o in permutations(list(named)[:2])]
     for order in orders:
         pairs = [(named[k], actual[o]) for k, o in zip(named, [*order, *list(named)[len(order):]], strict=True)]
-        yield from _fit_all(pairs, bound, [*nodes, value])
+        yield from _fit_all(pairs, bound, covered)
 
 
 def _fit_all(pairs: list[tuple[Any, Any]], bound: dict[str, Any], nodes: list[fx.Node]) -> Iterator[tuple[dict[str, Any], list[fx.Node]]]:
