@@ -44,7 +44,7 @@ class Peer(ABC):
         for package in self.packages:
             try:
                 importlib.import_module(package)
-            except Exception as error:                    # a broken install raises anything at all on import
+            except Exception as error:  # noqa: BLE001 - a broken install raises anything on import
                 return f"{package}: {first_line(error)}"
         return None
 

@@ -86,7 +86,7 @@ class LocalSeat:
             run = self.peer.prepare(model, inputs, calibration)
             run(inputs)
             elapsed = time.perf_counter() - start
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a peer may raise anything
             return Prepared("failed", peers.first_line(error))
         self.run = run
         _, peak = _memory_mb()
@@ -216,7 +216,7 @@ def serve(seat: LocalSeat, read: Callable[[], bytes], write: Callable[[bytes], o
         request = json.loads(line)
         try:
             answer = _answer(seat, request)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a peer may raise anything
             answer = {"error": peers.first_line(error)}
         write(json.dumps(answer).encode() + b"\n")
 
