@@ -1,0 +1,57 @@
+"""Capture: a user's model becomes a ``Program``.
+
+    found = capture(model, (x,), {"mask": mask}, dynamic="auto")
+    found.program, found.notes, found.regions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphwright import ir
+from graphwright.capture.export import export
+from graphwright.structure import flatten_call
+
+__all__ = ["Capture", "Region", "capture"]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of the model that could not be captured.
+
+    Attributes:
+        site: the module it lies in.
+        where: the user's ``file:line``.
+        reason: what stands in the way.
+    """
+
+    site: str
+    where: str | None
+    reason: str
+
+
+@dataclass(eq=False)
+class Capture:
+    """What capturing gave.
+
+    Attributes:
+        program: the whole model, or None where it could not be captured as one.
+        notes: lines for humans.
+        regions: what was not captured.
+    """
+
+    program: ir.Program | None
+    notes: list[str] = field(default_factory=list)
+    regions: list[Region] = field(default_factory=list)
+
+
+def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *,
+            dynamic: Any = None) -> Capture:  # fmt: skip
+    """Capture a model on example inputs."""
+    leaves, spec = flatten_call(args, kwargs or {})
+    return Capture(export(model, leaves, spec))

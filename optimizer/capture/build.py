@@ -1,0 +1,454 @@
+"""From what torch.export traced to a ``Program``: one functional, normalised graph of our own.
+
+The traced graph is interpreted node by node: regions under ``no_grad`` and ``autocast`` are inlined, ops that write
+become functional (``functional``), ops that only guard or detach are dropped, arguments are completed, and every node
+gets its fake value, site and source line.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._ops import OpOverload
+from torch.export.graph_signature import InputKind, OutputKind
+
+from graphwright import ir
+from graphwright.capture import functional
+from graphwright.capture.functional import Base, Ref, Refused, ViewStep
+from graphwright.capture.sites import WRAPPED, Origin, name_sites, origin
+from graphwright.errors import CaptureError
+
+aten = torch.ops.aten
+
+#: Ops that state facts about sizes or values and compute nothing.
+_GUARDS = ("_assert", "sym_constrain", "_functional_assert", "_functional_sym", "_record_function")
+_SAME = ("detach", "detach_", "alias", "lift", "lift_fresh")
+
+
+@dataclass(eq=False)
+class Several:
+    """The result of an op with several tensor outputs."""
+
+    node: fx.Node
+    parts: list[Any]
+
+
+class Builder:
+    """Interprets one ``ExportedProgram``; ``build`` gives the program.
+
+    Args:
+        exported: the traced wrapper.
+        model: the user's model.
+        names: a name for each input leaf.
+    """
+
+    def __init__(self, exported: Any, model: nn.Module, names: Sequence[str]):
+        self.exported, self.model, self.names = exported, model, names
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        self.notes: list[str] = []
+        self.made: list[tuple[fx.Node, Origin]] = []
+        self.where = Origin()
+        self.cast: torch.dtype | None = None
+        self.bases: list[Base] = []
+        self.home: dict[Base, fx.Node] = {}
+        self.refs: dict[str, Ref] = {}
+        self.differentiable: set[fx.Node] = set()
+        held = [n.meta["val"] for n in exported.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        self.fake_mode = next((v.fake_mode for v in held), None) or torch._subclasses.FakeTensorMode()
+
+    # -- the whole -----------------------------------------------------------------------------------------------
+
+    def build(self, signature: ir.Signature) -> ir.Program:
+        """The program.
+
+        Raises:
+            CaptureError: an op writes in a way that cannot be made functional.
+        """
+        env: dict[fx.Node, Any] = {}
+        self._inputs(env)
+        result = self._run(self.exported.graph_module, env)
+        outputs: list[Any] = []
+        for spec, value in zip(self.exported.graph_signature.output_specs, result, strict=True):
+            if spec.kind == OutputKind.USER_OUTPUT:
+                outputs.append(value)
+            elif spec.kind in (OutputKind.BUFFER_MUTATION, OutputKind.USER_INPUT_MUTATION):
+                target = self._target(spec)
+                functional.write(Ref(target, (), target.node, target.version), self._read(value), self.emit)
+        flat = [self._read(v) for v in outputs]
+        mutations = []
+        for base in self.bases:
+            if base.version and base.node is not self.home[base]:
+                flat.append(base.node)
+                mutations.append(ir.Mutation(buffer=base.buffer, input=base.input))
+        self.graph.output(tuple(flat))
+        module = fx.GraphModule(self.root, self.graph)
+        program = ir.Program(module, replace(signature, mutations=tuple(mutations)), self.fake_mode)
+        program.train(self.model.training)
+        program.tidy()
+        kept = set(program.graph.nodes)
+        name_sites(self.model, [(n, o) for n, o in self.made if n in kept])
+        program.recompile()
+        return program
+
+    def _inputs(self, env: dict[fx.Node, Any]) -> None:
+        specs = self.exported.graph_signature.input_specs
+        placeholders = [n for n in self.exported.graph.nodes if n.op == "placeholder"]
+        storage: dict[int, torch.UntypedStorage] = {}
+        known: dict[tuple[Any, ...], tuple[str, fx.Node]] = {}
+        order = sorted(range(len(specs)), key=lambda k: specs[k].kind != InputKind.USER_INPUT)
+        count = 0
+        names = list(dict.fromkeys([*(n for n, _ in self.model.named_parameters(remove_duplicate=False)),
+                                    *(n for n, _ in self.model.named_buffers(remove_duplicate=False))]))  # fmt: skip
+        first: dict[tuple[Any, ...], str] = {}
+        for name in names:
+            first.setdefault(_identity(_attribute(self.model, name)), name)
+        for k in order:
+            spec, old = specs[k], placeholders[k]
+            if spec.kind == InputKind.USER_INPUT:
+                node = self.graph.placeholder(self.names[count])
+                node.meta["val"] = old.meta["val"]
+                env[old] = self._fresh(node, input=count)
+                if old.meta["val"].is_floating_point():
+                    self.differentiable.add(node)
+                count += 1
+                continue
+            value = self._held(spec)
+            identity = _identity(value)
+            name = first.get(identity) or str(spec.target).removeprefix(f"{WRAPPED}.")
+            if identity in known:
+                env[old] = self.refs[known[identity][0]]
+                continue
+            clone = _clone(value, storage)
+            self._store(name, clone)
+            node = self.graph.get_attr(name)
+            node.meta["val"] = self.fake_mode.from_tensor(clone.detach(), static_shapes=True)
+            if clone.requires_grad:
+                self.differentiable.add(node)
+            known[identity] = (name, node)
+            env[old] = self.refs[name] = self._fresh(node, buffer=name)
+
+    def _held(self, spec: Any) -> torch.Tensor:
+        """The user's tensor behind an input of the traced graph."""
+        for store in (self.exported.state_dict, self.exported.constants):
+            if spec.target in store and isinstance(store[spec.target], torch.Tensor):
+                return store[spec.target]
+        raise CaptureError(f"the model holds {spec.target!r}, which is no tensor")
+
+    def _store(self, name: str, value: torch.Tensor) -> None:
+        owner = self.root
+        *path, leaf = name.split(".")
+        for part in path:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
+            owner = owner._modules[part]  # type: ignore[assignment]
+        if isinstance(value, nn.Parameter):
+            owner.register_parameter(leaf, value)
+        else:
+            owner.register_buffer(leaf, value)
+
+    def _fresh(self, node: fx.Node, **source: Any) -> Ref:
+        base = Base(node, **source)
+        if source:
+            self.bases.append(base)
+            self.home[base] = node
+        return Ref(base, (), node, 0)
+
+    def _target(self, spec: Any) -> Base:
+        name = str(spec.target).removeprefix(f"{WRAPPED}.")
+        return next(b for b in self.bases if b.buffer == name or (b.input is not None and self.names[b.input] == name))
+
+    # -- interpreting --------------------------------------------------------------------------------------------
+
+    def _run(self, module: fx.GraphModule, env: dict[fx.Node, Any]) -> Sequence[Any]:
+        for old in module.graph.nodes:
+            if old.op == "placeholder":
+                continue
+            if old.op == "output":
+                return fx.node.map_arg(old.args[0], lambda n: env[n])
+            if old.op == "get_attr":
+                env[old] = operator.attrgetter(old.target)(module)
+                continue
+            self.where = origin(old)
+            env[old] = self._call(old, fx.node.map_aggregate(old.args, lambda a: env[a] if isinstance(a, fx.Node) else a),
+                                  {k: fx.node.map_aggregate(v, lambda a: env[a] if isinstance(a, fx.Node) else a)
+                                   for k, v in old.kwargs.items()})  # fmt: skip
+        return ()
+
+    def _call(self, old: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        target = old.target
+        if target is operator.getitem and isinstance(args[0], (Several, list, tuple)):
+            return args[0].parts[args[1]] if isinstance(args[0], Several) else args[0][args[1]]
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return self._region(old, target, args)
+        if not isinstance(target, OpOverload):
+            if target not in ir.SCALAR_FUNCTIONS.values():
+                raise self._refuse(f"{getattr(target, '__name__', target)} is not an op")
+            return self._scalar(target, args, kwargs)
+        name = target._schema.name.partition("::")[2]
+        if name.startswith(_GUARDS):
+            return None
+        if name in _SAME and (name.startswith("lift") or not self._carries(args[0])):
+            return args[0]
+        if name == "lift_fresh_copy":
+            return self._fresh(self._read(args[0]))
+        if target._schema.is_mutable:
+            try:
+                return self._mutate(old, target, name, args, kwargs)
+            except Refused as reason:
+                raise self._refuse(str(reason)) from None
+        return self._op(old, target, args, kwargs)
+
+    def _refuse(self, what: str) -> CaptureError:
+        return CaptureError(what, where=self.where.trace or self.where.path or None)
+
+    def _scalar(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not any(isinstance(a, fx.Node) for a in args):
+            return target(*args, **kwargs)
+        return self.emit(target, *args, **kwargs)
+
+    def _region(self, old: fx.Node, target: Any, args: tuple[Any, ...]) -> Any:
+        """Inline a region under ``set_grad_enabled`` or ``autocast``."""
+        name = target._name
+        if name == "wrap_with_set_grad_enabled":
+            enabled, module, inputs = args[0], args[1], args[2:]
+            result = self._inline(module, inputs)
+            return result if enabled else [self._stop(r) for r in result]
+        if name == "wrap_with_autocast":
+            dtype, enabled, module, inputs = args[1], args[2], args[4], args[5:]
+            outer, self.cast = self.cast, dtype if enabled else None
+            try:
+                return self._inline(module, inputs)
+            finally:
+                self.cast = outer
+        raise self._refuse(f"the control-flow operator {name} has no place in a program yet")
+
+    def _inline(self, module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+        names = [n for n in module.graph.nodes if n.op == "placeholder"]
+        return list(self._run(module, dict(zip(names, inputs, strict=True))))
+
+    def _stop(self, value: Any) -> Any:
+        """Keep a gradient from flowing where the model computes without one."""
+        if isinstance(value, Ref) and self._carries(value):
+            step = ViewStep(aten.detach.default, (None,), {}, identity=True)
+            return Ref(value.base, (*value.chain, step), self.emit(aten.detach.default, self._read(value)), value.version)
+        return value
+
+    def _carries(self, value: Any) -> bool:
+        """Whether a gradient may flow through a value."""
+        return isinstance(value, Ref) and self._read(value) in self.differentiable
+
+    # -- values --------------------------------------------------------------------------------------------------
+
+    def _read(self, value: Any) -> Any:
+        """A value as an argument of a new node."""
+        if isinstance(value, Ref):
+            return functional.read(value, self.emit)
+        if isinstance(value, Several):
+            return [self._read(p) for p in value.parts]
+        if isinstance(value, (list, tuple)):
+            return tuple(map(self._read, value)) if isinstance(value, tuple) else list(map(self._read, value))
+        if isinstance(value, dict):
+            return {k: self._read(v) for k, v in value.items()}
+        return value
+
+    def _op(self, old: fx.Node, target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A functional op: new node, and for each tensor it gives whose memory it shares."""
+        refs = [r for r in _walk((args, kwargs)) if isinstance(r, Ref)]
+        with self._keeping(old):
+            node = self.emit(target, *self._read(args), **self._read(kwargs))
+        value = node.meta["val"]
+        if isinstance(value, torch.Tensor):
+            return self._alias(node, node, None, value, refs)
+        if isinstance(value, (list, tuple)):
+            parts = []
+            for k, v in enumerate(value):
+                item = self.emit(operator.getitem, node, k)
+                parts.append(self._alias(node, item, k, v, refs) if isinstance(v, torch.Tensor) else item)
+            return Several(node, parts)
+        return node
+
+    def _alias(self, op: fx.Node, node: fx.Node, index: int | None, value: torch.Tensor, refs: list[Ref]) -> Ref:
+        """The ref of one output: a view of the argument whose memory it shares, else fresh memory."""
+        place = value.untyped_storage()._cdata
+        for ref in refs:
+            under = ref.node.meta["val"]
+            if not isinstance(under, torch.Tensor) or under.untyped_storage()._cdata != place:
+                continue
+            if not (op.args and op.args[0] is ref.node):
+                break  # shares memory with an argument that is not its first (or one in a list): no view we can replay
+            same = (under.shape == value.shape and under.dtype == value.dtype and under.stride() == value.stride()
+                    and under.storage_offset() == value.storage_offset())  # fmt: skip
+            step = ViewStep(op.target, op.args, dict(op.kwargs), index, same)  # type: ignore[arg-type]
+            return Ref(ref.base, (*ref.chain, step), node, ref.version)
+        return self._fresh(node)
+
+    def _mutate(self, old: fx.Node, target: OpOverload, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An op that writes: its functional twin, and the new value for everyone who shares the memory."""
+        if name in functional.METADATA:
+            plain = getattr(getattr(aten, functional.METADATA[name]), target._overloadname)
+            return self._op(old, plain, args, kwargs)
+        named = {**dict(zip([a.name for a in target._schema.arguments], args, strict=False)), **kwargs}
+        places = [target._schema.arguments[k].name for k in functional.written(target)]
+        refs = [named[p] for p in places]
+        if not all(isinstance(r, Ref) for r in refs):
+            raise Refused(f"{name} writes into a list of tensors")
+        before = [self._read(r).meta["val"] for r in refs]
+        if name == "copy_":
+            values = [self._copied(refs[0], named["src"], before[0])]
+        else:
+            plain = functional.twin(target)
+            rest = {k: v for k, v in named.items() if k in {a.name for a in plain._schema.arguments}}
+            complete, extra = ir.normalise(plain, (), self._read(rest))
+            with self._keeping(old):
+                node = self.emit(plain, *complete, **extra)
+            values = [node] if len(refs) == 1 and isinstance(node.meta["val"], torch.Tensor) else [
+                self.emit(operator.getitem, node, k) for k in range(len(node.meta["val"]))][-len(refs):]  # fmt: skip
+        for ref, value, was in zip(refs, values, before, strict=True):
+            functional.write(ref, self._like(value, was), self.emit)
+        return refs[0] if len(refs) == 1 else refs
+
+    def _copied(self, ref: Ref, source: Any, was: torch.Tensor) -> fx.Node:
+        node = self._like(self._read(source), was)
+        if _shape(node) == tuple(map(str, was.shape)):
+            return node
+        return self.emit(aten.expand.default, node, functional._sizes(self._read(ref), self.emit))
+
+    def _like(self, node: fx.Node, was: torch.Tensor) -> fx.Node:
+        """``node`` in the dtype and on the device of what it overwrites."""
+        now = node.meta["val"]
+        if now.device != was.device:
+            node = self.emit(aten.to.device, node, was.device, was.dtype)
+        return node if now.dtype == was.dtype else self.emit(aten.to.dtype, node, was.dtype)
+
+    # -- nodes ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _keeping(self, old: fx.Node) -> Iterator[None]:
+        """The next node stands for ``old`` itself: its site is the plain one, its fake value may be ``old``'s."""
+        self.stands_for: fx.Node | None = old
+        try:
+            yield
+        finally:
+            self.stands_for = None
+
+    stands_for = None
+
+    def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Append a normalised node and infer its value."""
+        old, self.stands_for = self.stands_for, None
+        if isinstance(target, OpOverload):
+            args, kwargs = ir.normalise(target, args, kwargs)
+        value, args, kwargs, target = self._value(old, target, args, kwargs)
+        node = self.graph.create_node("call_function", target, args, kwargs)
+        node.meta["val"] = value
+        if any(n in self.differentiable for n in ir.walk_nodes((args, kwargs))) and _float(value):
+            self.differentiable.add(node)
+        self.made.append((node, replace(self.where, primary=old is not None)))
+        return node
+
+    def _value(self, old: fx.Node | None, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any, Any]:
+        if old is not None and old.meta.get("unbacked_bindings"):
+            return old.meta["val"], args, kwargs, target
+        try:
+            value = self._infer(target, args, kwargs)
+        except Exception:
+            if target is aten.view.default:  # strides differ from the traced ones after an op became functional
+                return self._infer(aten.reshape.default, args, kwargs), args, kwargs, aten.reshape.default
+            if self.cast is None or old is None:
+                raise
+            value = None
+        said = old.meta.get("val") if old is not None else None
+        if self.cast is not None and isinstance(said, torch.Tensor) and getattr(value, "dtype", None) != said.dtype:
+            cast = lambda n: self._like(n, said) if _float(n.meta["val"]) else n  # noqa: E731
+            args, kwargs = fx.node.map_arg((args, kwargs), cast)
+            value = self._infer(target, args, kwargs)
+        return value, args, kwargs, target
+
+    def _infer(self, target: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with self.fake_mode, torch.no_grad():
+            return target(*args, **kwargs)
+
+
+# -- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _identity(value: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for the same tensor under two names."""
+    if value.numel() == 0 or value.layout is not torch.strided:
+        return (id(value),)
+    return (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, value.device)
+
+
+def _clone(value: torch.Tensor, storage: dict[int, torch.UntypedStorage]) -> torch.Tensor:
+    """A copy of a tensor of the model; tensors that share storage share it in the copy too."""
+    data = value.detach()
+    if data.layout is not torch.strided or type(data) is not torch.Tensor and not isinstance(value, nn.Parameter):
+        copy = data.clone()
+    else:
+        place = data.untyped_storage()
+        key = place.data_ptr() or id(value)
+        if key not in storage:
+            storage[key] = place.clone()
+        copy = torch.empty(0, dtype=data.dtype, device=data.device)
+        copy.set_(storage[key], data.storage_offset(), data.shape, data.stride())  # type: ignore[call-overload]
+    return nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
+
+
+def _attribute(model: nn.Module, name: str) -> torch.Tensor:
+    return operator.attrgetter(name)(model)
+
+
+def _float(value: Any) -> bool:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in parts)
+
+
+def _shape(node: fx.Node) -> tuple[str, ...]:
+    return tuple(map(str, node.meta["val"].shape))
+
+
+def _walk(value: Any) -> Iterator[Any]:
+    if isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _walk(v)
+    elif isinstance(value, dict):
+        for v in value.values():
+            yield from _walk(v)
+    elif isinstance(value, Several):
+        yield from value.parts
+    else:
+        yield value
+
+
+def leaf_names(paths: Sequence[str], positional: Sequence[str]) -> list[str]:
+    """A readable identifier for each leaf of a call: ``input_ids``, ``past_key_values_0_keys``.
+
+    Args:
+        paths: of the leaves within ``(args, kwargs)``.
+        positional: names of the model's positional parameters.
+    """
+    found: list[str] = []
+    for path in paths:
+        match = re.match(r"\[0\]\[(\d+)\](.*)", path)
+        if match:
+            k = int(match[1])
+            path = (positional[k] if k < len(positional) else f"input_{k}") + match[2]
+        else:
+            path = path[3:]
+        name = re.sub(r"\W+", "_", path).strip("_") or "input"
+        name = name if name[0].isalpha() or name[0] == "_" else f"input_{name}"
+        k, unique = 1, name
+        while unique in found:
+            k += 1
+            unique = f"{name}_{k}"
+        found.append(unique)
+    return found

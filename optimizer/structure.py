@@ -1,0 +1,501 @@
+"""Structures of inputs and outputs in a vocabulary of our own: which containers stand round the tensors of a call.
+
+    leaves, spec = flatten({"x": tensor, "more": (tensor, None, 3)})
+    spec.unflatten(leaves)                 # the same value again
+    Spec.from_json(spec.to_json()) == spec
+
+A ``Spec`` is data: it names the user's types but never imports them. Where a type is loaded already it is reused,
+elsewhere ``Output`` (keys, attributes, indices) takes its place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import sys
+from collections import OrderedDict, UserDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from graphwright.errors import InputError, LoadError
+
+_CACHES = ("DynamicCache", "EncoderDecoderCache")
+_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
+
+
+class Output(Mapping):
+    """What a dataclass, a model output or a cache comes back as where its own type is not loaded.
+
+    Reads like a mapping (entries that are None are left out, as transformers does), by attribute, and by integer index.
+    """
+
+    def __init__(self, name: str, fields: Mapping[str, Any]):
+        object.__setattr__(self, "_name", name)
+        object.__setattr__(self, "_fields", dict(fields))
+
+    def __getattr__(self, key: str) -> Any:
+        try:
+            return self.__dict__["_fields"][key]
+        except KeyError:
+            raise AttributeError(f"{self.__dict__.get('_name', 'Output')} has no field {key!r}") from None
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        self._fields[key] = value
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        return self.to_tuple()[key] if isinstance(key, (int, slice)) else self._fields[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return (k for k, v in self._fields.items() if v is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __repr__(self) -> str:
+        body = ", ".join(f"{k}={_brief(v)}" for k, v in self._fields.items())
+        return f"{self._name}({body})"
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The entries that are not None, in order."""
+        return tuple(v for v in self._fields.values() if v is not None)
+
+
+class NamedOutput(tuple):
+    """What a namedtuple comes back as where its own type is not loaded: a tuple with attributes."""
+
+    _fields: tuple[str, ...]
+
+    def __new__(cls, fields: Sequence[str], values: Sequence[Any]) -> NamedOutput:
+        self = super().__new__(cls, values)
+        self._fields = tuple(fields)
+        return self
+
+    def __getattr__(self, key: str) -> Any:
+        fields = self.__dict__.get("_fields", ())
+        if key in fields:
+            return self[fields.index(key)]
+        raise AttributeError(f"no field {key!r}; the fields are {', '.join(fields)}")
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return self._fields, tuple(self)
+
+
+class CacheOutput(Output):
+    """What a key-value cache comes back as without transformers: ``layers[k].keys`` and ``.values``, and its length."""
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens held, 0 for an empty cache."""
+        layers = self._fields["layers"]
+        return 0 if layer_idx >= len(layers) else layers[layer_idx].keys.shape[-2]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The structure of one value.
+
+    Attributes:
+        kind: tensor, none, const, tuple, list, dict, mapping, namedtuple, dataclass, cache or cache-layer.
+        type: for a constant its kind; else the user's type as ``module:qualified.name``, where it matters.
+        keys: the names of the children, where they have names.
+        children: the structures inside.
+        value: what a constant is, as data.
+    """
+
+    kind: str
+    type: str | None = None
+    keys: tuple[Any, ...] = ()
+    children: tuple[Spec, ...] = ()
+    value: Any = None
+    count: int = field(default=0, compare=False)
+
+    def __post_init__(self) -> None:
+        count = 1 if self.kind == "tensor" else sum(c.count for c in self.children)
+        object.__setattr__(self, "count", count)
+        object.__setattr__(self, "_hash", hash((self.kind, self.type, self.keys, self.children, self.value)))
+
+    def __hash__(self) -> int:
+        return self._hash  # type: ignore[attr-defined]
+
+    # -- rebuilding --------------------------------------------------------------------------------------------
+
+    def unflatten(self, leaves: Sequence[Any]) -> Any:
+        """The value with ``leaves`` (``count`` of them, in order) at its tensor places.
+
+        Raises:
+            InputError: the number of leaves is wrong.
+        """
+        if len(leaves) != self.count:
+            raise InputError(f"{len(leaves)} tensors given for a structure of {self.count}: {self.describe()}")
+        return self._build(iter(leaves))
+
+    def _build(self, leaves: Iterator[Any]) -> Any:
+        return _BUILD[self.kind](self, leaves)
+
+    # -- words -------------------------------------------------------------------------------------------------
+
+    def paths(self, start: str = "") -> list[str]:
+        """Where each leaf stands, as one would write it in Python: ``[0].past_key_values[2].keys``."""
+        if self.kind == "tensor":
+            return [start]
+        found: list[str] = []
+        for k, child in enumerate(self.children):
+            found += child.paths(start + self._step(k))
+        return found
+
+    def _step(self, k: int) -> str:
+        if self.kind in ("dict", "mapping"):
+            return f"[{_plain(self.keys[k])!r}]"
+        return f".{self.keys[k]}" if self.kind in ("dataclass", "namedtuple", "cache-layer") else f"[{k}]"
+
+    def describe(self) -> str:
+        """One line for humans: ``{'x': tensor, 'more': (tensor, None, 3)}``."""
+        inner = [c.describe() for c in self.children]
+        if self.kind in ("tensor", "none"):
+            return "None" if self.kind == "none" else "tensor"
+        if self.kind == "const":
+            return repr(self.value) if self.type in _SIMPLE else f"{self.value}"
+        if self.kind in ("dict", "mapping"):
+            return "{" + ", ".join(f"{_plain(k)!r}: {c}" for k, c in zip(self.keys, inner, strict=True)) + "}"
+        if self.kind == "list":
+            return f"[{', '.join(inner)}]"
+        if self.kind == "tuple":
+            return f"({', '.join(inner)}{',' if len(inner) == 1 else ''})"
+        name = (self.type or "").rpartition(":")[2]
+        if self.kind == "cache":
+            return f"{name}({len(inner)} layers)"
+        return f"{name}({', '.join(f'{k}={c}' for k, c in zip(self.keys, inner, strict=True))})"
+
+    # -- data --------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data: dicts, lists, strings, numbers."""
+        data: dict[str, Any] = {"kind": self.kind}
+        if self.type is not None:
+            data["type"] = self.type
+        if self.keys:
+            data["keys"] = [list(k) if isinstance(k, tuple) else k for k in self.keys]
+        if self.children:
+            data["children"] = [c.to_json() for c in self.children]
+        if self.value is not None:
+            data["value"] = list(self.value) if isinstance(self.value, tuple) else self.value
+        return data
+
+    @staticmethod
+    def from_json(data: Any, *, depth: int = 0) -> Spec:
+        """The spec that ``to_json`` wrote.
+
+        Raises:
+            LoadError: the data are no spec.
+        """
+        if not isinstance(data, dict) or depth > 200 or data.get("kind") not in _BUILD:
+            raise LoadError(f"a structure in the file is malformed: {str(data)[:80]}", hint="Save the model again.")
+        children = data.get("children", [])
+        keys, value, type_ = data.get("keys", []), data.get("value"), data.get("type")
+        if not isinstance(children, list) or not isinstance(keys, list) or not isinstance(type_, (str, type(None))):
+            raise LoadError(f"a structure in the file is malformed: {str(data)[:80]}", hint="Save the model again.")
+        spec = Spec(
+            data["kind"], type_,
+            tuple(tuple(k) if isinstance(k, list) else k for k in keys),
+            tuple(Spec.from_json(c, depth=depth + 1) for c in children),
+            tuple(value) if isinstance(value, list) else value,
+        )  # fmt: skip
+        _check(spec)
+        return spec
+
+
+TENSOR = Spec("tensor")
+NONE = Spec("none")
+
+
+# -- taking apart ----------------------------------------------------------------------------------------------------
+
+
+def flatten(value: Any, *, name: str = "") -> tuple[list[torch.Tensor], Spec]:
+    """The tensors of a nested value, in order, and its structure.
+
+    Args:
+        name: what stands before the path in an error message.
+
+    Raises:
+        InputError: a leaf is no tensor, None or constant; the message says where.
+    """
+    leaves: list[torch.Tensor] = []
+    return leaves, _flatten(value, leaves, name)
+
+
+def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[torch.Tensor], Spec]:
+    """Like ``flatten`` of ``(args, kwargs)``; the order in which keywords were written does not matter."""
+    leaves: list[torch.Tensor] = []
+    positional = Spec("tuple", None, (), tuple(_flatten(a, leaves, f"argument {k}") for k, a in enumerate(args)))
+    names = sorted(kwargs)
+    named = Spec("dict", None, tuple(names), tuple(_flatten(kwargs[n], leaves, n) for n in names))
+    return leaves, Spec("tuple", None, (), (positional, named))
+
+
+def _flatten(value: Any, leaves: list[torch.Tensor], path: str) -> Spec:
+    if isinstance(value, torch.Tensor):
+        leaves.append(value)
+        return TENSOR
+    if value is None:
+        return NONE
+    kind = type(value)
+    if kind in (tuple, list):
+        parts = tuple(_flatten(v, leaves, f"{path}[{k}]") for k, v in enumerate(value))
+        return Spec(kind.__name__, None, (), parts)
+    if kind is dict:
+        return _flatten_mapping("dict", None, value, leaves, path)
+    constant = _constant(value)
+    if constant is not None:
+        return constant
+    if any(c.__name__ in _CACHES and hasattr(value, "layers") for c in kind.__mro__) or _is_pair_cache(value):
+        return _flatten_cache(value, leaves, path)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [f.name for f in dataclasses.fields(value)]
+        if isinstance(value, OrderedDict):
+            names += [k for k in value if k not in names]
+        read = [value[k] if isinstance(value, OrderedDict) and k in value else getattr(value, k, None) for k in names]
+        parts = tuple(_flatten(v, leaves, f"{path}.{k}") for k, v in zip(names, read, strict=True))
+        return Spec("dataclass", _type_name(kind), tuple(names), parts)
+    if isinstance(value, tuple):
+        return _flatten_tuple(value, leaves, path)
+    if isinstance(value, list):
+        return Spec("list", None, (), tuple(_flatten(v, leaves, f"{path}[{k}]") for k, v in enumerate(value)))
+    if isinstance(value, OrderedDict) or type(value).__name__ == "defaultdict":
+        return _flatten_mapping("dict", None if kind is not OrderedDict else _type_name(kind), value, leaves, path)
+    if isinstance(value, Mapping):
+        return _flatten_mapping("mapping", _type_name(kind), value, leaves, path)
+    raise InputError(
+        f"a value of type {kind.__module__}.{kind.__qualname__} cannot be part of a captured model's inputs or outputs",
+        where=path or None,
+        hint="Tensors, None, numbers, strings, dtypes, devices, tuples, lists, dicts, namedtuples, dataclasses and "
+        "transformers' DynamicCache can; turn NumPy arrays into tensors with torch.as_tensor.",
+    )
+
+
+def _flatten_mapping(kind: str, type_: str | None, value: Mapping[Any, Any], leaves: list, path: str) -> Spec:
+    keys = []
+    for k in value:
+        if type(k) not in (str, int, bool, float):
+            raise InputError(f"a dict key of type {type(k).__name__}", where=path or None, hint="Use strings or numbers.")
+        keys.append(k if isinstance(k, str) else (type(k).__name__, k))
+    return Spec(kind, type_, tuple(keys), tuple(_flatten(v, leaves, f"{path}[{k!r}]") for k, v in value.items()))
+
+
+def _flatten_tuple(value: tuple, leaves: list[torch.Tensor], path: str) -> Spec:
+    kind = type(value)
+    names = getattr(kind, "_fields", None)
+    if names is None and hasattr(kind, "n_fields"):  # torch.return_types.*
+        names = [k for k in dir(kind) if not k.startswith("_") and isinstance(getattr(value, k, None), torch.Tensor)]
+        names = sorted(names, key=lambda n: next(i for i, v in enumerate(value) if v is getattr(value, n)))
+    if isinstance(value, NamedOutput):
+        names = value._fields
+    if names is None:
+        type_ = _type_name(kind) if kind is torch.Size else None
+        return Spec("tuple", type_, (), tuple(_flatten(v, leaves, f"{path}[{k}]") for k, v in enumerate(value)))
+    parts = tuple(_flatten(v, leaves, f"{path}.{k}") for k, v in zip(names, value, strict=True))
+    return Spec("namedtuple", _type_name(kind), tuple(names), parts)
+
+
+def _is_pair_cache(value: Any) -> bool:
+    return hasattr(value, "self_attention_cache") and hasattr(value, "cross_attention_cache")
+
+
+def _flatten_cache(value: Any, leaves: list[torch.Tensor], path: str) -> Spec:
+    type_ = _type_name(type(value))
+    if _is_pair_cache(value):
+        names = ("self_attention_cache", "cross_attention_cache")
+        parts = tuple(_flatten(getattr(value, n), leaves, f"{path}.{n}") for n in names)
+        return Spec("cache", type_, names, parts)
+    layers = tuple(_flatten_layer(layer, leaves, f"{path}[{k}]") for k, layer in enumerate(value.layers))
+    return Spec("cache", type_, (), layers)
+
+
+def _flatten_layer(layer: Any, leaves: list[torch.Tensor], path: str) -> Spec:
+    name = type(layer).__name__
+    if name not in _LAYERS and not isinstance(layer, Output):
+        raise InputError(f"a cache layer of type {name} is not known", where=path, hint=f"Known: {', '.join(_LAYERS)}.")
+    window = getattr(layer, "sliding_window", None)
+    if layer.keys is None or getattr(layer, "is_initialized", True) is False:
+        return Spec("cache-layer", _type_name(type(layer)), (), (), window)
+    leaves += [layer.keys, layer.values]
+    value: Any = window
+    if window is not None and not bool(layer.cumulative_length == layer.keys.shape[-2]):
+        value = (window, int(layer.cumulative_length))
+    return Spec("cache-layer", _type_name(type(layer)), ("keys", "values"), (TENSOR, TENSOR), value)
+
+
+_SIMPLE = {"bool": bool, "int": int, "float": float, "str": str}
+
+
+def _constant(value: Any) -> Spec | None:
+    """The spec of a constant, by value; None for anything else."""
+    kind = type(value)
+    if kind.__name__ in _SIMPLE and kind is _SIMPLE[kind.__name__]:
+        plain = repr(value) if kind is float and (value != value or value in (float("inf"), float("-inf"))) else value
+        return Spec("const", kind.__name__, value=plain)
+    if isinstance(value, (torch.dtype, torch.device, torch.memory_format, torch.layout)):
+        return Spec("const", kind.__name__, value=str(value).removeprefix("torch."))
+    if isinstance(value, enum.Enum) and isinstance(value.value, (bool, int, float, str)):
+        return Spec("const", f"enum {_type_name(kind)}", value=value.value)
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        raise InputError("a number that depends on the inputs' sizes cannot be returned by a captured model as it is",
+                         hint="Return it as a tensor.")  # fmt: skip
+    return None
+
+
+# -- putting together ------------------------------------------------------------------------------------------------
+
+
+def _build_constant(spec: Spec, leaves: Iterator[Any]) -> Any:
+    kind, value = str(spec.type), spec.value
+    if kind in _SIMPLE:
+        return _SIMPLE[kind](value)
+    if kind == "device":
+        return torch.device(value)
+    if kind.startswith("enum "):
+        found = _loaded(kind[5:], enum.Enum)
+        return value if found is None else found(value)
+    return getattr(torch, value)
+
+
+def _build_sequence(spec: Spec, leaves: Iterator[Any]) -> Any:
+    parts = [c._build(leaves) for c in spec.children]
+    if spec.kind == "list":
+        return parts
+    return torch.Size(parts) if spec.type == "torch:Size" else tuple(parts)
+
+
+def _build_mapping(spec: Spec, leaves: Iterator[Any]) -> Any:
+    built = {_plain(k): c._build(leaves) for k, c in zip(spec.keys, spec.children, strict=True)}
+    if spec.kind == "dict":
+        return OrderedDict(built) if spec.type else built
+    kind = _loaded(spec.type, UserDict)
+    return Output(_short(spec), built) if kind is None else kind(built)
+
+
+def _build_namedtuple(spec: Spec, leaves: Iterator[Any]) -> Any:
+    values = [c._build(leaves) for c in spec.children]
+    kind = _loaded(spec.type, tuple)
+    if kind is None or kind is NamedOutput:
+        return NamedOutput(spec.keys, values)
+    return tuple.__new__(kind, values) if hasattr(kind, "_fields") else kind(values)
+
+
+def _build_dataclass(spec: Spec, leaves: Iterator[Any]) -> Any:
+    values = {k: c._build(leaves) for k, c in zip(spec.keys, spec.children, strict=True)}
+    kind = _loaded(spec.type, object)
+    if kind is None or not dataclasses.is_dataclass(kind):
+        return Output(_short(spec), values)
+    if issubclass(kind, OrderedDict):
+        names = {f.name for f in dataclasses.fields(kind)}
+        built = kind(**{k: v for k, v in values.items() if k in names})
+        for k in [k for k in values if k not in names]:
+            built[k] = values[k]
+        return built
+    built = object.__new__(kind)
+    for k, v in values.items():  # past __init__ and __post_init__: the values are those that an instance had
+        object.__setattr__(built, k, v)
+    return built
+
+
+def _build_cache(spec: Spec, leaves: Iterator[Any]) -> Any:
+    parts = [c._build(leaves) for c in spec.children]
+    kind = _loaded(spec.type, object)
+    if spec.keys:
+        pair = dict(zip(spec.keys, parts, strict=True))
+        return Output(_short(spec), pair) if kind is None else kind(*parts)
+    if kind is None or issubclass(kind, Output):
+        return CacheOutput(_short(spec), {"layers": parts})
+    cache = kind()
+    cache.layers = parts
+    if any(c.value is not None for c in spec.children) or (parts and spec.children[0].keys):
+        cache.layer_class_to_replicate = type(parts[-1]) if type(parts[-1]).__name__ == "DynamicLayer" else None
+    return cache
+
+
+def _build_layer(spec: Spec, leaves: Iterator[Any]) -> Any:
+    keys, values = (next(leaves), next(leaves)) if spec.keys else (None, None)
+    window, seen = spec.value if isinstance(spec.value, tuple) else (spec.value, None)
+    kind = _loaded(spec.type, object)
+    if kind is None or issubclass(kind, Output):
+        fields = {"keys": keys, "values": values}
+        if window is not None:
+            fields |= {"sliding_window": window, "cumulative_length": keys.shape[-2] if seen is None else seen}
+        return Output(_short(spec), fields)
+    layer = kind() if window is None else kind(sliding_window=window)
+    if keys is not None:
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        if window is not None:
+            layer.cumulative_length = keys.shape[-2] if seen is None else seen
+    return layer
+
+
+_BUILD = {
+    "tensor": lambda spec, leaves: next(leaves),
+    "none": lambda spec, leaves: None,
+    "const": _build_constant,
+    "tuple": _build_sequence,
+    "list": _build_sequence,
+    "dict": _build_mapping,
+    "mapping": _build_mapping,
+    "namedtuple": _build_namedtuple,
+    "dataclass": _build_dataclass,
+    "cache": _build_cache,
+    "cache-layer": _build_layer,
+}
+
+
+# -- types -----------------------------------------------------------------------------------------------------------
+
+
+def _type_name(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _short(spec: Spec) -> str:
+    return (spec.type or "Output").rpartition(":")[2].rpartition(".")[2]
+
+
+def _loaded(name: str | None, base: type) -> Any:
+    """The type of that name where its module is loaded and it really is a class below ``base``; nothing is imported."""
+    module, _, path = (name or "").partition(":")
+    found: Any = sys.modules.get(module)
+    for part in path.split("."):
+        found = getattr(found, part, None) if found is not None and part else None
+    return found if isinstance(found, type) and issubclass(found, base) and _type_name(found) == name else None
+
+
+def _plain(key: Any) -> Any:
+    return _SIMPLE[key[0]](key[1]) if isinstance(key, tuple) else key
+
+
+def _brief(value: Any) -> str:
+    return f"tensor{list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+def _check(spec: Spec) -> None:
+    """Refuse what ``flatten`` never writes, so that a file cannot build anything else."""
+    named = spec.kind in ("dict", "mapping", "namedtuple", "dataclass")
+    good = not named or len(spec.keys) == len(spec.children)
+    if spec.kind in ("namedtuple", "dataclass"):
+        good &= all(isinstance(k, str) and k.isidentifier() and not k.startswith("__") for k in spec.keys)
+    elif named:
+        simple = (lambda k: isinstance(k, str) or (isinstance(k, tuple) and len(k) == 2 and k[0] in _SIMPLE))
+        good &= all(map(simple, spec.keys))
+    if spec.kind == "const":
+        good &= spec.type in _SIMPLE or spec.type in ("dtype", "device", "memory_format", "layout") or str(
+            spec.type).startswith("enum ")  # fmt: skip
+        good &= isinstance(spec.value, (bool, int, float, str))
+        if spec.type in ("dtype", "memory_format", "layout"):
+            good &= type(getattr(torch, str(spec.value), None)).__name__ == spec.type
+    if not good:
+        raise LoadError(f"a structure in the file is malformed: {spec.kind}", hint="Save the model again.")
