@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphwright.ir import Program
 
@@ -82,7 +82,12 @@ def shape_failure(before: Tensor, after: Tensor) -> str | None:
 def double(program: Program) -> Program:
     """The same program in float64: tensors, and every dtype argument that names a smaller float, are widened."""
     twin = program.copy()
-    twin.graph_module.double()
+    for module in twin.graph_module.modules():  # not Module.double(): it widens the Parameter objects, which are shared
+        for store in (module._parameters, module._buffers):
+            for name, tensor in list(store.items()):
+                if tensor is not None and tensor.is_floating_point():
+                    wide_tensor = tensor.detach().double()
+                    store[name] = nn.Parameter(wide_tensor) if store is module._parameters else wide_tensor
     wide = {torch.float32, torch.float16, torch.bfloat16}
     for node in twin.nodes:
         node.args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in wide else a for a in node.args)
