@@ -144,3 +144,32 @@ print(sorted(heavy & {m.split(".")[0] for m in set(sys.modules) - before}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stdout + done.stderr
+
+
+def test_every_installed_requirement_is_pinned():
+    """constraints.txt names each package that `make demo` and `make test` bring in, whatever asked for it."""
+    requirements = pytest.importorskip("packaging.requirements")
+    pinned = {
+        _canonical(line.split("==")[0]) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    }
+    queue, seen = [("graphwright", {"demo", "test"})], set()
+    while queue:
+        name, extras = queue.pop()
+        if (name, frozenset(extras)) in seen:
+            continue
+        seen.add((name, frozenset(extras)))
+        try:
+            wanted = metadata.distribution(name).requires or []
+        except metadata.PackageNotFoundError:
+            continue  # an extra that is not installed here
+        for line in wanted:
+            requirement = requirements.Requirement(line)
+            if requirement.marker is None or any(requirement.marker.evaluate({"extra": e}) for e in {"", *extras}):
+                queue.append((_canonical(requirement.name), requirement.extras))
+    names = {name for name, _ in seen if not name.startswith(("nvidia-", "cuda-", "triton"))} - {"graphwright"}
+    assert len(names) > 30
+    assert names - pinned == set()
+
+
+def _canonical(name: str) -> str:
+    return name.lower().replace("_", "-").replace(".", "-")
