@@ -27,7 +27,7 @@ class Tolerance:
     """Lowest signal-to-noise ratio in dB, against float64 eager, at which a peer of that precision counts."""
 
     float32: float = 60.0
-    bf16: float = 20.0
+    bf16: float = 14.0
     int8: float = 8.0
 
     def floor(self, precision: str) -> float:
