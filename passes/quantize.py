@@ -1,0 +1,196 @@
+"""Int8: quantize/dequantize pairs around matrix ops with constant weights and around what flows between them.
+
+A quantized op reads ``op(dequantize(quantize(x)), dequantize_channel(weight_int8), bias, ...)``. Every value has at most
+one pair, read by all quantized readers; float readers keep reading the value itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import fx
+
+from graphwright.calibrate import missing, observe
+from graphwright.errors import RecipeError, nearest
+from graphwright.ir import Program, op_name, site_of
+from graphwright.manager import Pass, PassResult
+from graphwright.numerics import Lossy
+from graphwright.passes.observers import Grid, Histogram, Rule, grid, rule
+from graphwright.passes.quantize_plan import Anchor, Plan, find_anchor, float_inputs, groups, is_matrix_op, plan
+from graphwright.passes.quantize_weights import ChannelMean
+from graphwright.passes.quantize_write import Writer, site_errors
+
+#: Operands of a concatenation share its scale unless that would cost one of them more than this factor in resolution.
+_COARSER = 4.0
+
+_CHOICES = {
+    "mode": ("static", "dynamic", "weight-only"),
+    "activations": ("uint8", "int8"),
+    "residual": ("auto", "float", "int8"),
+    "weight_scales": ("max", "mse"),
+}
+
+
+@dataclass(frozen=True)
+class Quantize(Pass):
+    """Quantize matrix ops and what flows between them to int8.
+
+    Args:
+        mode: ``"static"``: activations by ranges seen during calibration. ``"dynamic"``: by ranges computed at run
+            time, per row for linears and per tensor for convolutions. ``"weight-only"``: weights alone.
+        activations: ``"uint8"`` with a zero point, or ``"int8"`` without.
+        observer: ``"min-max"``, ``"percentile"``, ``"mse"`` or a rule of ``graphwright.passes.observers`` with its
+            parameters (``Percentile(99.9)``).
+        weight_scales: ``"max"``, or ``"mse"``: least squared error.
+        per_channel: a scale for each output channel of a weight, or one for all.
+        residual: how adds and products read operands that exist as int8: ``"auto"`` (as int8 between convolutions, as
+            float elsewhere), ``"float"`` or ``"int8"``.
+        bias_correction: take the mean error that rounding the weights causes back out of the bias (static only).
+    """
+
+    name: ClassVar[str] = "quantize"
+    numerics: ClassVar[Lossy] = Lossy(floor_db=5.0)
+
+    mode: str = "static"
+    activations: str = "uint8"
+    observer: str | Rule = "mse"
+    weight_scales: str = "mse"
+    per_channel: bool = True
+    residual: str = "auto"
+    bias_correction: bool = True
+
+    def __post_init__(self) -> None:
+        for option, known in _CHOICES.items():
+            value = getattr(self, option)
+            if value not in known:
+                raise RecipeError(f"Quantize({option}={value!r}): there are {', '.join(map(repr, known))}",
+                                  hint=nearest(str(value), known) or None)  # fmt: skip
+        rule(self.observer)
+
+    def run(self, program: Program) -> PassResult:
+        """See the class.
+
+        Raises:
+            CalibrationError: static, and ``program.calibration`` is empty.
+        """
+        result = PassResult()
+        anchors = self._anchors(program, result)
+        if not anchors:
+            result.notes.append("no matrix op with a constant weight is left to quantize")
+            return result
+        if self.mode == "static" and not program.calibration:
+            raise missing("static int8")
+        before = program.copy()
+        twins = dict(zip(program.nodes, before.nodes, strict=True))
+        writer = Writer(program)
+        if self.mode == "static":
+            anchors = self._static(program, anchors, writer, result)
+        elif self.mode == "dynamic":
+            writer.dynamic(anchors, symmetric=self.activations == "int8")
+        if not anchors:
+            return result
+        writer.weights(anchors, per_channel=self.per_channel, search=self.weight_scales)
+        program.tidy()
+        batch = next(iter(program.calibration), program.example)
+        errors = site_errors(before, program, {twins[a.node]: a.node for a in anchors}, batch)
+        for a in sorted(anchors, key=lambda a: errors.get(a.node, 0.0)):
+            said = writer.describe(a) + (f", SQNR {errors[a.node]:.1f} dB" if a.node in errors else "")
+            result.change(site_of(a.node), said)
+        return result
+
+    # -- what ----------------------------------------------------------------------------------------------------
+
+    def _anchors(self, program: Program, result: PassResult) -> list[Anchor]:
+        found = []
+        for node in program.nodes:
+            if not is_matrix_op(node) or self.refused(result, node):
+                continue
+            anchor = find_anchor(program, node)
+            if isinstance(anchor, str):
+                result.refuse(site_of(node), anchor)
+            else:
+                found.append(anchor)
+        return found
+
+    def _static(self, program: Program, anchors: list[Anchor], writer: Writer, result: PassResult) -> list[Anchor]:
+        """Observe, decide and insert the activations' pairs; gives the anchors that are left."""
+        ranges = _Ranges(plan(anchors, program.graph.nodes, self.residual))
+        means = {a: ChannelMean(axis) for a in anchors if self.bias_correction and (axis := _input_axis(a)) is not None}
+        ranges.observe(program, means)
+        kept = []
+        for a in anchors:
+            reason = ranges.trouble(a.source)
+            if reason:
+                result.refuse(site_of(a.node), f"its input {reason}")
+            else:
+                kept.append(a)
+        found = plan(kept, program.graph.nodes, self.residual)
+        writer.static(found, ranges.grids(found, rule(self.observer), self.activations == "int8"))
+        writer.means = means
+        return kept
+
+
+def _input_axis(a: Anchor) -> int | None:
+    """The axis of an anchor's input over which it sums, from the end; None where this file does not know it."""
+    name = op_name(a.node.target).rpartition(".")[2]
+    if "transpose" in name:
+        return None
+    return -1 if "linear" in name else -(a.weight.meta["val"].ndim - 1) if a.conv else None
+
+
+@dataclass
+class _Ranges:
+    """What calibration shows of the values of a plan."""
+
+    plan: Plan
+    seen: dict[fx.Node, Histogram] = field(default_factory=dict)
+
+    def observe(self, program: Program, means: Mapping[Anchor, ChannelMean]) -> None:
+        """Only values that are no copies of others are watched."""
+        derived = {n for _, n in self.plan.shared}
+        self.seen = {v: Histogram() for v in self.plan.values if v not in derived}
+        watchers: dict[fx.Node, list[Any]] = {v: [h] for v, h in self.seen.items()}
+        for a, mean in means.items():
+            watchers.setdefault(a.source, []).append(mean)
+        hooks = {v: (lambda x, ws=tuple(ws): [w.update(x) for w in ws]) for v, ws in watchers.items()}
+        observe(program, program.calibration, hooks)  # type: ignore[arg-type]
+
+    def of(self, value: fx.Node) -> Histogram:
+        """What was seen of a value, or of the values that it copies."""
+        if value in self.seen:
+            return self.seen[value]
+        return _merged(self.of(s) for s in float_inputs(value))
+
+    def trouble(self, value: fx.Node) -> str | None:
+        """Why no scale can be had for a value."""
+        seen = self.of(value)
+        if seen.bad:
+            return f"held {seen.bad} NaN or infinite values during calibration"
+        if not seen.seen:
+            return "was empty during calibration"
+        return "was zero throughout calibration" if seen.low == seen.high == 0 else None
+
+    def grids(self, found: Plan, how: Rule, symmetric: bool) -> dict[fx.Node, Grid]:
+        """A grid per value; those that share are given the same object."""
+        grids: dict[fx.Node, Grid] = {}
+        for members in groups(found.values, (p for p in found.shared if self._may_share(*p))):
+            watched = [m for m in members if m in self.seen] or members
+            seen = _merged(self.of(m) for m in watched)
+            chosen = grid(*how.range(seen, symmetric), symmetric=symmetric)
+            grids.update(dict.fromkeys(members, chosen))
+        return grids
+
+    def _may_share(self, source: fx.Node, copy: fx.Node) -> bool:
+        if len(float_inputs(copy)) == 1:
+            return True
+        spans = [max(h.high, 0.0) - min(h.low, 0.0) for h in (self.of(source), self.of(copy))]
+        return spans[1] <= _COARSER * spans[0]
+
+
+def _merged(histograms: Iterable[Histogram]) -> Histogram:
+    total = Histogram()
+    for h in histograms:
+        total = total.merged(h)
+    return total

@@ -1,0 +1,109 @@
+"""Weights as int8: scales, integers, and the bias that takes back the mean error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+#: Weights per channel that the search for the best scale looks at.
+SAMPLE = 1024
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """A weight in [-127, 127] with zero point 0: ``real ≈ values * scales`` along ``axis``.
+
+    Attributes:
+        values: int8, the weight's shape; scales: float32, one per index of ``axis``, or one number (axis None).
+    """
+
+    values: Tensor
+    scales: Tensor
+    axis: int | None
+
+    def real(self) -> Tensor:
+        """The weight that the integers stand for, float32."""
+        return self.values.float() * _along(self.scales, self.values, self.axis)
+
+
+def _along(scales: Tensor, like: Tensor, axis: int | None) -> Tensor:
+    if axis is None:
+        return scales
+    shape = [1] * like.ndim
+    shape[axis] = -1
+    return scales.reshape(shape)
+
+
+def quantize_weight(weight: Tensor, axis: int | None, search: str) -> Int8Weight:
+    """Symmetric int8.
+
+    Args:
+        axis: output channels, each with a scale; None: one scale.
+        search: ``"max"``: the largest weight becomes 127. ``"mse"``: the scale with the least squared error.
+    """
+    wide = weight.detach().float()
+    rows = wide.reshape(1, -1) if axis is None else wide.movedim(axis, 0).reshape(wide.shape[axis], -1)
+    scales = rows.abs().amax(1) / 127
+    if search == "mse":
+        scales = scales * _best_share(rows, scales)
+    # A channel of zeros has no scale of its own: 1 keeps it exact and finite.
+    scales = torch.where(scales > torch.finfo(torch.float32).tiny, scales, torch.ones_like(scales))
+    scales = scales if axis is not None else scales[0]
+    values = torch.round(wide / _along(scales, wide, axis)).clamp_(-127, 127).to(torch.int8)
+    return Int8Weight(values, scales, axis)
+
+
+def _best_share(rows: Tensor, scales: Tensor) -> Tensor:
+    """Per row the share of its scale, 0.8 to 1, with the least squared error."""
+    if rows.shape[1] > SAMPLE:  # the largest weight must stay in: it is what saturates
+        stride = -(-rows.shape[1] // SAMPLE)
+        largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+        rows = torch.cat([rows[:, ::stride], largest], 1)
+    least = torch.full_like(scales, torch.inf)
+    best = torch.ones_like(scales)
+    for share in torch.linspace(1.0, 0.8, 21).tolist():
+        step = (scales * share).clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+        error = (torch.round(rows / step).clamp_(-127, 127) * step - rows).square_().sum(1)
+        best = torch.where(error < least, share, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+@dataclass
+class ChannelMean:
+    """Running mean of a value per channel.
+
+    Args:
+        axis: the channels.
+    """
+
+    axis: int
+    total: Tensor | None = None
+    count: int = 0
+
+    def update(self, x: Tensor) -> None:
+        axis = self.axis % x.ndim
+        others = [k for k in range(x.ndim) if k != axis]
+        summed = x.double().sum(others) if x.dtype == torch.float64 or not others else x.float().sum(others).double()
+        self.total = summed if self.total is None else self.total + summed
+        self.count += x.numel() // max(1, x.shape[axis])
+
+    @property
+    def mean(self) -> Tensor:
+        """float64 [channels]."""
+        assert self.total is not None and self.count
+        return self.total / self.count
+
+
+def mean_error(weight: Tensor, quantized: Int8Weight, mean: Tensor, groups: int) -> Tensor:
+    """What quantizing the weight adds to the mean of each output channel, float64 [o].
+
+    Args:
+        weight: ``[o, i, *kernel]``; mean: of the input per channel, ``[groups * i]``.
+    """
+    error = (quantized.real().double() - weight.double()).flatten(2).sum(2) if weight.ndim > 2 else (
+        quantized.real().double() - weight.double())  # fmt: skip
+    per_group = mean.reshape(groups, -1).repeat_interleave(error.shape[0] // groups, 0)
+    return (error * per_group).sum(1)
