@@ -1,0 +1,177 @@
+"""Fold batch norm in eval mode into the convolution or linear beside it.
+
+``gamma * (y - mean) / sqrt(var + eps) + beta`` is a scale and a shift per channel, and a contraction's weight and bias
+take both in. Folding moves where numbers cancel: where a channel's mean is large against its spread, the folded bias
+and the product nearly cancel, and float error grows. Where that could break the exact rule, the site is run both ways
+on the program's example, against float64, and left alone if it does break it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphwright.ir import Program, arg, op_name, site_of, sites_of
+from graphwright.manager import Pass, PassResult
+from graphwright.numerics import Exact
+from graphwright.passes import _affine as affine
+from graphwright.passes._nodes import is_op, only_user, readers, sweep
+
+#: Cancellation (see ``_affine.cancels``) that is certain to keep the exact rule, and that without an example is refused.
+SAFE, TOO_MUCH = 4.0, 64.0
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm in eval mode as ``scale * y + shift``, float64, one number per channel, and what it is made of."""
+
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    spread: Tensor
+    tensors: list[fx.Node]
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(Pass):
+    """Fold batch norm into the convolution or linear before it, or into one without padding after it."""
+
+    name = "fold-batch-norm"
+
+    def run(self, program: Program) -> PassResult:
+        result = PassResult()
+        doubtful: list[tuple[fx.Node, fx.Node, Norm, affine.Folded]] = []
+        for node in program.nodes:
+            if not is_op(node, "aten.batch_norm") or self.refused(result, node):
+                continue
+            norm = read(program, node)
+            reason = norm if isinstance(norm, str) else self._fold(program, node, norm, doubtful, result)
+            if reason:
+                result.refuse(site_of(node), reason)
+        self._decide(program, doubtful, result)
+        sweep(program, result)
+        return result
+
+    def _fold(self, program: Program, node: fx.Node, norm: Norm, doubtful: list[Any], result: PassResult) -> str | None:
+        product = node.args[0]
+        if not affine.is_contraction(product):
+            return self._fold_before(program, node, norm, result)
+        if reason := affine.fits(program, product, node):
+            return reason
+        if affine.channel_axis(product) != 1:
+            return f"its channels (axis 1) are not those of {site_of(product)} (axis {affine.channel_axis(product)})"
+        folded = affine.after(program, product, norm.scale, norm.shift)
+        if isinstance(folded, str):
+            return folded
+        bias = arg(product, "bias")
+        mean = norm.mean if bias is None else norm.mean - program.tensor(str(bias.target)).detach().double()
+        grown = affine.cancels(norm.scale, mean, norm.spread)
+        if grown > SAFE and program.example is not None:
+            doubtful.append((node, product, norm, folded))
+            return None
+        if grown > TOO_MUCH:
+            return f"what the folded bias takes away is {grown:.0f} times what is left, and there is no example to measure the error on"
+        self._install(program, node, product, norm, folded, result)
+        return None
+
+    def _install(self, program: Program, node: fx.Node, product: fx.Node, norm: Norm, folded: affine.Folded, result: PassResult) -> None:
+        affine.install(program, product, folded, norm.tensors, sites_of(node), "folded")
+        result.change(site_of(node), f"batch norm folded into {op_name(product.target).split('.')[1]} {site_of(product)}")
+        node.replace_all_uses_with(product)
+        program.graph.erase_node(node)
+
+    def _fold_before(self, program: Program, node: fx.Node, norm: Norm, result: PassResult) -> str | None:
+        before = op_name(node.args[0].target) if node.args[0].op == "call_function" else "an input"
+        nothing = f"no convolution or linear stands before it ({before})"
+        product = only_user(node)
+        if product is None or not affine.is_contraction(product) or arg(product, "input") is not node:
+            return f"{nothing}, nor after it" + ("" if product else f": it is read by {readers(node)}")
+        if reason := affine.constant_parts(program, product):
+            return f"{nothing}; {reason}"
+        spatial = affine.spatial_axes(product)
+        if spatial is not None and arg(product, "padding") != "valid" and any(arg(product, "padding")):
+            return f"{nothing}, and {site_of(product)} pads with zeros, which the norm would shift"
+        if is_op(product, *affine.TRANSPOSED):
+            return f"{nothing}, and {site_of(product)} is transposed"
+        if affine.channel_axis(product) != 1:
+            return f"{nothing}, and its channels (axis 1) are not those of {site_of(product)}"
+        folded = affine.before(program, product, norm.scale, norm.shift)
+        if isinstance(folded, str):
+            return folded
+        affine.install(program, product, folded, norm.tensors, sites_of(node), "folded")
+        result.change(site_of(node), f"batch norm folded into {op_name(product.target).split('.')[1]} {site_of(product)} after it")
+        node.replace_all_uses_with(node.args[0])
+        program.graph.erase_node(node)
+        return None
+
+    def _decide(self, program: Program, doubtful: list[tuple[fx.Node, fx.Node, Norm, affine.Folded]], result: PassResult) -> None:
+        """Measure the sites where folding might break the exact rule, all in one run."""
+        inputs = values(program, {product.args[0] for _, product, _, _ in doubtful}) if doubtful else {}
+        for node, product, norm, folded in doubtful:
+            if problem := _failure(program, node, product, folded, inputs[product.args[0]]):
+                result.refuse(site_of(node), f"measured on the example: {problem}")
+            else:
+                self._install(program, node, product, norm, folded, result)
+
+
+def read(program: Program, node: fx.Node) -> Norm | str:
+    """The scale and shift of a batch norm, or why it has none."""
+    if arg(node, "training"):
+        return "batch norm in train mode computes its statistics from the input"
+    parts = {k: arg(node, k) for k in ("weight", "bias", "running_mean", "running_var")}
+    held: dict[str, Tensor] = {}
+    for name, part in parts.items():
+        if part is None and name in ("weight", "bias"):
+            continue
+        tensor = program.constant(part)
+        if tensor is None:
+            return f"its {name} is " + ("absent" if part is None else "no constant")
+        held[name] = tensor.detach().double()
+    mean, var = held["running_mean"], held["running_var"]
+    gamma = held.get("weight", torch.ones_like(mean))
+    beta = held.get("bias", torch.zeros_like(mean))
+    scale = gamma / torch.sqrt(var + float(arg(node, "eps")))
+    if not bool(torch.isfinite(scale).all()):
+        return "its scale is not finite (variance + eps is not positive)"
+    spread = torch.sqrt((scale * scale) * var.clamp_min(0) + beta * beta)
+    return Norm(scale, beta - mean * scale, mean, spread, [p for p in parts.values() if p is not None])
+
+
+def values(program: Program, wanted: set[fx.Node]) -> dict[fx.Node, Tensor]:
+    """What those nodes give on the program's example."""
+    found: dict[fx.Node, Tensor] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n in wanted:
+                found[n] = value
+            return value
+
+    with torch.no_grad():
+        Recorder(program.graph_module).run(*program.example)
+    return found
+
+
+def _failure(program: Program, node: fx.Node, product: fx.Node, folded: affine.Folded, x: Tensor) -> str | None:
+    """How folding breaks the exact rule at one site, on input ``x``; None where it does not."""
+
+    def run(n: fx.Node, first: Tensor, dtype: torch.dtype) -> Tensor:
+        def real(a: fx.Node) -> Tensor:
+            tensor = program.tensor(str(a.target)).detach()
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+        args, kwargs = fx.node.map_arg((n.args[1:], dict(n.kwargs)), real)
+        return n.target(first.to(dtype), *args, **kwargs)  # type: ignore[operator]
+
+    with torch.no_grad():
+        reference = run(node, run(product, x, torch.float64), torch.float64)
+        plain = run(node, run(product, x, x.dtype), x.dtype)
+        args = list(product.args)
+        place = [a.name for a in product.target._schema.arguments]  # type: ignore[union-attr]
+        args[place.index("weight")], args[place.index("bias")] = folded.weight, folded.bias
+        new = product.target(x, *args[1:], **dict(product.kwargs))  # type: ignore[operator]
+    return Exact().failure(reference, plain, new)

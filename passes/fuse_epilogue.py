@@ -1,0 +1,152 @@
+"""One form for every convolution and linear with a constant weight, with what follows it drawn in.
+
+After this pass each is ``graphwright.conv`` or ``graphwright.linear``, whose epilogue (residual add, then activation)
+is an argument: rooms further on see one spelling. Only additions of the output's own shape are drawn in, and of two
+contractions that an addition joins, the later one takes it, since by then the other's result is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphwright.ir import Program, arg, args_by_name, op_name, site_of, sites_of
+from graphwright.manager import Pass, PassResult
+from graphwright.ops.fused import activation_of
+from graphwright.passes import _affine as affine
+from graphwright.passes._nodes import is_op, is_tensor, only_user, rank, readers, same_kind, same_shape, sweep, val
+
+OURS = ("graphwright.conv", "graphwright.linear")
+
+
+@dataclass(frozen=True)
+class FuseEpilogue(Pass):
+    """Draw residual additions and activations into the convolution or linear before them."""
+
+    name = "fuse-epilogue"
+
+    def run(self, program: Program) -> PassResult:
+        result = PassResult()
+        for node in program.nodes:
+            if is_op(node, "aten.convolution", "aten.linear", *affine.CONVOLUTIONS, *affine.TRANSPOSED) and not self.refused(result, node):
+                self._convert(program, node, result)
+        for node in program.nodes:
+            if not node._erased and is_op(node, *OURS) and self.selects(sites_of(node)):
+                fused = self._residual(program, node, result) or node
+                self._activation(program, fused, result)
+        sweep(program, result)
+        return result
+
+    def _convert(self, program: Program, node: fx.Node, result: PassResult) -> None:
+        found = _arguments(program, node)
+        if isinstance(found, str):
+            result.refuse(site_of(node), found)
+            return
+        ours = torch.ops.graphwright.linear if is_op(node, "aten.linear") else torch.ops.graphwright.conv
+        with program.graph.inserting_before(node):
+            new = program.call(ours.default, *found, None, "none", [], like=node)
+        result.change(site_of(node), f"{op_name(node.target)} → {op_name(new.target)}")
+        program.replace(node, new)
+
+    def _residual(self, program: Program, node: fx.Node, result: PassResult) -> fx.Node | None:
+        add = next((u for u in node.users if is_op(u, "aten.add")), None)
+        if add is None or arg(node, "other") is not None or arg(node, "activation") != "none":
+            return None
+        other = add.args[1] if add.args[0] is node else add.args[0]
+        if not is_tensor(other):
+            return None
+        if _waits(other, add, node):
+            return None  # the later one takes it, when its turn comes
+        if reason := _no_residual(node, add, other):
+            result.refuse(site_of(add), reason)
+            return None
+        if self.refused(result, add):
+            return None
+        return _redo(program, node, add, "residual add", result, other=other)
+
+    def _activation(self, program: Program, node: fx.Node, result: PassResult) -> None:
+        found = None
+        for user in node.users:
+            if user.op == "call_function" and user.args and user.args[0] is node and hasattr(user.target, "_schema"):
+                found = activation_of(user.target, args_by_name(user))
+                if found:
+                    break
+        if found is None or arg(node, "activation") != "none":
+            return
+        if only_user(node) is not user:
+            result.refuse(site_of(user), f"{site_of(node)} is read by {readers(node, [user]) or 'it twice'} too")
+        elif not same_kind(node, user):
+            result.refuse(site_of(user), "it changes dtype or shape")
+        elif not self.refused(result, user):
+            _redo(program, node, user, found[0], result, activation=found[0], scalars=list(found[1]))
+
+
+def _redo(program: Program, node: fx.Node, last: fx.Node, what: str, result: PassResult, **changed: Any) -> fx.Node:
+    """``node`` once more, where ``last`` stands and in its stead, with some arguments changed."""
+    given = {**args_by_name(node), **changed}
+    with program.graph.inserting_before(last):
+        new = program.call(node.target, *given.values(), like=node)  # type: ignore[arg-type]
+    result.change(site_of(last), f"{what} drawn into {site_of(node)}")
+    program.replace(last, new)
+    program.graph.erase_node(node)
+    return new
+
+
+def _waits(other: fx.Node, add: fx.Node, node: fx.Node) -> bool:
+    """Whether ``other`` is a contraction after ``node`` that can take the addition itself."""
+    if not is_op(other, *OURS) or other is node or not node < other:
+        return False
+    return arg(other, "activation") == "none" and arg(other, "other") is None and _no_residual(other, add, node) is None
+
+
+def _no_residual(node: fx.Node, add: fx.Node, other: fx.Node) -> str | None:
+    if other is node:
+        return f"it adds {site_of(node)} to itself"
+    if add.kwargs.get("alpha", 1) != 1:
+        return f"its alpha is {add.kwargs['alpha']}, not 1"
+    if not same_shape(other, node):
+        return f"the other operand has shape {list(val(other).shape)}, not the output's {list(val(node).shape)}"
+    if not same_kind(other, node) or not same_kind(add, node):
+        return f"it mixes {val(node).dtype} and {val(other).dtype}"
+    return None if only_user(node) is add else f"{site_of(node)} is read by {readers(node, [add])} too"
+
+
+def _arguments(program: Program, node: fx.Node) -> tuple[Any, ...] | str:
+    """``x, weight, bias`` and for convolutions ``stride, padding, dilation, groups`` as our op takes them, or why not."""
+    if is_op(node, *affine.TRANSPOSED) or args_by_name(node).get("transposed"):
+        return "a transposed convolution has no fused form"
+    given = args_by_name(node)
+    weight = program.constant(given["weight"])
+    if weight is None:
+        return "its weight is computed, or written to"
+    if not weight.is_floating_point() or val(node).dtype != weight.dtype:
+        return f"its weight is {weight.dtype}"
+    head = (given["input"], given["weight"], given["bias"])
+    if is_op(node, "aten.linear"):
+        return head if weight.ndim == 2 else f"its weight has {weight.ndim} axes"
+    n = weight.ndim - 2
+    if not 1 <= n <= 3 or rank(given["input"]) not in (n + 1, n + 2):
+        return f"a convolution over {n} axes"
+    stride, dilation = _per_axis(given["stride"], n), _per_axis(given["dilation"], n)
+    padding = _padding(given["padding"], weight.shape[2:], dilation)
+    return padding if isinstance(padding, str) else (*head, stride, padding, dilation, given["groups"])
+
+
+def _per_axis(value: Sequence[int], n: int) -> list[int]:
+    return list(value) * (n if len(value) == 1 else 1)
+
+
+def _padding(value: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[int] | str:
+    """Padding per axis; ``"same"`` widens an axis by dilation * (kernel - 1), which must be even to be symmetric."""
+    if not isinstance(value, str):
+        return _per_axis(value, len(kernel))
+    widths = [0 if value == "valid" else d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    if any(w % 2 for w in widths):
+        return f"padding 'same' adds {widths} in all: an odd number cannot stand on both sides alike"
+    return [w // 2 for w in widths]
+
+

@@ -1,0 +1,106 @@
+"""Compute parallel linears that read the same input (query, key and value; gate and up) as one."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphwright.ir import Program, arg, args_by_name, site_of, sites_of
+from graphwright.manager import Pass, PassResult
+from graphwright.passes._nodes import escapes, is_op, renew, sweep, trainable, val
+
+
+@dataclass(frozen=True)
+class MergeLinears(Pass):
+    """Merge linears that read the same input into one, whose output is split.
+
+    Args:
+        most: how many are merged at the most (a decoder's cross-attention reads one input in every layer).
+        max_columns: a linear at least this wide fills the machine by itself and is left alone.
+    """
+
+    name = "merge-linears"
+
+    most: int = 4
+    max_columns: int = 8192
+
+    def run(self, program: Program) -> PassResult:
+        result = PassResult()
+        groups: dict[Any, list[fx.Node]] = {}
+        for node in program.nodes:
+            if not is_op(node, "aten.linear", "graphwright.linear"):
+                continue
+            given = args_by_name(node)
+            x = given.get("x", given.get("input"))
+            key = (x, node.target, given.get("activation"), tuple(given.get("scalars", ())))
+            groups.setdefault(key, []).append(node)
+        for nodes in groups.values():
+            if len(nodes) > 1:
+                fit = [n for n in nodes if not self._left_out(program, n, result)]
+                for start in range(0, len(fit), self.most):
+                    self._merge(program, fit[start : start + self.most], result)
+        sweep(program, result)
+        return result
+
+    def _left_out(self, program: Program, node: fx.Node, result: PassResult) -> bool:
+        if self.refused(result, node):
+            return True
+        weight, bias = program.constant(arg(node, "weight")), arg(node, "bias")
+        reason = None
+        if weight is None or (bias is not None and program.constant(bias) is None):
+            reason = "its weight or bias is no constant"
+        elif args_by_name(node).get("other") is not None:
+            reason = "it adds a residual of its own"
+        elif len(arg(node, "weight").users) > 1:
+            reason = f"its weight {arg(node, 'weight').target} is read elsewhere too: it would be stored twice"
+        elif weight.shape[0] >= self.max_columns:
+            reason = f"it has {weight.shape[0]} columns and fills the machine by itself"
+        elif escapes(program, node):
+            reason = "it leaves the program, and would share memory with the others"
+        if reason:
+            result.refuse(site_of(node), reason)
+        return reason is not None
+
+    def _merge(self, program: Program, nodes: list[fx.Node], result: PassResult) -> None:
+        if len(nodes) < 2:
+            return
+        first = nodes[0]
+        weights = [arg(n, "weight") for n in nodes]
+        biases = [arg(n, "bias") for n in nodes]
+        held = [program.tensor(str(w.target)) for w in weights]
+        if len({(w.dtype, w.device) for w in held}) > 1:
+            result.refuse(site_of(first), "the weights differ in dtype or device")
+            return
+        sizes = [int(w.shape[0]) for w in held]
+        given = args_by_name(first)
+        given["weight"] = program.add_tensor(f"{weights[0].target}_merged", torch.cat([w.detach() for w in held]),
+                                             origin=[str(w.target) for w in weights], trainable=trainable(held))  # fmt: skip
+        if any(b is not None for b in biases):
+            parts = [_bias(program, b, w) for b, w in zip(biases, held, strict=True)]
+            names = [str(b.target) for b in biases if b is not None]
+            given["bias"] = program.add_tensor(f"{names[0]}_merged", torch.cat(parts), origin=names, trainable=trainable(held))
+        sites = [s for n in nodes for s in sites_of(n)]
+        with program.graph.inserting_before(first):
+            merged = program.call(first.target, *given.values(), sites=sites)  # type: ignore[arg-type]
+            merged.meta["trace"] = first.meta.get("trace")
+            split = program.call(torch.ops.aten.split_with_sizes.default, merged, sizes, -1, sites=sites)
+            parts_out = [_part(program, split, k, sites_of(n)) for k, n in enumerate(nodes)]
+        for node, part in zip(nodes, parts_out, strict=True):
+            node.replace_all_uses_with(part)
+            program.graph.erase_node(node)
+        renew(program, parts_out)
+        result.change(sites[0], f"{len(nodes)} linears merged: {', '.join(sites)}")
+
+
+def _part(program: Program, split: fx.Node, k: int, sites: tuple[str, ...]) -> fx.Node:
+    node = program.graph.call_function(operator.getitem, (split, k))
+    node.meta["val"], node.meta["sites"] = val(split)[k], sites
+    return node
+
+
+def _bias(program: Program, bias: fx.Node | None, weight: Tensor) -> Tensor:
+    return weight.new_zeros(weight.shape[0]) if bias is None else program.tensor(str(bias.target)).detach()
