@@ -1,1 +1,46 @@
-"""Kernels: one fused op per file. Nothing heavy is imported here."""
+"""Kernels: one fused op per file. Nothing heavy is imported here; ``load()`` imports the files on demand."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from graphwright.kernel import Kernel
+
+__all__ = ["load", "warm"]
+
+
+@functools.cache
+def load() -> dict[str, list[Kernel]]:
+    """Every kernel, by the op it computes. A file takes part by defining ``KERNEL`` or ``KERNELS``."""
+    from importlib import import_module
+    from pathlib import Path
+
+    found: dict[str, list[Kernel]] = {}
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        if file.stem == "__init__":
+            continue
+        module = import_module(f"graphwright.kernels.{file.stem}")
+        for kernel in (*getattr(module, "KERNELS", ()), *filter(None, [getattr(module, "KERNEL", None)])):
+            found.setdefault(kernel.op, []).append(kernel)
+    return found
+
+
+def warm(ops: Iterable[str]) -> None:
+    """Compile the kernels of these ops now (about a second each, once per machine) rather than on their first call.
+
+    Ops without a kernel, and kernels that cannot run here, are passed over: ``supports`` gives the reason.
+    """
+    from importlib import import_module
+
+    from graphwright.kernels import numba_cpu
+
+    if numba_cpu.unavailable() is not None:
+        return
+    for name in ops:
+        for kernel in load().get(name, ()):
+            for native in vars(import_module(kernel.run.__module__)).values():
+                if isinstance(native, numba_cpu.Native):
+                    native.warm()

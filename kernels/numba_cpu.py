@@ -1,0 +1,177 @@
+"""Host side of the Numba kernels: is Numba usable, compile on demand, launch on PyTorch's own OpenMP threads.
+
+A kernel is a C function ``void (void *params)``, compiled by Numba without its parallel machinery and started with
+``GOMP_parallel`` of the OpenMP library that PyTorch has loaded already. That leaves one pool of threads in the process
+(Numba's own threading layers, of which ``workqueue`` is unsafe for concurrent callers, never start), keeps compile
+times low and makes a call cost 1 to 3 µs. ``params`` is a block of eight-byte slots packed by ``struct``; slots 0 and 1 hold the
+addresses of ``omp_get_thread_num`` and ``omp_get_num_threads``, or zeros for a call on the caller's thread alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import struct
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphwright.errors import InternalError
+
+try:
+    import numba
+except Exception as problem:  # a broken llvmlite raises OSError, an incompatible NumPy ImportError
+    numba = None
+    _IMPORT_PROBLEM = f"{type(problem).__name__}: {problem}"
+
+#: Elements below which a further thread does not pay for its start.
+GRAIN = 16384
+
+_Launch = Callable[..., None]
+
+
+@functools.cache
+def unavailable() -> str | None:
+    """None, or why Numba kernels cannot run in this process."""
+    if numba is None:
+        return f"numba cannot be imported ({_IMPORT_PROBLEM}); install it with: pip install numba"
+    if sys.byteorder != "little" or struct.calcsize("P") != 8:
+        return "Numba kernels need a 64-bit little-endian machine"
+    return None
+
+
+class _OpenMP:
+    """The OpenMP library of this process: its fork call and the two addresses that kernels ask for thread numbers."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self.fork = library.GOMP_parallel
+        self.fork.restype, self.fork.argtypes = None, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint)
+        self.thread_num = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p).value or 0
+        self.num_threads = ctypes.cast(library.omp_get_num_threads, ctypes.c_void_p).value or 0
+
+
+@functools.cache
+def openmp() -> _OpenMP | None:
+    """PyTorch's OpenMP library, or None where it has none with GNU entry points: kernels then use one thread."""
+    candidates: list[str] = []
+    try:
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            path = line.split(maxsplit=5)[-1]
+            if any(name in os.path.basename(path) for name in ("libgomp", "libiomp5", "libomp")) and path not in candidates:
+                candidates.append(path)
+    except OSError:
+        pass
+    # Two libraries may be loaded (scikit-learn brings one): the one beside torch is the one whose threads are warm.
+    candidates.sort(key=lambda path: not path.startswith(os.path.dirname(torch.__file__)))
+    for path in candidates:
+        try:
+            return _OpenMP(ctypes.CDLL(path))
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def threads_for(elements: int) -> int:
+    """How many of PyTorch's threads a pass over so many elements deserves."""
+    if elements < 2 * GRAIN:
+        return 1
+    return min(torch.get_num_threads(), elements // GRAIN)
+
+
+class Native:
+    """One compiled kernel; compiled, or read from the disk cache, on its first call.
+
+    Args:
+        body: ``(params: int) -> None`` in Numba's subset of Python; ``params`` is the address of the slots.
+        slots: one ``struct`` letter per parameter after the two of OpenMP: ``q`` integer or address, ``d`` float.
+    """
+
+    def __init__(self, body: Callable[[int], None], slots: str):
+        self.name = body.__name__.strip("_")
+        self._body = body
+        self._pack = struct.Struct("qq" + slots).pack
+        self._alone: _Launch | None = None
+        self._address = 0
+        self._lock = threading.Lock()
+        self._handle: Any = None
+
+    def __call__(self, threads: int, *params: float) -> None:
+        """Run on so many threads. The caller vouches for every address: nothing is checked here."""
+        if self._alone is None:
+            self.warm()
+        if threads > 1 and (omp := openmp()) is not None:
+            omp.fork(self._address, self._pack(omp.thread_num, omp.num_threads, *params), threads, 0)
+        else:
+            self._alone(self._pack(0, 0, *params))  # type: ignore[misc]
+
+    def warm(self) -> None:
+        """Compile now.
+
+        Raises:
+            InternalError: Numba is unusable (``unavailable()`` says why) or rejects the kernel.
+        """
+        with self._lock:
+            if self._alone is not None:
+                return
+            if (reason := unavailable()) is not None:
+                raise InternalError(reason, where=f"kernel {self.name}")
+            self._handle = _compile(self._body)
+            self._address = self._handle.address
+            self._alone = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._address)
+
+
+#: Rounding and contraction (a*b + c in one step) may be chosen freely; NaN, infinities and the order of sums may not.
+FAST = frozenset({"contract", "nsz"})
+
+_compile_lock = threading.Lock()
+
+
+def _compile(body: Callable[[int], None]) -> Any:
+    signature = numba.types.void(numba.types.int64)
+    options = {"fastmath": set(FAST), "error_model": "numpy"}
+    folder = cache_folder()
+    with _compile_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", numba.core.errors.NumbaWarning)
+        if folder is not None:
+            before = numba.config.CACHE_DIR
+            numba.config.CACHE_DIR = str(folder)  # read when the function is decorated; other users of Numba keep theirs
+            try:
+                return numba.cfunc(signature, cache=True, **options)(body)
+            except Exception:  # noqa: BLE001  an unreadable or unwritable entry, whatever Numba raises for it: compile anew
+                pass
+            finally:
+                numba.config.CACHE_DIR = before
+        return numba.cfunc(signature, **options)(body)
+
+
+@functools.cache
+def cache_folder() -> Path | None:
+    """Private folder of compiled kernels, or None (no caching) where none can be had.
+
+    Numba's cache unpickles what it finds, so the folder must be the user's own and closed to others. Its name holds a digest
+    of the device code and the versions: Numba itself looks only at the file that a kernel stands in.
+    """
+    if numba is None:
+        return None
+    digest = hashlib.sha256(f"{numba.__version__} {sys.version}".encode())
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.read_bytes())
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "graphwright" / "numba" / digest.hexdigest()[:16]
+    try:
+        for path in (base / "graphwright", base / "graphwright" / "numba", folder):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if path.is_symlink() or path.stat().st_uid != os.getuid():
+                return None
+            if path.stat().st_mode & 0o077:
+                path.chmod(0o700)
+        return folder if os.access(folder, os.W_OK | os.X_OK) else None
+    except (OSError, RuntimeError):
+        return None

@@ -1,0 +1,284 @@
+"""Elementwise chains in one pass: add, activation, gate, and conversion between float and quantized.
+
+    y = activation(real(x) + real(other)) * gate;   q = clamp(round(y / scale) + zero_point, low, high)
+
+``x`` float32, bfloat16, uint8 or int8 with up to 4 axes of any strides that matter (others are merged); ``other`` and
+``gate`` the same, broadcast; out float32, bfloat16, uint8 or int8, contiguous or channels_last. One kernel serves
+``activate_quantize``, ``add_quantize``, ``quantize`` and ``dequantize``. Bound by memory, with GELU and its like by
+arithmetic while the data come from a cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphwright.kernel import Cost, Kernel, Sample
+from graphwright.kernels.common import GRID, grid, not_cpu, pieces
+from graphwright.kernels.numba_cpu import Native, threads_for, unavailable
+from graphwright.kernels.tile import (
+    BYTES, KIND, TILE, add, device, erf, exp, expm1, f32, f64, fetch, i64, load, multiply, real, scratch, share,
+    sigmoid, store, tanh,
+)  # fmt: skip
+from graphwright.ops.lowered import output_format
+
+# -- activations -----------------------------------------------------------------------------------------------------
+
+#: Names (those of ``graphwright.ops.fused.ACTIVATIONS``) by number. The first group compiles fast; the second has its
+#: own compiled kernel, so that a ReLU network does not wait for it.
+SIMPLE = ("none", "relu", "hardtanh", "leaky_relu", "hardswish", "hardsigmoid")
+SMOOTH = ("gelu", "gelu_tanh", "silu", "sigmoid", "tanh", "elu", "selu", "mish")
+CODE = {name: k for names in (SIMPLE, SMOOTH) for k, name in enumerate(names)}
+_SELU = (1.6732632423543772, 1.0507009873554805)
+_ARITHMETIC = {"none": 0, "relu": 1, "hardtanh": 2, "leaky_relu": 2, "hardswish": 5, "hardsigmoid": 4}  # else about 30
+
+
+@device
+def simple(code, source, n, a, b, to):
+    """The activation ``code`` of SIMPLE from one address to another; gives the address of the result."""
+    x, y = f32(source), f32(to)
+    if code == 0:
+        return source
+    if code == 1 or code == 2:  # relu is hardtanh from 0 to infinity
+        for i in range(n):
+            v = a if x[i] < a else x[i]
+            y[i] = b if v > b else v
+    elif code == 3:
+        for i in range(n):
+            y[i] = x[i] * a if x[i] < real(0) else x[i]
+    else:
+        for i in range(n):
+            v = x[i] + real(3)
+            v = real(0) if v < real(0) else v
+            v = (real(6) if v > real(6) else v) * real(1 / 6)
+            y[i] = x[i] * v if code == 4 else v
+    return to
+
+
+@device
+def smooth(code, source, n, a, b, to):
+    """The same for SMOOTH."""
+    x, y = f32(source), f32(to)
+    if code == 0:
+        for i in range(n):
+            h = real(0.5) * x[i]
+            y[i] = h + h * erf(x[i] * real(0.7071067811865476))
+    elif code == 1:
+        for i in range(n):
+            u, h = x[i], real(0.5) * x[i]
+            y[i] = h + h * tanh(real(0.7978845608028654) * (u + real(0.044715) * u * u * u))
+    elif code == 2:
+        for i in range(n):
+            y[i] = x[i] * sigmoid(x[i])
+    elif code == 3:
+        for i in range(n):
+            y[i] = sigmoid(x[i])
+    elif code == 4:
+        for i in range(n):
+            y[i] = tanh(x[i])
+    elif code == 5 or code == 6:  # elu: a the slope to the left, b to the right
+        for i in range(n):
+            v = expm1(x[i] if x[i] < real(0) else real(0)) * a
+            y[i] = v if x[i] < real(0) else x[i] * b
+    else:  # mish: tanh(log(1 + e)) = e (e + 2) / (e (e + 2) + 2); beyond 20 it is 1
+        for i in range(n):
+            e = exp(real(20) if x[i] > real(20) else x[i])
+            m = e * (e + real(2))
+            y[i] = x[i] * (m / (m + real(2)))
+    return to
+
+
+# -- the kernel ------------------------------------------------------------------------------------------------------
+
+
+@device
+def gather(params, slot, position, n, buffer):
+    """Address of elements ``position`` to ``position + n`` of the operand described from ``slot`` on, as floats.
+
+    The operand's slots: address, kind, scale, zero, four strides. Slots 2 to 5 hold the four sizes.
+    """
+    p, d = i64(params), f64(params)
+    address, kind = p[slot], p[slot + 1]
+    scale, zero = real(d[slot + 2]), real(d[slot + 3])
+    size = 4 if kind == 0 else (2 if kind == 1 else 1)
+    inner, step = p[5], p[slot + 7]
+    done = 0
+    while done < n:
+        at = position + done
+        line, i3 = at // inner, at % inner
+        i2, outer = line % p[4], line // p[4]
+        offset = outer // p[3] * p[slot + 4] + outer % p[3] * p[slot + 5] + i2 * p[slot + 6] + i3 * step
+        run = min(inner - i3, n - done)
+        if run == n:
+            return fetch(kind, address + offset * size, step, n, scale, zero, buffer)
+        load(kind, address + offset * size, step, run, scale, zero, buffer + done * 4)
+        done += run
+    return buffer
+
+
+@device
+def chain(params, activate):
+    """Slots: 2-5 sizes, 6 x, 14 other, 22 gate, 30 elements, 31 out, 32 its kind, 33 code, 34 a, 35 b, 36 the grid."""
+    p, d = i64(params), f64(params)
+    a, b, inverse, low, high = real(d[34]), real(d[35]), real(d[36]), real(d[38]), real(d[39])
+    kind = p[32]
+    size = 4 if kind == 0 else (2 if kind == 1 else 1)
+    one, two, three = scratch(), scratch(), scratch()
+    first, end = share(params, (p[30] + TILE - 1) // TILE)
+    for tile in range(first, end):
+        at = tile * TILE
+        n = min(TILE, p[30] - at)
+        y = gather(params, 6, at, n, one)
+        if p[14] != 0:
+            add(y, gather(params, 14, at, n, two), n, three)
+            y = three
+        y = activate(p[33], y, n, a, b, two)
+        if p[22] != 0:
+            gate = gather(params, 22, at, n, one)
+            to = three if y == two else two
+            multiply(y, gate, n, to)
+            y = to
+        store(kind, p[31] + at * size, n, y, inverse, p[37], low, high)
+
+
+def _simple(params):  # noqa: ANN001, ANN202  compiled by Numba
+    chain(params, simple)
+
+
+def _smooth(params):  # noqa: ANN001, ANN202
+    chain(params, smooth)
+
+
+_OPERAND = "qqddqqqq"
+_SLOTS = "qqqq" + 3 * _OPERAND + "qqqq" + "dd" + GRID
+_SIMPLE, _SMOOTH = Native(_simple, _SLOTS), Native(_smooth, _SLOTS)
+_NOTHING = (0, 0, 1.0, 0.0, 0, 0, 0, 0)
+
+
+@functools.lru_cache(4096)
+def _geometry(
+    shape: tuple[int, ...], out: tuple[int, ...], *inputs: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]] | None:
+    """Four sizes in the order of the output's memory, and four strides per input; None where more than four are needed.
+
+    Axes that every input walks through evenly are merged.
+    """
+    order = sorted((k for k in range(len(shape)) if shape[k] != 1), key=lambda k: -out[k])
+    axes: list[list[Any]] = []
+    for k in order:
+        steps = [s[k] for s in inputs]
+        if axes and all(before == step * shape[k] for before, step in zip(axes[-1][1], steps, strict=True)):
+            axes[-1] = [axes[-1][0] * shape[k], steps]
+        else:
+            axes.append([shape[k], steps])
+    if len(axes) > 4:
+        return None
+    axes = [[1, [0] * len(inputs)]] * (4 - len(axes)) + axes
+    sizes = tuple(size for size, _ in axes)
+    return sizes, tuple(tuple(steps[i] for _, steps in axes) for i in range(len(inputs)))
+
+
+def _strides(t: Tensor, like: Tensor) -> tuple[int, ...]:
+    return t.stride() if t.shape == like.shape else t.expand(like.shape).stride()
+
+
+def _scalars(activation: str, scalars: Sequence[float]) -> tuple[float, float]:
+    match activation:
+        case "relu":
+            return 0.0, float("inf")
+        case "selu":
+            return _SELU[0] * _SELU[1], _SELU[1]
+        case "elu":
+            return scalars[0], 1.0
+        case "hardtanh":
+            return scalars[0], scalars[1]
+    return (scalars[0] if scalars else 0.0), 0.0
+
+
+def pointwise(
+    x: Tensor, x_scale: float, x_zero: int, other: Tensor | None, other_scale: float, other_zero: int,
+    gate: Tensor | None, activation: str, scalars: Sequence[float], scale: float, zero_point: int, low: int, high: int,
+    dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    """What the rows below have in common; floats carry scale 1 and zero point 0."""
+    plain = x.is_contiguous()
+    layout = torch.contiguous_format if plain else output_format(x)
+    out = torch.empty(x.shape, dtype=dtype or torch.float32, memory_format=layout)
+    count = out.numel()
+    if not count:
+        return out
+    if plain and other is None and gate is None:
+        sizes, strides = (1, 1, 1, count), ((0, 0, 0, 1),)
+    else:
+        inputs = [x.stride(), *(_strides(t, x) for t in (other, gate) if t is not None)]
+        sizes, strides = _geometry(x.shape, out.stride(), *inputs)  # type: ignore[misc]
+    first = (x.data_ptr(), KIND[x.dtype], x_scale, x_zero, *strides[0])
+    second = third = _NOTHING
+    if other is not None:
+        second = (other.data_ptr(), KIND[other.dtype], other_scale, other_zero, *strides[1])
+    if gate is not None:
+        third = (gate.data_ptr(), KIND[gate.dtype], 1.0, 0.0, *strides[-1])
+    native = _SMOOTH if activation in SMOOTH else _SIMPLE
+    native(
+        threads_for(count), *sizes, *first, *second, *third, count, out.data_ptr(), KIND[out.dtype], CODE[activation],
+        *_scalars(activation, scalars), *grid(scale, zero_point, low, high),
+    )  # fmt: skip
+    return out
+
+
+def unfit(x: Tensor, inputs: Sequence[Tensor | None], activation: str, dtype: torch.dtype | None) -> str | None:
+    """None, or why the kernel cannot serve these inputs."""
+    if (reason := unavailable() or not_cpu(*inputs)) is not None:
+        return reason
+    if activation not in CODE:
+        return f"activation {activation!r} has no vector form; there are {', '.join(CODE)}"
+    if (dtype or torch.float32) not in KIND:
+        return f"result of {dtype}; there are {', '.join(map(str, KIND))}"
+    strides = []
+    for t in inputs:
+        if t is None:
+            continue
+        if t.dtype not in KIND:
+            return f"input of {t.dtype}; there are {', '.join(map(str, KIND))}"
+        if t.shape != x.shape:
+            if t.ndim > x.ndim or any(n not in (1, m) for n, m in zip(t.shape[::-1], x.shape[::-1], strict=False)):
+                return f"an operand of shape {tuple(t.shape)} does not broadcast to x's {tuple(x.shape)}"
+        strides.append(tuple(map(int, _strides(t, x))))
+    shape = tuple(map(int, x.shape))
+    out = torch.empty(shape, device="meta").to(memory_format=output_format(x)).stride()
+    return None if _geometry(shape, out, *strides) else "strides that need more than four axes"
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------
+
+
+def activate_quantize(x: Tensor, other: Tensor | None, gate: Tensor | None, activation: str, scalars: Sequence[float],
+                      scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None) -> Tensor:  # fmt: skip
+    """See ``graphwright.ops.lowered.activate_quantize``."""
+    return pointwise(x, 1.0, 0, other, 1.0, 0, gate, activation, scalars, scale, zero_point, low, high, dtype)
+
+
+def add_quantize(x: Tensor, x_scale: float, x_zero_point: int, other: Tensor, other_scale: float, other_zero_point: int,
+                 activation: str, scalars: Sequence[float], scale: float, zero_point: int, low: int, high: int,
+                 dtype: torch.dtype | None) -> Tensor:  # fmt: skip
+    """See ``graphwright.ops.lowered.add_quantize``."""
+    if x.is_floating_point():
+        x_scale, x_zero_point = 1.0, 0
+    if other.is_floating_point():
+        other_scale, other_zero_point = 1.0, 0
+    return pointwise(x, x_scale, x_zero_point, other, other_scale, other_zero_point, None, activation, scalars,
+                     scale, zero_point, low, high, dtype)  # fmt: skip
+
+
+def quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype) -> Tensor:
+    """See ``graphwright.ops.fused.quantize``."""
+    return pointwise(x, 1.0, 0, None, 1.0, 0, None, "none", (), scale, zero_point, low, high, dtype)
+
+
+def dequantize(q: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
+    """See ``graphwright.ops.fused.dequantize``."""
+    return pointwise(q, scale, zero_point, None, 1.0, 0, None, "none", (), 1.0, 0, 0, 0, dtype)

@@ -1,0 +1,222 @@
+"""Fused ops that only lowering emits: what the CPU kernels beside the matrix ops compute. References in plain torch.
+
+Conventions. ``real = (q - zero_point) * scale`` for quantized inputs; float tensors carry scale 1.0 and zero point 0.
+``dtype`` says what comes out: ``torch.uint8`` or ``torch.int8`` is quantized with ``scale, zero_point, low, high`` as
+``graphwright.quantize`` does it; a floating dtype (None: float32) is the real value, and those four are ignored.
+Arithmetic is float32 whatever float dtype comes in (float64 for float64, which is how the oracle runs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphwright.errors import InternalError
+from graphwright.ops.fused import activate, quantize
+from graphwright.ops.registry import ELEMENTWISE, NORM, POOL, QUANT, SOFTMAX, op
+
+
+def _work(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _real(x: Tensor, scale: float, zero_point: int, work: torch.dtype) -> Tensor:
+    """The float tensor behind x: itself, widened, where it is floating."""
+    return x.to(work) if x.is_floating_point() else (x.to(work) - zero_point) * scale
+
+
+def _emit(y: Tensor, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None) -> Tensor:
+    """y as the caller wants it; see the module's docstring. May be y itself."""
+    if dtype is None or dtype.is_floating_point:
+        # float64 stays: it only comes from float64 inputs, where the caller wants the oracle's precision
+        return y if y.dtype == torch.float64 else y.to(dtype or torch.float32)
+    return quantize(y, scale, zero_point, low, high, dtype)
+
+
+def _own(y: Tensor, *inputs: Tensor | None) -> Tensor:
+    """y, or a copy where it may share memory with an input (a custom op must not return its input)."""
+    shared = y._base is not None or any(y is x for x in inputs)
+    return y.clone() if shared else y
+
+
+def output_format(x: Tensor) -> torch.memory_format:
+    """Layout of an elementwise result: channels_last for 4-D inputs that are exactly that, else contiguous."""
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+# -- normalization ---------------------------------------------------------------------------------------------------
+
+
+def _normalized(total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
+    centred = total if rms else total - total.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * weight.to(y.dtype)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+@op("graphwright.norm_quantize", traits={NORM, QUANT})
+def norm_quantize(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool,
+    want_sum: bool, want_float: bool, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None,
+) -> list[Tensor]:  # fmt: skip
+    """Layer norm (or RMS norm) of ``x + residual`` over the last axis, as float, quantized, or both.
+
+    ``x [*, c]`` float, ``residual`` the same shape or None, ``weight [c]``, ``bias [c]``. Gives those wanted of
+    ``[x + residual, normed, quantize(normed)]``, in this order, each ``[*, c]``, contiguous: the first two float32; the
+    last where ``dtype`` is uint8 or int8.
+    """
+    total = x.to(_work(x))
+    if residual is not None:
+        total = total + residual.to(total.dtype)
+    normed = _normalized(total, weight, bias, eps, rms)
+    out = [_own(total, x).contiguous()] if want_sum else []
+    if want_float:
+        out.append(normed.contiguous())
+    if dtype is not None:
+        out.append(quantize(normed, scale, zero_point, low, high, dtype).contiguous())
+    return out
+
+
+@op("graphwright.embed_norm_quantize", traits={NORM, QUANT})
+def embed_norm_quantize(
+    indices: Sequence[Tensor], tables: Sequence[Tensor], weight: Tensor | None, bias: Tensor | None, eps: float,
+    rms: bool, want_sum: bool, want_float: bool, scale: float, zero_point: int, low: int, high: int,
+    dtype: torch.dtype | None,
+) -> list[Tensor]:  # fmt: skip
+    """Sum of embedding rows, then ``norm_quantize``: ``sum_k tables[k][indices[k]]``.
+
+    ``indices[k]`` integer, broadcastable with each other to ``[*]``; ``tables[k] [rows_k, c]``. Results ``[*, c]``.
+
+    Raises:
+        IndexError: an index lies outside its table.
+    """
+    total = F.embedding(indices[0], tables[0])
+    for index, table in zip(indices[1:], tables[1:], strict=True):
+        total = total + F.embedding(index, table)
+    return norm_quantize(
+        total, None, weight, bias, eps, rms, want_sum, want_float, scale, zero_point, low, high, dtype
+    )  # fmt: skip
+
+
+# -- elementwise -----------------------------------------------------------------------------------------------------
+
+
+@op("graphwright.activate_quantize", traits={ELEMENTWISE, QUANT})
+def activate_quantize(
+    x: Tensor, other: Tensor | None, gate: Tensor | None, activation: str, scalars: Sequence[float],
+    scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    """``activation(x + other, *scalars) * gate``, quantized or as float.
+
+    ``x`` float of any strides; ``other`` and ``gate`` float, broadcastable to x's shape. The result has x's shape and is
+    contiguous, or channels_last where x is (``output_format``).
+    """
+    y = x.to(_work(x))
+    if other is not None:
+        y = y + other.to(y.dtype)
+    y = activate(y, activation, scalars)
+    if gate is not None:
+        y = y * gate.to(y.dtype)
+    y = _emit(y, scale, zero_point, low, high, dtype).contiguous(memory_format=output_format(x))
+    return _own(y, x, other, gate)
+
+
+@op("graphwright.add_quantize", traits={ELEMENTWISE, QUANT})
+def add_quantize(
+    x: Tensor, x_scale: float, x_zero_point: int, other: Tensor, other_scale: float, other_zero_point: int,
+    activation: str, scalars: Sequence[float], scale: float, zero_point: int, low: int, high: int,
+    dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    """``activation(real(x) + real(other))``, quantized or as float: a residual addition between quantized tensors.
+
+    Each input is uint8, int8 or float; ``other`` is broadcastable to x's shape. Layout as in ``activate_quantize``.
+    """
+    work = torch.float64 if torch.float64 in (x.dtype, other.dtype) else torch.float32
+    y = _real(x, x_scale, x_zero_point, work) + _real(other, other_scale, other_zero_point, work)
+    y = activate(y, activation, scalars)
+    return _emit(y, scale, zero_point, low, high, dtype).contiguous(memory_format=output_format(x))
+
+
+# -- softmax and attention -------------------------------------------------------------------------------------------
+
+
+def _scores(scores: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(scores.dtype)
+    if causal:
+        rows, columns = scores.shape[-2:]
+        later = torch.ones(rows, columns, dtype=torch.bool, device=scores.device).tril().logical_not()
+        scores = scores.masked_fill(later, -torch.inf)
+    return scores
+
+
+@op("graphwright.softmax", axes="* -> *", traits={SOFTMAX})
+def softmax(x: Tensor, mask: Tensor | None, scale: float, causal: bool) -> Tensor:
+    """Softmax over the last axis of ``x * scale + mask``.
+
+    ``x [*, r, c]`` float; ``mask`` float (added) or bool (False: left out), broadcastable to x's shape; ``causal``
+    leaves out columns after the row's own number (``column > row``). Gives float32, contiguous. A row in which
+    everything is -inf gives NaN, as ``torch.softmax`` does.
+    """
+    return torch.softmax(_scores(x.to(_work(x)) * scale, mask, causal), -1).contiguous()
+
+
+@op("graphwright.attention", traits={SOFTMAX, QUANT})
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attention_scale: float | None, causal: bool,
+    merge: bool, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    """Scaled dot product attention, quantized or as float.
+
+    ``query [b, h, s, d]``, ``key [b, h, t, d]``, ``value [b, h, t, e]``, any strides (views of a merged buffer);
+    key and value may have fewer heads, h a multiple of theirs. ``mask`` bool or float, broadcastable to ``[b, h, s, t]``;
+    ``attention_scale`` None: ``d ** -0.5``. ``merge``: ``[b, s, h * e]`` instead of ``[b, h, s, e]``; contiguous. Rows with
+    every key masked out are zeros, as ``scaled_dot_product_attention`` has them.
+    """
+    work = _work(query)
+    query, key, value = query.to(work), key.to(work), value.to(work)
+    if key.shape[1] != query.shape[1]:
+        if query.shape[1] % key.shape[1]:
+            raise InternalError(f"{query.shape[1]} query heads are no multiple of {key.shape[1]} key heads")
+        key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
+    factor = query.shape[-1] ** -0.5 if attention_scale is None else attention_scale
+    scores = _scores(query @ key.transpose(-2, -1) * factor, mask, causal)
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    y = torch.softmax(scores, -1).masked_fill(empty, 0.0) @ value
+    y = y.transpose(1, 2).flatten(2) if merge else y
+    return _own(_emit(y, scale, zero_point, low, high, dtype).contiguous())
+
+
+# -- pooling ---------------------------------------------------------------------------------------------------------
+
+
+@op("graphwright.max_pool2d", traits={POOL, QUANT})
+def max_pool2d(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    ceil_mode: bool,
+) -> Tensor:  # fmt: skip
+    """Max pooling over windows of ``x [n, c, h, w]``: uint8, int8 or float; gives channels_last of x's dtype.
+
+    All of ``kernel``, ``stride``, ``padding`` and ``dilation`` are pairs. Padding never wins.
+    """
+    wide = x if x.is_floating_point() else x.to(torch.float32)
+    y = F.max_pool2d(wide, list(kernel), list(stride), list(padding), list(dilation), ceil_mode)
+    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+
+
+@op("graphwright.mean_pool", traits={POOL, QUANT})
+def mean_pool(
+    x: Tensor, x_scale: float, x_zero_point: int, keep: bool,
+    scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    """Mean over height and width of ``x [n, c, h, w]`` (uint8, int8 or float): ``[n, c, 1, 1]``, or ``[n, c]`` unless ``keep``.
+
+    Quantized or as float, contiguous.
+    """
+    y = _real(x, x_scale, x_zero_point, _work(x)).mean((-2, -1), keepdim=keep)
+    return _emit(y, scale, zero_point, low, high, dtype).contiguous()
