@@ -12,7 +12,6 @@ from typing import Any
 
 import sympy
 import torch
-from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StrictMinMaxConstraint
 from torch.utils._sympy import functions
@@ -133,7 +132,9 @@ def describe_symbols(program: Program) -> dict[str, Any]:
         for size in _symints(node.meta.get("val")):
             free.update({str(s): s for s in size.node.expr.free_symbols})
     env = program.fake_mode.shape_env if program.fake_mode is not None else None
-    values = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+    values: Any = {}
+    if env is not None:
+        values = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
     described = {}
     for name in sorted({*free, *program.signature.symbols}):
         symbol, span = free.get(name), program.signature.symbols.get(name)
@@ -195,6 +196,8 @@ def _read_span(value: Any, where: str) -> Span:
 
 def _create(env: ShapeEnv, name: str, hint: int, low: int, high: int | None) -> sympy.Symbol:
     """A new size symbol, under its old name where this torch lets us choose the number behind the ``s``."""
+    from torch._dynamo.source import ConstantSource  # takes seconds to import, unless a fake mode has done so
+
     number = int(name[1:]) if name[:1] == "s" and name[1:].isascii() and name[1:].isdigit() and len(name) < 10 else None
     if number is not None and hasattr(env, "_generate_unique_id") and number not in env.unique_ids:
         env.unique_ids.add(number)
