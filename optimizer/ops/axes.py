@@ -24,7 +24,7 @@ from typing import Any
 
 from graphwright.errors import InternalError
 
-_WORD = re.compile(r"\[?[A-Za-z_]\w*'?\]?|\d+|[*+()]")
+_WORD = re.compile(r"\[?(?:[A-Za-z_]\w*'?|\*)\]?|\d+|[+()]")
 Shape = Sequence[Any]
 
 
@@ -114,14 +114,15 @@ def parse(text: str, inputs: Sequence[Shape | None], outputs: Sequence[Shape]) -
     def operand(dims: Any, shape: Shape | None) -> Dims | None:
         if shape is None:
             return None
-        stars = len(shape) - sum(1 for atoms, _ in dims if atoms != ("*",))
-        has_star = any(atoms == ("*",) for atoms, _ in dims)
+        has_star = any("*" in atoms[0] for atoms, _ in dims)
+        stars = len(shape) - len(dims) + has_star
         if stars < 0 or (stars and not has_star):
             raise InternalError(f"a tensor with {len(shape)} axes does not fit the axes {text!r}")
         found: list[Dim] = []
         for atoms, joined in dims:
-            if atoms == ("*",):
+            if "*" in atoms[0]:
                 found.extend(Dim((f"*{k}",)) for k in reversed(range(stars)))
+                whole.update(f"*{k}" for k in range(stars) if atoms[0] == "[*]")
                 continue
             whole.update(a[1:-1] for a in atoms if a.startswith("["))
             found.append(Dim(tuple(a.strip("[]") for a in atoms), joined))

@@ -66,8 +66,8 @@ def dot(self: Tensor, tensor: Tensor) -> Tensor:
 
 
 def _scaled(beta: Any, base: Tensor, alpha: Any, y: Tensor) -> Tensor:
-    y = y if alpha == 1 else y * alpha
-    return y if beta == 0 else y + (base if beta == 1 else base * beta)
+    dtype, y = y.dtype, y if alpha == 1 else y * alpha
+    return (y if beta == 0 else y + (base if beta == 1 else base * beta)).to(dtype)
 
 
 @op("aten.addmm", axes="*, m i, i o -> m o", traits={CONTRACTION})

@@ -29,7 +29,7 @@ def _floating(x: Tensor) -> Tensor:
 _unary("abs", "Absolute value.", lambda x: torch.where(x < 0, -x, x) + 0 if not x.is_complex() else torch.abs(x))
 _unary("neg", "Negation.", lambda x: x * -1)
 _unary("positive", "The number itself.", lambda x: x.clone())
-_unary("sign", "-1, 0 or 1; NaN stays.", lambda x: torch.where(x > 0, 1, torch.where(x < 0, -1, x)).to(x.dtype))
+_unary("sign", "-1, 0 or 1; 0 for NaN.", lambda x: torch.where(x > 0, 1, torch.where(x < 0, -1, 0)).to(x.dtype))
 _unary("square", "x squared.", lambda x: x * x)
 _unary("reciprocal", "1 / x.", lambda x: torch.ones_like(_floating(x)) / _floating(x))
 _unary("sqrt", "Square root.", lambda x: torch.pow(_floating(x), 0.5))
@@ -59,13 +59,12 @@ _unary("trunc", "Round towards zero.", lambda x: torch.sign(x) * torch.floor(tor
 _unary("round", "Round to the nearest integer, ties to even.", torch.round)
 _unary("round", "Round to so many decimals.", lambda x, *, decimals: torch.round(x, decimals=decimals), ("decimals",))
 _unary("frac", "What follows the decimal point, with the sign of x.", lambda x: x - torch.trunc(x))
-_unary("isnan", "Whether x is NaN.", lambda x: x != x)
+_unary("isnan", "Whether x is NaN.", lambda x: ~((x < 0) | (x >= 0)) if not x.is_complex() else torch.isnan(x))
 _unary("isinf", "Whether x is infinite.", lambda x: torch.abs(x) == float("inf"))
-_unary("isfinite", "Whether x is neither infinite nor NaN.", lambda x: (x == x) & (torch.abs(x) != float("inf")))
+_unary("isfinite", "Whether x is neither infinite nor NaN.", lambda x: torch.abs(x) < float("inf"))
 _unary("logical_not", "Whether x is zero.", lambda x: x == 0)
 _unary("bitwise_not", "Every bit turned.", lambda x: x == 0 if x.dtype == torch.bool else -x - 1)
 _unary("sigmoid", "1 / (1 + exp(-x)).", lambda x: 1 / (1 + torch.exp(-_floating(x))))
-_unary("log_sigmoid", "log(sigmoid(x)).", lambda x: torch.clamp(x, max=0) - torch.log1p(torch.exp(-torch.abs(x))))
 _unary("relu", "max(x, 0).", lambda x: torch.clamp(x, min=0))
 _unary("relu6", "x between 0 and 6.", lambda x: torch.clamp(x, 0, 6))
 _unary("silu", "x * sigmoid(x).", lambda x: x * torch.sigmoid(x))
@@ -77,6 +76,12 @@ _unary("real", "Real part.", lambda x: torch.view_as_real(x)[..., 0] if x.is_com
 _unary("imag", "Imaginary part.", lambda x: torch.view_as_real(x)[..., 1])
 _unary("angle", "Angle of a complex number.", lambda x: torch.atan2(x.imag, x.real))
 _unary("conj", "Complex conjugate.", lambda x: torch.complex(x.real, -x.imag) if x.is_complex() else x)
+
+
+@op("aten.log_sigmoid", axes="* -> *", traits={ELEMENTWISE})
+def log_sigmoid(self: Tensor) -> Tensor:
+    """``log(sigmoid(x))``; always contiguous."""
+    return (torch.clamp(self, max=0) - torch.log1p(torch.exp(-torch.abs(self)))).contiguous()
 
 
 # -- one argument and constants --------------------------------------------------------------------------------------
@@ -103,7 +108,7 @@ def _nan_to_num(x: Tensor, nan: float | None = None, posinf: float | None = None
     if not x.is_floating_point():
         return x.clone()
     limits = torch.finfo(x.dtype)
-    x = torch.where(x != x, 0.0 if nan is None else nan, x)
+    x = torch.where(torch.isnan(x), 0.0 if nan is None else nan, x)
     x = torch.where(x == float("inf"), limits.max if posinf is None else posinf, x)
     return torch.where(x == float("-inf"), limits.min if neginf is None else neginf, x)
 
@@ -118,7 +123,7 @@ _unary("selu", "Scaled ELU that keeps mean and variance.",
        lambda x: _elu(x, 1.6732632423543772848170429916717, 1.0507009873554804934193349852946))  # fmt: skip
 _unary("celu", "x above 0, alpha * (exp(x / alpha) - 1) below.", lambda x, alpha=1.0: _elu(x, alpha, 1, 1 / alpha))
 _unary("leaky_relu", "x above 0, slope * x below.", lambda x, slope=0.01: torch.where(x > 0, x, x * slope))
-_unary("hardtanh", "x between two numbers.", lambda x, low=-1, high=1: torch.clamp(x, low, high))
+_unary("hardtanh", "x between two numbers.", lambda x, low=-1, high=1: torch.clamp(x, low, high).to(x.dtype))
 _unary("threshold", "x above the threshold, else a value.",
        lambda x, threshold, value: torch.where(x <= threshold, value, x).to(x.dtype))  # fmt: skip
 _unary("softplus", "log(1 + exp(beta * x)) / beta; x itself past the threshold.", _softplus)
@@ -215,7 +220,8 @@ def lerp(self: Tensor, end: Tensor, weight: Tensor) -> Tensor:
 @op("aten.addcmul", axes="*, *, * -> *", traits=_TRAITS)
 def addcmul(self: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: Any = 1) -> Tensor:
     """``self + value * tensor1 * tensor2``."""
-    return self + value * tensor1 * tensor2
+    product = tensor1 * tensor2
+    return (self + value * product).to(torch.promote_types(self.dtype, product.dtype))
 
 
 @op("aten.addcdiv", axes="*, *, * -> *", traits=_TRAITS)
