@@ -1,0 +1,195 @@
+"""The public call: ``optimize`` and ``load``."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphwright import search
+from graphwright.calibrate import Calibration, collect, missing
+from graphwright.capture import Capture, Guard, capture
+from graphwright.errors import InputError
+from graphwright.manager import Pass
+from graphwright.optimized import Optimized, Variant
+from graphwright.passes.pipeline import precisions, resolve
+from graphwright.reporting import make_report
+from graphwright.search import Built, Goal
+from graphwright.structure import flatten_call
+
+Say = Callable[[str], None]
+
+
+def optimize(
+    model: nn.Module,
+    example_inputs: Any = None,
+    recipe: str | Pass | Sequence[str | Pass] = "default",
+    *,
+    calibration: Iterable[Any] | Calibration | None = None,
+    evaluate: Callable[[Any], float] | None = None,
+    goal: Goal | None = None,
+    backend: str = "auto",
+    dynamic: Any = None,
+    seed: int = 0,
+    progress: Say | None = None,
+) -> Optimized:
+    """The fastest version of ``model`` that still meets the accuracy budget on this machine.
+
+    Args:
+        model: is never modified.
+        example_inputs: a Tensor, a tuple (positional) or a dict (keyword). None: the first call supplies them.
+        recipe: ``"default"`` (same numbers up to float rounding), ``"bf16"``, ``"int8"``, …; a pass; or a sequence of these.
+        calibration: an iterable of inputs in the form of ``example_inputs``, or ``gw.Calibration``; recipes that quantize
+            activations need it.
+        evaluate: ``fn(model) -> float``, higher is better; run on the original and on the result.
+        goal: limits, see ``gw.Goal``; with ``evaluate`` and ``max_drop``, sites that err most stay in float until it holds.
+        backend: ``"auto"``: every backend of this machine competes.
+        dynamic: None: these sizes. ``"auto"``: batch and sequence sizes may vary. Or sizes as ``torch.export`` takes them.
+        seed: for anything random while optimizing.
+        progress: told what is going on, a line at a time.
+
+    Raises:
+        InputError, RecipeError, SiteError, CalibrationError: an argument is unusable; nothing was changed.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model is a {type(model).__name__}, an nn.Module is wanted", where="optimize(model=...)")
+    if isinstance(model, Optimized):
+        raise InputError("this model is optimized already", where="optimize(model=...)", hint="Optimize the original again.")
+    if backend != "auto":
+        raise InputError(f"backend {backend!r} does not exist", where="optimize(backend=...)", hint="'auto' is offered.")
+    if evaluate is not None and not callable(evaluate):
+        raise InputError("evaluate is not callable", where="optimize(evaluate=...)", hint="fn(model) -> float, higher is better")
+    job = _Job(recipe, calibration, evaluate, goal or Goal(), dynamic, seed, progress or (lambda text: None))
+    fast = Optimized(job.again, model, _attributes(model))
+    job.result = fast
+    if example_inputs is not None:
+        args, kwargs = _call(example_inputs)
+        fast._variants.append(job.first(model, args, kwargs))
+    return fast
+
+
+def load(path: str | os.PathLike[str]) -> Optimized:
+    """A saved result, ready to run: no model source, no pickle, no timing.
+
+    Raises:
+        LoadError: the file is truncated, altered, foreign or of an unknown version.
+    """
+    from graphwright.saving import restore
+
+    return restore(Path(path))
+
+
+class _Job:
+    """One ``optimize`` call: kept by its result so that new shapes are treated in the same way."""
+
+    def __init__(self, recipe: Any, calibration: Any, evaluate: Any, goal: Goal, dynamic: Any, seed: int, say: Say):
+        self.recipe, self.passes = recipe, resolve(recipe)
+        self.allowed = precisions(self.passes)
+        self.calibration = calibration
+        self.evaluate, self.goal, self.dynamic, self.seed, self.say = evaluate, goal, dynamic, seed, say
+        self.result: Optimized | None = None
+        if calibration is None and any(getattr(p, "needs_calibration", False) for p in self.passes):
+            raise missing(f"recipe {recipe!r}" if isinstance(recipe, str) else "the recipe")
+        if isinstance(calibration, Iterable) and not isinstance(calibration, (Sequence, Calibration, Tensor, Mapping)) and hasattr(calibration, "__next__"):
+            self.calibration = list(calibration)  # a generator gives its items once, and new shapes need them again
+
+    def first(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
+        """Optimize for the given inputs, with evaluation and report."""
+        start = time.perf_counter()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            variant, leaves = self._variant(model, args, kwargs, self.dynamic)
+            assert self.result is not None
+            self.result.__dict__["_report"] = make_report(self, model, variant, (args, dict(kwargs)), leaves, start)
+        return variant
+
+    def again(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, again: bool) -> Variant:
+        """Optimize for a call that is not covered; once sizes have changed, batch and sequence sizes are left open."""
+        assert self.result is not None
+        if self.result._report is None:
+            return self.first(model, args, kwargs)
+        return self._variant(model, args, kwargs, self.dynamic if self.dynamic is not None or not again else "auto")[0]
+
+    def _variant(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Any) -> tuple[Variant, list[Tensor]]:
+        leaves, spec = flatten_call(args, kwargs)
+        self.say("capturing the model")
+        found = capture(model, args, kwargs, dynamic=dynamic)
+        if found.program is None:
+            return self._in_pieces(found, spec), leaves
+        built = self._built(found, leaves)
+        if self.evaluate is None or self.goal.max_drop is None or not search.lossy_passes(self.passes):
+            return Variant(spec, found, built, Guard(found.program)), leaves
+        return self._tuned(model, Variant(spec, found, built, Guard(found.program))), leaves
+
+    def _built(self, found: Capture, leaves: list[Tensor]) -> Built:
+        program = found.program
+        assert program is not None
+        program.example = tuple(x.detach() for x in leaves)
+        if self.calibration is not None:
+            program.calibration = collect(self.calibration, program.signature.inputs, program)
+        return search.build(program, self.passes, self.allowed, self.say)
+
+    def _in_pieces(self, found: Capture, spec: Any) -> Variant:
+        return Variant(spec, found, None, None, pieces=found.pieces)
+
+    def _tuned(self, model: nn.Module, variant: Variant) -> Variant:
+        """Retreat from lossy sites until the accuracy budget holds."""
+        assert self.evaluate is not None and variant.built is not None and self.goal.max_drop is not None and self.result is not None
+        self.say("evaluating the original")
+        baseline = score(self.evaluate, model)
+
+        def drop(built: Built) -> float:
+            self.say("evaluating a candidate")
+            trial = Optimized(self.again, model, {})
+            trial._variants.append(Variant(variant.spec, variant.capture, built, variant.guard))
+            return baseline - score(self.evaluate, trial)
+
+        deadline = time.perf_counter() + (self.goal.time_budget or float("inf"))
+        if self.result._report is not None:
+            return variant
+        built, log = search.within_budget(variant.built, self.passes, self.allowed, drop, self.goal.max_drop, deadline, self.say)
+        variant.built = built
+        variant.capture.notes.extend(log)
+        return variant
+
+
+def score(evaluate: Callable[[Any], float] | None, model: Any) -> float:
+    """The user's figure, as a finite float.
+
+    Raises:
+        InputError: it is none.
+    """
+    assert evaluate is not None
+    with torch.no_grad():
+        found = evaluate(model)
+    try:
+        value = float(found)
+    except (TypeError, ValueError):
+        raise InputError(f"evaluate returned {type(found).__name__}, a number is wanted", where="optimize(evaluate=...)") from None
+    if value != value:
+        raise InputError("evaluate returned NaN", where="optimize(evaluate=...)", hint="Return a finite number, higher is better.")
+    return value
+
+
+def _call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of an example."""
+    if isinstance(example, Mapping):
+        if not all(isinstance(k, str) for k in example):
+            raise InputError("a dict of example inputs has argument names for keys", where="optimize(example_inputs=...)")
+        return (), dict(example)
+    return (example if type(example) is tuple else (example,)), {}
+
+
+def _attributes(model: nn.Module) -> dict[str, Any]:
+    """Plain attributes of the model, ``.config`` among them: no tensors, modules or hooks."""
+    found = {}
+    for name, value in vars(model).items():
+        if name.startswith("_") or name == "training" or callable(value) or isinstance(value, (Tensor, nn.Module)):
+            continue
+        found[name] = value
+    return found

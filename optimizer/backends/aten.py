@@ -1,0 +1,115 @@
+"""ATen: every op as it stands, and the forms of a value that cheap ops hand through unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphwright.backends.base import (
+    BF16,
+    BF16_LAST,
+    NATIVE,
+    NATIVE_LAST,
+    Q_LAST,
+    Candidate,
+    Format,
+    Q,
+    Slot,
+    Work,
+    filler,
+    has_layouts,
+)  # fmt: skip
+from graphwright.ops import CONTRACTION, ELEMENTWISE, LAYOUT_FREE, POOL, VIEW
+
+#: ops that move values without arithmetic on them, so that integers under the same QParams pass through
+_ANY_DTYPE_VIEWS = {
+    "aten.view", "aten.reshape", "aten.transpose.int", "aten.permute", "aten.flatten.using_ints", "aten.squeeze.dim",
+    "aten.unsqueeze", "aten.slice.Tensor", "aten.select.int", "aten.expand", "aten.contiguous", "aten.clone", "aten.cat", "aten.squeeze",
+    "aten.squeeze.dims", "aten.unflatten.int", "aten.chunk", "aten.split.Tensor", "aten.split_with_sizes", "aten.t", "aten.unbind.int",
+}  # fmt: skip
+#: views that may be asked of a channels-last value because they give the same numbers whatever the strides
+_STRIDE_FREE = {"aten.reshape", "aten.flatten.using_ints", "aten.cat"}
+_POOLS_LAST = {"aten.max_pool2d", "aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten.mean.dim", "aten.amax"}
+
+
+def reason() -> str | None:
+    """ATen is always there."""
+    return None
+
+
+def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
+    """The op as it stands first; then channels-last, bfloat16 and quantized hand-through where they are sound."""
+    call = lambda: implementation(work)
+    floats = [isinstance(work.val(k), Tensor) and work.val(k).dtype == torch.float32 for k in range(len(work.reads))]
+    view = work.has(VIEW)
+    # ops that merely look at their input are not worth a stopwatch
+    timed = not view and not isinstance(work.out, (torch.SymInt, int, bool, tuple, list))
+    yield Candidate("aten.native", (NATIVE,) * len(work.reads), (NATIVE,), "f32", call, aliases=view or not timed, timed=timed)
+    last = _last_needs(work)
+    if last is not None:
+        yield Candidate("aten.last", last, (NATIVE_LAST,), "f32", call, aliases=view)
+    if work.op in _ANY_DTYPE_VIEWS and _same_qparams(work):
+        yield Candidate("aten.q", (Q,) * len(work.reads), (Q,), "int8", call, aliases=True, timed=False)
+        if last is not None:
+            yield Candidate("aten.q-last", tuple(Q_LAST if f == NATIVE_LAST else Q for f in last), (Q_LAST,), "int8", call, aliases=True)
+    if work.op in _STRIDE_FREE and last is None and any(has_layouts(work.val(k)) for k in range(len(work.reads))):
+        yield Candidate("aten.from-last", tuple(NATIVE_LAST if has_layouts(work.val(k)) else NATIVE for k in range(len(floats))),
+                        (NATIVE,), "f32", call, aliases=True)  # fmt: skip
+        if _same_qparams(work):
+            yield Candidate("aten.q-from-last", (Q_LAST,) * len(floats), (Q,), "int8", call, aliases=True)
+    if "bf16" in allowed and all(floats) and work.is_float and (view or work.has(ELEMENTWISE) or work.has(CONTRACTION) or work.has(POOL)):
+        cast = lambda: _bf16(work)
+        yield Candidate("aten.bf16", (BF16,) * len(floats), (BF16,), "bf16", cast, aliases=view, timed=timed)
+        if last is not None:
+            yield Candidate("aten.bf16-last", (BF16_LAST,) * len(floats), (BF16_LAST,), "bf16", cast, aliases=view)
+
+
+def implementation(work: Work) -> Callable[..., Any]:
+    """Call the op on its reads, constants filled in."""
+    target = work.target
+    if work.args and not work.kwargs and all(isinstance(a, Slot) and a.index == k for k, a in enumerate(work.args)):
+        return target
+    fill = filler(work.args, work.kwargs)
+
+    def run(*reads: Any) -> Any:
+        args, kwargs = fill(*reads)
+        return target(*args, **kwargs)
+
+    return run
+
+
+def _bf16(work: Work) -> Callable[..., Any]:
+    """The op with its float constants in bfloat16."""
+    def narrow(value: Any) -> Any:
+        return value.bfloat16() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+
+    twin = Work(work.program, work.node, work.reads, tuple(narrow(a) for a in work.args),
+                {k: narrow(v) for k, v in work.kwargs.items()}, None, work.read_qparams)  # fmt: skip
+    return implementation(twin)
+
+
+def _last_needs(work: Work) -> tuple[Format, ...] | None:
+    """Formats of the reads for a channels-last run, or None where the op can't be trusted to keep the layout."""
+    if not has_layouts(work.out):
+        return None
+    shape = tuple(work.out.shape)
+    if work.op in _POOLS_LAST and work.reads and has_layouts(work.val(0)):
+        return (NATIVE_LAST,) + (NATIVE,) * (len(work.reads) - 1)
+    if work.op == "aten.cat":
+        return (NATIVE_LAST,) * len(work.reads) if all(has_layouts(work.val(k)) for k in range(len(work.reads))) else None
+    if not (work.has(ELEMENTWISE) or work.has(LAYOUT_FREE)):
+        return None
+    needs = [NATIVE_LAST if has_layouts(v) and tuple(v.shape) == shape else NATIVE
+             for v in (work.val(k) for k in range(len(work.reads)))]  # fmt: skip
+    others_small = all(f == NATIVE_LAST or not isinstance(work.val(k), Tensor) or work.val(k).dim() in (0, work.out.dim()) for k, f in enumerate(needs))
+    return tuple(needs) if NATIVE_LAST in needs and others_small else None
+
+
+def _same_qparams(work: Work) -> bool:
+    """All reads are quantized reads under the parameters of the result."""
+    return bool(work.reads) and work.qparams is not None and all(
+        r.quantized and q == work.qparams for r, q in zip(work.reads, work.read_qparams, strict=True)
+    )

@@ -1,0 +1,315 @@
+"""oneDNN through PyTorch: convolutions and linears with packed weights, fused activation and residual add."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphwright.backends.base import (
+    BF16,
+    BF16_LAST,
+    NATIVE,
+    NATIVE_LAST,
+    Q_LAST,
+    Candidate,
+    Format,
+    IntWeight,
+    Q,
+    QParams,
+    Slot,
+    Work,
+    hint,
+)  # fmt: skip
+from graphwright.measure import machine
+from graphwright.ops.fused import activate
+
+#: our activation names → oneDNN's (name, algorithm); what one of the three kinds of op does not take is left out below
+_POST = {"none": ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "silu": ("swish", ""),
+         "hardswish": ("hardswish", ""), "hardtanh": ("hardtanh", ""), "leaky_relu": ("leaky_relu", ""), "tanh": ("tanh", ""),
+         "sigmoid": ("sigmoid", ""), "hardsigmoid": ("hardsigmoid", "")}  # fmt: skip
+_QLINEAR_POST = {"none", "relu", "gelu", "gelu_tanh", "silu", "hardswish", "hardtanh", "leaky_relu", "tanh"}
+_QCONV_POST = {"none", "relu", "silu", "hardswish", "hardtanh"}
+
+
+@functools.cache
+def reason() -> str | None:
+    """None, or why oneDNN can't be used."""
+    return None if torch.backends.mkldnn.is_available() else "this build of torch has no oneDNN"
+
+
+@functools.cache
+def int8_reason() -> str | None:
+    """None, or why int8 products would be slow or wrong: without VNNI, u8·s8 pairs saturate in 16 bits."""
+    if reason():
+        return reason()
+    if not any(f in machine().get("flags", ()) for f in ("avx512_vnni", "avx_vnni", "amx_int8")):
+        return "the processor has no VNNI: int8 products saturate"
+    return None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear or convolution with constant weight, whichever op spells it."""
+
+    conv: bool
+    x: int
+    weight: Tensor
+    int_weight: IntWeight | None
+    bias: Tensor | None
+    other: int | None
+    activation: str
+    scalars: tuple[float, ...]
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def rank(self) -> int:
+        return self.weight.dim() - 2
+
+
+def matrix(work: Work) -> Matrix | None:
+    """The work as a matrix op, or None where it is none or its weight is no constant."""
+    if work.op not in ("graphwright.linear", "graphwright.conv", "aten.linear", "aten.conv1d", "aten.conv2d", "aten.conv3d"):
+        return None
+    a = work.named
+    x, weight, bias = a.get("x", a.get("input")), a["weight"], a["bias"]
+    if not isinstance(x, Slot) or not isinstance(weight, Tensor) or isinstance(bias, Slot):
+        return None
+    other = a.get("other")
+    if isinstance(other, Tensor):
+        return None
+    conv = "conv" in work.op
+    rank = weight.dim() - 2
+    spread = lambda v: tuple(int(i) for i in (v if len(v) == rank else list(v) * rank)) if conv else ()
+    return Matrix(conv, x.index, weight, work.weights.get("weight"), bias, other.index if isinstance(other, Slot) else None,
+                  a.get("activation", "none"), tuple(float(s) for s in a.get("scalars", ())),
+                  *((spread(a["stride"]), spread(a["padding"]), spread(a["dilation"]), int(a["groups"])) if conv else ()))  # fmt: skip
+
+
+def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
+    """Packed float32, bfloat16 and int8 forms of one linear or convolution."""
+    m = None if reason() else matrix(work)
+    if m is None or not work.is_float or m.weight.numel() == 0 or not _float32(work, m):
+        return
+    if m.conv and m.rank in (1, 2, 3):
+        yield from _float_conv(work, m, allowed)
+        if "int8" in allowed and m.rank == 2:
+            yield from _int8_conv(work, m)
+    elif not m.conv:
+        yield from _float_linear(work, m, allowed)
+        if "int8" in allowed:
+            yield from _int8_linear(work, m)
+
+
+def _float32(work: Work, m: Matrix) -> bool:
+    values = [work.val(m.x), *([work.val(m.other)] if m.other is not None else [])]
+    return m.weight.dtype == torch.float32 and all(v.dtype == torch.float32 for v in values)
+
+
+def _needs(work: Work, m: Matrix, x: Format, other: Format) -> tuple[Format, ...]:
+    return tuple(x if k == m.x else other if k == m.other else NATIVE for k in range(len(work.reads)))
+
+
+def _batch(work: Work, m: Matrix) -> int:
+    """Rows of the product at the example inputs."""
+    return max(1, math.prod(hint(s) for s in work.val(m.x).shape[:-1]))
+
+
+def _shape(work: Work, m: Matrix) -> list[int]:
+    return [hint(s) for s in work.val(m.x).shape]
+
+
+def _finish(m: Matrix, fused: bool) -> Callable[[Tensor], Tensor]:
+    """The activation, where the kernel did not fuse it."""
+    if fused or m.activation == "none":
+        return lambda y: y
+    return lambda y: activate(y, m.activation, m.scalars)
+
+
+# -- float ------------------------------------------------------------------------------------------------------------
+
+
+def _float_conv(work: Work, m: Matrix, allowed: frozenset[str]) -> Iterator[Candidate]:
+    for precision, plain, last in (("f32", NATIVE, NATIVE_LAST), ("bf16", BF16, BF16_LAST)):
+        if precision not in allowed:
+            continue
+        build = functools.partial(_build_float_conv, work, m, torch.float32 if precision == "f32" else torch.bfloat16)
+        if m.rank in (2, 3):
+            yield Candidate(f"onednn.{precision}-last", _needs(work, m, last, last), (last,), precision, build)
+        yield Candidate(f"onednn.{precision}", _needs(work, m, plain, plain), (plain,), precision, build)
+
+
+def _build_float_conv(work: Work, m: Matrix, dtype: torch.dtype) -> Callable[..., Tensor]:
+    weight = torch.ops.mkldnn._reorder_convolution_weight(
+        m.weight.detach().to(dtype).contiguous(), list(m.padding), list(m.stride), list(m.dilation), m.groups, _shape(work, m))  # fmt: skip
+    bias = None if m.bias is None else m.bias.to(dtype)
+    pad, stride, dilation, groups, x, other = list(m.padding), list(m.stride), list(m.dilation), m.groups, m.x, m.other
+    name, algorithm = _POST.get(m.activation, ("none", ""))
+    scalars: list[float | None] = list(m.scalars)
+    if other is None:
+        fused = m.activation in _POST
+        finish, call = _finish(m, fused), torch.ops.mkldnn._convolution_pointwise.default
+        post = name if fused else "none"
+        if fused or m.activation == "none":
+            return lambda *r: call(r[x], weight, bias, pad, stride, dilation, groups, post, scalars, algorithm)
+        return lambda *r: finish(call(r[x], weight, bias, pad, stride, dilation, groups, "none", [], ""))
+    fused = m.activation in ("none", "relu")
+    finish, binary = _finish(m, fused), torch.ops.mkldnn._convolution_pointwise.binary
+    unary = "relu" if m.activation == "relu" else None
+    return lambda *r: finish(binary(r[x], r[other], weight, bias, pad, stride, dilation, groups, "add", 1.0, unary, [], ""))
+
+
+def _float_linear(work: Work, m: Matrix, allowed: frozenset[str]) -> Iterator[Candidate]:
+    needs = _needs(work, m, NATIVE, NATIVE)
+    yield Candidate("onednn.f32", needs, (NATIVE,), "f32", functools.partial(_build_float_linear, work, m, torch.float32))
+    if torch.backends.mkl.is_available() and work.static:
+        yield Candidate("mkl.f32", needs, (NATIVE,), "f32", functools.partial(_build_mkl_linear, work, m))
+    if "bf16" in allowed:
+        yield Candidate("onednn.bf16", _needs(work, m, BF16, BF16), (BF16,), "bf16",
+                        functools.partial(_build_float_linear, work, m, torch.bfloat16))  # fmt: skip
+
+
+def _build_float_linear(work: Work, m: Matrix, dtype: torch.dtype) -> Callable[..., Tensor]:
+    weight = torch.ops.mkldnn._reorder_linear_weight(m.weight.detach().to(dtype).contiguous(), _batch(work, m))
+    bias = None if m.bias is None else m.bias.to(dtype)
+    x, other = m.x, m.other
+    if other is None:
+        fused = m.activation in _POST
+        name, algorithm = _POST[m.activation] if fused else ("none", "")
+        scalars: list[float | None] = list(m.scalars) if fused else []
+        finish, call = _finish(m, fused), torch.ops.mkldnn._linear_pointwise.default
+        if fused:
+            return lambda *r: call(r[x], weight, bias, name, scalars, algorithm)
+        return lambda *r: finish(call(r[x], weight, bias, "none", [], ""))
+    finish, binary = _finish(m, False), torch.ops.mkldnn._linear_pointwise.binary
+    return lambda *r: finish(binary(r[x], r[other].contiguous(), weight, bias, "add"))
+
+
+def _build_mkl_linear(work: Work, m: Matrix) -> Callable[..., Tensor]:
+    batch = _batch(work, m)
+    weight = m.weight.detach().contiguous()
+    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.to_mkldnn(), batch)
+    call, x, other, bias = torch.ops.mkl._mkl_linear.default, m.x, m.other, m.bias
+    finish = _finish(m, False)
+    if other is None:
+        return lambda *r: finish(call(r[x], packed, weight, bias, batch))
+    return lambda *r: finish(call(r[x], packed, weight, bias, batch).add_(r[other]))
+
+
+# -- int8 -------------------------------------------------------------------------------------------------------------
+
+
+def _quantized(work: Work, m: Matrix) -> QParams | None:
+    """The parameters of the input where an int8 product is possible: quantized input, symmetric per-channel weight."""
+    if int8_reason() or m.int_weight is None or not work.reads[m.x].quantized:
+        return None
+    w = m.int_weight
+    if w.values.dtype != torch.int8 or not w.symmetric or w.axis != 0:
+        return None
+    return work.read_qparams[m.x]
+
+
+def _channel_scales(m: Matrix) -> tuple[Tensor, Tensor]:
+    assert m.int_weight is not None
+    scales = m.int_weight.scales.detach().float().contiguous()
+    if scales.numel() == 1 and m.weight.shape[0] != 1:
+        scales = scales.expand(m.weight.shape[0]).contiguous()
+    return scales, torch.zeros(scales.numel(), dtype=torch.int32)
+
+
+def _targets(work: Work, last: bool) -> Iterator[tuple[Format, float, int, torch.dtype]]:
+    """Result forms: float, and the value's own integers where it has them (unsigned ones: oneDNN's post-ops want those)."""
+    yield (NATIVE_LAST if last else NATIVE), 1.0, 0, torch.float32
+    q = work.qparams
+    if q is not None and q.dtype in (torch.uint8, torch.int8) and (q.low, q.high) == ((0, 255) if q.dtype == torch.uint8 else (-128, 127)):
+        yield (Q_LAST if last else Q), q.scale, q.zero_point, q.dtype
+
+
+def _int8_linear(work: Work, m: Matrix) -> Iterator[Candidate]:
+    q = _quantized(work, m)
+    if q is None:
+        return
+    for fmt, scale, zero, dtype in _targets(work, last=False):
+        if m.other is not None and m.activation not in ("none", "relu"):
+            continue
+        if m.activation not in _QLINEAR_POST and fmt != NATIVE:
+            continue
+        build = functools.partial(_build_int8_linear, work, m, q, scale, zero, dtype)
+        yield Candidate(f"onednn.int8-{'q' if fmt == Q else 'f32'}", _needs(work, m, Q, NATIVE), (fmt,), "int8", build)
+
+
+def _build_int8_linear(work: Work, m: Matrix, q: QParams, scale: float, zero: int, dtype: torch.dtype) -> Callable[..., Tensor]:
+    assert m.int_weight is not None
+    # the shape only steers which blocked layout oneDNN picks
+    packed = torch.ops.onednn.qlinear_prepack(m.int_weight.values.detach().contiguous(), [_batch(work, m), m.weight.shape[1]])
+    scales, zeros = _channel_scales(m)
+    x, other, bias, xs, xz = m.x, m.other, m.bias, q.scale, q.zero_point
+    if other is not None:
+        call = torch.ops.onednn.qlinear_pointwise.binary
+        return lambda *r: call(r[x], xs, xz, packed, scales, zeros, r[other].contiguous(), bias, scale, zero, dtype, 1.0, 0,
+                               "add", 1.0, m.activation, [], "")  # fmt: skip
+    fused = m.activation in _QLINEAR_POST
+    name, algorithm = _POST[m.activation] if fused else ("none", "")
+    post_scalars: list[float | None] = list(m.scalars) if fused else []
+    call, finish = torch.ops.onednn.qlinear_pointwise.default, _finish(m, fused)
+    if fused:
+        return lambda *r: call(r[x], xs, xz, packed, scales, zeros, bias, scale, zero, dtype, name, post_scalars, algorithm)
+    return lambda *r: finish(call(r[x], xs, xz, packed, scales, zeros, bias, 1.0, 0, torch.float32, "none", [], ""))
+
+
+def _int8_conv(work: Work, m: Matrix) -> Iterator[Candidate]:
+    q = _quantized(work, m)
+    if q is None or q.dtype != torch.uint8:
+        return
+    for fmt, scale, zero, dtype in _targets(work, last=True):
+        tag = "q" if fmt == Q_LAST else "f32"
+        if m.other is None:
+            if m.activation not in _QCONV_POST and fmt == Q_LAST:
+                continue
+            build = functools.partial(_build_int8_conv, work, m, q, scale, zero, dtype, None)
+            yield Candidate(f"onednn.int8-{tag}", _needs(work, m, Q_LAST, NATIVE), (fmt,), "int8", build)
+            continue
+        if m.activation not in ("none", "relu"):
+            continue
+        # the residual is accumulated in place, in the dtype of the result
+        other = work.read_qparams[m.other] if work.reads[m.other].quantized else None
+        if fmt == Q_LAST and other is not None and other.dtype == dtype:
+            build = functools.partial(_build_int8_conv, work, m, q, scale, zero, dtype, other)
+            yield Candidate(f"onednn.int8-{tag}", _needs(work, m, Q_LAST, Q_LAST), (fmt,), "int8", build, clobbers=m.other)
+        if fmt == NATIVE_LAST:
+            build = functools.partial(_build_int8_conv, work, m, q, scale, zero, dtype, QParams(1.0, 0, 0, 0, torch.float32))
+            yield Candidate(f"onednn.int8-{tag}", _needs(work, m, Q_LAST, NATIVE_LAST), (fmt,), "int8", build, clobbers=m.other)
+
+
+def _build_int8_conv(work: Work, m: Matrix, q: QParams, scale: float, zero: int, dtype: torch.dtype,
+                     accumulator: QParams | None) -> Callable[..., Tensor]:  # fmt: skip
+    assert m.int_weight is not None
+    scales, zeros = _channel_scales(m)
+    pad, stride, dilation, groups = list(m.padding), list(m.stride), list(m.dilation), m.groups
+    packed = torch.ops.onednn.qconv_prepack(
+        m.int_weight.values.detach().contiguous(), scales, q.scale, q.zero_point, stride, pad, dilation, groups, _shape(work, m))  # fmt: skip
+    x, other, bias, xs, xz = m.x, m.other, m.bias, q.scale, q.zero_point
+    if accumulator is not None:
+        call, unary = torch.ops.onednn.qconv2d_pointwise.binary, "relu" if m.activation == "relu" else "none"
+        os, oz = accumulator.scale, accumulator.zero_point
+        return lambda *r: call(r[x], xs, xz, packed, scales, zeros, r[other], bias, stride, pad, dilation, groups, scale, zero,
+                               dtype, os, oz, "sum", 1.0, unary, [], "")  # fmt: skip
+    fused = m.activation in _QCONV_POST
+    name, algorithm = _POST[m.activation] if fused else ("none", "")
+    post_scalars: list[float | None] = list(m.scalars) if fused else []
+    call, finish = torch.ops.onednn.qconv_pointwise.default, _finish(m, fused)
+    if fused:
+        return lambda *r: call(r[x], xs, xz, packed, scales, zeros, bias, stride, pad, dilation, groups, scale, zero, dtype,
+                               name, post_scalars, algorithm)  # fmt: skip
+    return lambda *r: finish(call(r[x], xs, xz, packed, scales, zeros, bias, stride, pad, dilation, groups, 1.0, 0,
+                                  torch.float32, "none", [], ""))  # fmt: skip
+
+
+__all__ = ["Matrix", "candidates", "int8_reason", "matrix", "reason"]

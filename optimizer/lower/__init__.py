@@ -1,0 +1,193 @@
+"""Lowering: candidates per work, timed on this machine, chosen over the whole graph, put together as a ``Runner``.
+
+    lowered = lower(program, allowed={"f32", "int8"})
+    lowered.runner(*leaves)
+    lowered.plan            # {node name: candidate name}: what a saved file keeps; lower(program, plan=...) times nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphwright import backends
+from graphwright.backends.base import NATIVE, Candidate, Format, Read, Work
+from graphwright.ir import Program
+from graphwright.lower.conversions import possible
+from graphwright.lower.graph import Analysis, analyse
+from graphwright.lower.runner import Runner, emit
+from graphwright.lower.select import Problem, solve
+from graphwright.lower.stopwatch import Stopwatch
+from graphwright.measure import Timing, interleaved
+
+
+@dataclass(frozen=True)
+class Option:
+    """One candidate of one work, as the report shows it.
+
+    Attributes:
+        ms: measured time; None where there was nothing to choose.
+        problem: why it could not be used.
+    """
+
+    name: str
+    ms: float | None
+    problem: str | None = None
+
+
+@dataclass
+class Choice:
+    """What was chosen for one work, among what."""
+
+    work: Work
+    name: str
+    precision: str
+    options: tuple[Option, ...]
+
+
+@dataclass(eq=False)
+class Lowered:
+    """A program made runnable.
+
+    Attributes:
+        plan: candidate by node name.
+        choices: per work, with the alternatives and their times.
+        variants: whole assignments that were timed: label and timing; the first is the one taken.
+        notes: what could not be used on this machine, and anything else worth a line.
+    """
+
+    runner: Runner
+    plan: dict[str, str]
+    choices: list[Choice]
+    variants: list[tuple[str, Timing]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mapping[str, str] | None = None,
+          example: Sequence[Tensor] | None = None, progress: Callable[[str], None] | None = None) -> Lowered:  # fmt: skip
+    """Choose and put together the kernels of a program.
+
+    Args:
+        allowed: precisions that may be chosen: ``"f32"``, ``"bf16"``, ``"int8"``.
+        plan: take these candidates and time nothing; what can't be built here runs natively, with a note.
+        example: flat inputs on which whole assignments are timed; ``program.example`` by default.
+    """
+    allowed = frozenset(allowed) | {"f32"}
+    analysis = analyse(program)
+    options = [list(backends.candidates(w, allowed)) for w in analysis.works]
+    notes = [f"{name}: {why}" for name, why in backends.reasons().items()]
+    if plan is not None:
+        return _from_plan(analysis, options, plan, notes)
+    say = progress or (lambda text: None)
+    watch = Stopwatch(program.size_bytes())
+    times: list[list[float]] = []
+    kept: list[list[Candidate]] = []
+    shown: list[tuple[Option, ...]] = []
+    for k, (work, several) in enumerate(zip(analysis.works, options, strict=True)):
+        say(f"timing kernels {k + 1}/{len(options)}: {work.site}")
+        found = watch.work(work, several)
+        usable = [(c, t) for c, t in zip(several, found, strict=True) if isinstance(t, float)]
+        native = next(c for c in several if c.name == "aten.native")
+        usable = usable or [(native, 0.0)]  # its own error will say more than ours when it runs
+        kept.append([c for c, _ in usable])
+        times.append([t for _, t in usable])
+        shown.append(tuple(_option(c, t, len(several)) for c, t in zip(several, found, strict=True)))
+    problem = _problem(analysis, kept, times, watch)
+    watch.flush()
+    say("choosing kernels")
+    assignments = _assignments(problem)
+    example = tuple(example if example is not None else program.example or ())
+    built: dict[str, tuple[list[int], Runner]] = {}
+    cache: dict[tuple[int, int], Callable[..., Any]] = {}
+    for label, picks in assignments.items():
+        if any(picks == other for other, _ in built.values()):
+            continue
+        built[label] = picks, emit(analysis, [(kept[k][c], _build(cache, k, c, kept)) for k, c in enumerate(picks)])
+    variants: list[tuple[str, Timing]] = []
+    best = next(iter(built))
+    if len(built) > 1 and example:
+        say(f"timing {len(built)} whole assignments")
+        runs = [(lambda r=r: r(*example)) for _, r in built.values()]
+        timings = interleaved(runs, rounds=10, budget_s=2.0)
+        variants = sorted(zip(built, timings, strict=True), key=lambda v: v[1].minimum)
+        best = variants[0][0]
+    picks, runner = built[best]
+    choices = [Choice(w, kept[k][c].name, kept[k][c].precision, shown[k]) for k, (w, c) in enumerate(zip(analysis.works, picks, strict=True))]
+    return Lowered(runner, {c.work.node.name: c.name for c in choices}, choices, variants, notes)
+
+
+def _option(candidate: Candidate, found: float | str, count: int) -> Option:
+    if isinstance(found, str):
+        return Option(candidate.name, None, found)
+    return Option(candidate.name, found if candidate.timed and count > 1 else None)
+
+
+def _build(cache: dict[tuple[int, int], Callable[..., Any]], work: int, index: int, kept: Sequence[Sequence[Candidate]]) -> Callable[..., Any]:
+    """Build each chosen implementation once, however many assignments use it."""
+    if (work, index) not in cache:
+        with torch.no_grad():
+            cache[work, index] = kept[work][index].build()
+    return cache[work, index]
+
+
+def _problem(analysis: Analysis, options: list[list[Candidate]], times: list[list[float]], watch: Stopwatch) -> Problem:
+    """Collect the conversions that any choice could need, timed."""
+    sources = [n for n in analysis.program.graph.nodes if n.op in ("placeholder", "get_attr")]
+    given: dict[fx.Node, set[Format]] = {n: {NATIVE} for n in sources}
+    wanted: dict[fx.Node, set[Format]] = {}
+    for work, several in zip(analysis.works, options, strict=True):
+        given[work.node] = {f for c in several for f in c.gives}
+        for k, read in enumerate(work.reads):
+            wanted.setdefault(read.value, set()).update(c.needs[k] for c in several)
+    demands = [(o.value, NATIVE) for o in analysis.outputs if isinstance(o, Read) and o.value in given]
+    for value, form in demands:
+        wanted.setdefault(value, set()).add(form)
+    convert = {}
+    for value, forms in wanted.items():
+        params = analysis.qparams.get(value)
+        for source in given.get(value, ()):
+            for target in forms:
+                if possible(source, target) and (params is not None or "q" not in (source.kind, target.kind)) and isinstance(value.meta["val"], Tensor):
+                    convert[value, source, target] = watch.convert(value, source, target, params)
+    return Problem(analysis.works, options, times, frozenset(sources), demands, convert)
+
+
+def _assignments(problem: Problem) -> dict[str, list[int]]:
+    """The best few assignments: the optimum, and the optima among restricted families that isolated timings may misjudge."""
+    found = {"optimum": solve(problem)}
+    families = {
+        "plain layout": lambda c: all(f.layout == "plain" for f in (*c.needs, *c.gives)),
+        "channels last": lambda c: "-last" in c.name or c.name.startswith(("onednn.int8", "numba.max-pool", "numba.mean-pool")),
+        "matrix ops in int8": lambda c: c.name.startswith("onednn.int8"),
+        "float kernels": lambda c: c.precision == "f32",
+    }
+    for label, member in families.items():
+        allowed = []
+        for options in problem.options:
+            inside = {k for k, c in enumerate(options) if member(c)}
+            allowed.append(inside or set(range(len(options))))
+        if any(len(a) < len(o) for a, o in zip(allowed, problem.options, strict=True)):
+            found[label] = solve(problem, allowed=allowed)
+    return found
+
+
+def _from_plan(analysis: Analysis, options: list[list[Candidate]], plan: Mapping[str, str], notes: list[str]) -> Lowered:
+    chosen: list[tuple[Candidate, Callable[..., Any]]] = []
+    for work, several in zip(analysis.works, options, strict=True):
+        name = plan.get(work.node.name, "aten.native")
+        candidate = next((c for c in several if c.name == name), None)
+        native = next(c for c in several if c.name == "aten.native")
+        with torch.no_grad():
+            try:
+                if candidate is None:
+                    notes.append(f"{work.site}: kernel {name} does not exist on this machine; the op runs as it is")
+                chosen.append((candidate or native, (candidate or native).build()))
+            except Exception as error:  # the file may come from another machine: slower is better than not at all
+                notes.append(f"{work.site}: kernel {name} can't be built here ({error}); the op runs as it is")
+                chosen.append((native, native.build()))
+    choices = [Choice(w, c.name, c.precision, ()) for w, (c, _) in zip(analysis.works, chosen, strict=True)]
+    return Lowered(emit(analysis, chosen), {c.work.node.name: c.name for c in choices}, choices, [], notes)

@@ -1,0 +1,129 @@
+"""From a program to units of work: quantize/dequantize pairs become facts about values, weights become constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphwright.backends.base import IntWeight, QParams, Read, Slot, Work, template
+from graphwright.ir import Program, args_by_name
+
+_QUANTIZE = "graphwright::quantize"
+_DEQUANTIZE = "graphwright::dequantize"
+_DEQUANTIZE_CHANNEL = "graphwright::dequantize_channel"
+
+
+@dataclass(eq=False)
+class Analysis:
+    """A program seen as works.
+
+    Attributes:
+        works: in program order.
+        qparams: values that have a quantized form.
+        outputs: what the program returns, in order: a read, or a constant value.
+    """
+
+    program: Program
+    works: list[Work]
+    qparams: dict[fx.Node, QParams]
+    outputs: list[Read | Any]
+
+
+def analyse(program: Program) -> Analysis:
+    """Take the quantize/dequantize pairs off; see ``Analysis``."""
+    return _Analyser(program).run()
+
+
+def _is(node: Any, schema: str) -> bool:
+    return isinstance(node, fx.Node) and node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "name", "") == schema
+
+
+class _Analyser:
+    def __init__(self, program: Program):
+        self.program = program
+        self.qparams: dict[fx.Node, QParams] = {}
+        self.absorbed: dict[fx.Node, fx.Node] = {}  # dequantize (or absorbed quantize) → the value it stands for
+        self.weights: dict[fx.Node, IntWeight] = {}
+        self.materialised: dict[fx.Node, Tensor] = {}
+
+    def run(self) -> Analysis:
+        for node in self.program.nodes:
+            if _is(node, _QUANTIZE):
+                self._quantize(node)
+            elif _is(node, _DEQUANTIZE) or _is(node, _DEQUANTIZE_CHANNEL):
+                self._weight(node)
+        works = [self._work(n) for n in self.program.nodes if n not in self.absorbed and n not in self.weights]
+        outputs = [self._read(a) if isinstance(a, fx.Node) else a for a in self.program.output.args[0]]
+        return Analysis(self.program, works, self.qparams, outputs)
+
+    def _quantize(self, node: fx.Node) -> None:
+        """Absorb a quantize whose readers all dequantize with its own parameters."""
+        a = args_by_name(node)
+        value = a["x"]
+        if not isinstance(value, fx.Node) or value.op == "get_attr" or value in self.absorbed:
+            return
+        if not isinstance(value.meta["val"], Tensor) or value.meta["val"].dtype != torch.float32:
+            return
+        params = QParams(float(a["scale"]), int(a["zero_point"]), int(a["low"]), int(a["high"]), a["dtype"])
+        if self.qparams.get(value, params) != params or not node.users:
+            return
+        for user in node.users:
+            u = args_by_name(user) if _is(user, _DEQUANTIZE) else None
+            if u is None or float(u["scale"]) != params.scale or int(u["zero_point"]) != params.zero_point or u["dtype"] != torch.float32:
+                return
+        self.qparams[value] = params
+        self.absorbed[node] = value
+        for user in node.users:
+            self.absorbed[user] = value
+
+    def _weight(self, node: fx.Node) -> None:
+        """Absorb the dequantize of a constant."""
+        if node in self.absorbed:
+            return
+        a = args_by_name(node)
+        stored = self.program.constant(a["q"])
+        if stored is None:
+            return
+        if _is(node, _DEQUANTIZE):
+            scales, zeros, axis = torch.tensor([a["scale"]]), torch.tensor([a["zero_point"]]), 0
+        else:
+            scales, zeros, axis = self.program.constant(a["scales"]), self.program.constant(a["zero_points"]), int(a["axis"])
+            if scales is None:
+                return
+        self.weights[node] = IntWeight(stored, scales, zeros, axis)
+
+    def _read(self, node: fx.Node) -> Read:
+        value = self.absorbed.get(node)
+        return Read(node) if value is None else Read(value, quantized=value in self.qparams)
+
+    def _constant(self, node: fx.Node) -> Tensor | None:
+        if node in self.weights:
+            if node not in self.materialised:
+                a = args_by_name(node)
+                filled = {k: self.program.constant(v) if isinstance(v, fx.Node) else v for k, v in a.items()}
+                with torch.no_grad():
+                    self.materialised[node] = node.target(**filled)  # type: ignore[operator]
+            return self.materialised[node]
+        return self.program.constant(node)
+
+    def _work(self, node: fx.Node) -> Work:
+        reads: list[Read] = []
+        weights: dict[str, IntWeight] = {}
+
+        def fill(n: fx.Node) -> Any:
+            constant = self._constant(n)
+            if constant is not None:
+                return constant
+            read = self._read(n)
+            if read not in reads:
+                reads.append(read)
+            return Slot(reads.index(read))
+
+        if isinstance(node.target, torch._ops.OpOverload):
+            weights = {k: self.weights[v] for k, v in args_by_name(node).items() if isinstance(v, fx.Node) and v in self.weights}
+        args, kwargs = template((node.args, dict(node.kwargs)), fill)
+        read_qparams = tuple(self.qparams.get(r.value) for r in reads)
+        return Work(self.program, node, tuple(reads), tuple(args), kwargs, self.qparams.get(node), read_qparams, weights)

@@ -1,0 +1,193 @@
+"""The runnable form: a list of steps over registers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphwright.backends.base import NATIVE, Candidate, Format, Read, Work
+from graphwright.errors import InternalError
+from graphwright.ir import Program
+from graphwright.lower.conversions import conversion, possible
+from graphwright.lower.graph import Analysis
+from graphwright.ops import VIEW
+
+
+@dataclass
+class Step:
+    """One call.
+
+    Attributes:
+        reads, writes: registers.
+        frees: registers whose value is dropped after the call.
+        site: of the work, or of the value that is converted.
+        name: the candidate's name, or ``"convert native→q"``.
+    """
+
+    call: Callable[..., Any]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    frees: tuple[int, ...]
+    site: str
+    name: str
+    work: Work | None = None
+
+
+class Runner(nn.Module):
+    """Flat input tensors to flat output tensors, mutations applied."""
+
+    def __init__(self, program: Program, steps: Sequence[Step], registers: int, inputs: Sequence[int],
+                 buffers: Sequence[tuple[int, str]], outputs: Sequence[int | Any]):  # fmt: skip
+        super().__init__()
+        self.program = program
+        self.steps = tuple(steps)
+        self._registers, self._inputs, self._buffers, self._outputs = registers, tuple(inputs), tuple(buffers), tuple(outputs)
+        self._code = [(s.call, s.reads, s.writes[0] if len(s.writes) == 1 else s.writes, s.frees) for s in steps]
+
+    def _start(self, leaves: Sequence[Tensor]) -> list[Any]:
+        registers: list[Any] = [None] * self._registers
+        for slot, leaf in zip(self._inputs, leaves, strict=True):
+            registers[slot] = leaf
+        for slot, name in self._buffers:
+            registers[slot] = self.program.tensor(name)
+        return registers
+
+    def _finish(self, registers: list[Any], leaves: Sequence[Tensor]) -> tuple[Any, ...]:
+        outs = [registers[o.slot] if isinstance(o, Register) else o for o in self._outputs]
+        mutations = self.program.signature.mutations
+        count = len(outs) - len(mutations)
+        for mutation, value in zip(mutations, outs[count:], strict=True):
+            target = leaves[mutation.input] if mutation.buffer is None else self.program.tensor(mutation.buffer)
+            target.copy_(value)
+        return tuple(outs[:count])
+
+    @torch.no_grad()
+    def forward(self, *leaves: Tensor) -> tuple[Any, ...]:
+        registers = self._start(leaves)
+        for call, reads, writes, frees in self._code:
+            result = call(*[registers[r] for r in reads])
+            if type(writes) is int:
+                registers[writes] = result
+            else:
+                for slot, value in zip(writes, result, strict=True):
+                    registers[slot] = value
+            for slot in frees:
+                registers[slot] = None
+        return self._finish(registers, leaves)
+
+    @torch.no_grad()
+    def profile(self, leaves: Sequence[Tensor], rounds: int = 5) -> list[float]:
+        """Least milliseconds of each step over ``rounds`` runs."""
+        best = [float("inf")] * len(self.steps)
+        for _ in range(rounds):
+            registers = self._start(leaves)
+            for k, (call, reads, writes, frees) in enumerate(self._code):
+                args = [registers[r] for r in reads]
+                begin = time.perf_counter()
+                result = call(*args)
+                best[k] = min(best[k], 1e3 * (time.perf_counter() - begin))
+                del args
+                for slot, value in zip((writes,), (result,), strict=True) if type(writes) is int else zip(writes, result, strict=True):
+                    registers[slot] = value
+                for slot in frees:
+                    registers[slot] = None
+        return best
+
+
+@dataclass(frozen=True)
+class Register:
+    slot: int
+
+
+def emit(analysis: Analysis, chosen: Sequence[tuple[Candidate, Callable[..., Any]]]) -> Runner:
+    """Put the chosen implementations in program order, conversions just before their first reader.
+
+    Raises:
+        InternalError: a form is read that nothing gives and nothing converts to.
+    """
+    return _Emitter(analysis, chosen).run()
+
+
+class _Emitter:
+    def __init__(self, analysis: Analysis, chosen: Sequence[tuple[Candidate, Callable[..., Any]]]):
+        self.analysis, self.chosen = analysis, chosen
+        self.slots: dict[tuple[fx.Node, Format], int] = {}
+        self.count = 0
+        self.steps: list[Step] = []
+        self.borrowed: set[int] = set()  # registers that may share memory with another, an input or a buffer
+
+    def run(self) -> Runner:
+        program = self.analysis.program
+        inputs = [self._new(n, NATIVE) for n in program.placeholders]
+        buffers = [(self._new(n, NATIVE), str(n.target)) for n in program.graph.nodes
+                   if n.op == "get_attr" and program.constant(n) is None]  # fmt: skip
+        self.borrowed.update(inputs, (b for b, _ in buffers))
+        clobbers: dict[int, int] = {}  # step → register overwritten
+        for work, (candidate, call) in zip(self.analysis.works, self.chosen, strict=True):
+            reads = tuple(self._form(r.value, f) for r, f in zip(work.reads, candidate.needs, strict=True))
+            writes = tuple(self._new(work.node, f) for f in candidate.gives)
+            if candidate.clobbers is not None:
+                clobbers[len(self.steps)] = reads[candidate.clobbers]
+            if candidate.aliases or work.has(VIEW):
+                self.borrowed.update(writes)
+                self.borrowed.update(reads)
+            self.steps.append(Step(call, reads, writes, (), work.site, candidate.name, work))
+        outputs = [Register(self._form(o.value, NATIVE)) if isinstance(o, Read) else o for o in self.analysis.outputs]
+        self._protect(clobbers, {o.slot for o in outputs if isinstance(o, Register)})
+        self._free({o.slot for o in outputs if isinstance(o, Register)})
+        return Runner(program, self.steps, self.count, inputs, buffers, outputs)
+
+    def _new(self, value: fx.Node, form: Format) -> int:
+        self.slots[value, form] = self.count
+        self.count += 1
+        return self.count - 1
+
+    def _form(self, value: fx.Node, form: Format) -> int:
+        """The register that holds ``value`` as ``form``; a conversion is added where none does."""
+        if (value, form) in self.slots:
+            return self.slots[value, form]
+        sources = [f for v, f in self.slots if v is value and possible(f, form)]
+        if not sources and (value, NATIVE) not in self.slots:
+            constant = self.analysis.program.constant(value)
+            if constant is not None:  # a constant that the program returns as it is
+                slot = self._new(value, NATIVE)
+                self.steps.append(Step(lambda: constant, (), (slot,), (), value.name, "constant"))
+                return slot
+            raise InternalError(f"no form of {value.name} gives {form}", program=self.analysis.program.text())
+        source = min(sources, key=lambda f: (f.kind != form.kind, f.layout != form.layout))
+        call = conversion(source, form, self.analysis.qparams.get(value), value.meta["val"].dim())
+        read = self.slots[value, source]
+        slot = self._new(value, form)
+        if source.kind == form.kind:
+            self.borrowed.update((slot, read))
+        site = (value.meta.get("sites") or (value.name,))[0]
+        self.steps.append(Step(call, (read,), (slot,), (), site, f"convert {source}→{form}"))
+        return slot
+
+    def _protect(self, clobbers: dict[int, int], outputs: set[int]) -> None:
+        """Give a step that overwrites a register a copy of it where somebody else still looks at it."""
+        added = 0
+        for index, slot in sorted(clobbers.items()):
+            index += added
+            read_later = any(slot in s.reads for s in self.steps[index + 1:])
+            if slot in self.borrowed or slot in outputs or read_later:
+                fresh = self.count
+                self.count += 1
+                step = self.steps[index]
+                self.steps[index] = Step(step.call, tuple(fresh if r == slot else r for r in step.reads), step.writes, (), step.site, step.name, step.work)
+                self.steps.insert(index, Step(torch.clone, (slot,), (fresh,), (), step.site, "copy"))
+                added += 1
+
+    def _free(self, outputs: set[int]) -> None:
+        last: dict[int, int] = {}
+        for k, step in enumerate(self.steps):
+            for slot in (*step.reads, *step.writes):
+                last[slot] = k
+        for slot, k in last.items():
+            if slot not in outputs:
+                self.steps[k].frees += (slot,)

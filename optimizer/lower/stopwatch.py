@@ -1,0 +1,224 @@
+"""Timing of candidates and conversions on a work's real shapes, checked before they are timed, cached on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphwright.backends.base import (
+    NATIVE, Candidate, Format, QParams, Work, channels_last, hint,
+)  # fmt: skip
+from graphwright.cache import JsonCache
+from graphwright.lower.conversions import conversion
+from graphwright.measure import CacheFlusher, last_level_cache_bytes, machine
+from graphwright.numerics import rms, sqnr_db
+
+#: what a candidate's result must reach against the op's own reference, in dB, before it is timed
+FLOORS_DB = {"f32": 90.0, "bf16": 25.0}
+_ROUNDS, _BUDGET_S = 8, 0.04
+
+
+class Stopwatch:
+    """Times candidates; equal works are timed once.
+
+    Args:
+        weight_bytes: size of the model's tensors; past the last-level cache, every timed call finds it flushed.
+        fresh: ignore the cache on disk.
+    """
+
+    def __init__(self, weight_bytes: int, *, fresh: bool = False):
+        self.cold = weight_bytes > last_level_cache_bytes()
+        self._flush = CacheFlusher() if self.cold else None
+        self._cache = JsonCache("timings")
+        self._fresh = fresh
+        self._known: dict[str, float | str] = {}
+        self._base = json.dumps([machine(), torch.get_num_threads(), self.cold, 1], sort_keys=True)
+        self.measured = 0
+
+    def work(self, work: Work, options: Sequence[Candidate]) -> list[float | str]:
+        """Milliseconds per candidate, or why it can't be used. Works without a choice take no time."""
+        if len(options) == 1 or not any(c.timed for c in options):
+            return [0.0] * len(options)
+        base, found = signature(work), []
+        reference: list[Any] = []
+
+        def oracle() -> tuple[list[Any], Any]:
+            if not reference:
+                reference.extend(_oracle(work, next(c for c in options if c.name == "aten.native")))
+            return reference[0], reference[1]
+
+        for candidate in options:
+            key = self._key(base, candidate.name)
+            if not candidate.timed:
+                found.append(0.0)
+                continue
+            found.append(self._recall(key) if self._recall(key) is not None else self._keep(key, self._try(work, candidate, oracle)))
+        return found
+
+    def convert(self, value: fx.Node, source: Format, target: Format, params: QParams | None) -> float:
+        """Milliseconds of one conversion."""
+        val = value.meta["val"]
+        key = self._key(json.dumps([_describe(val)]), f"{source}→{target}")
+        known = self._recall(key)
+        if not isinstance(known, float):
+            call = conversion(source, target, params, val.dim())
+            known = self._time(call, (sample(val, source, params),))
+            self._keep(key, known)
+        return known
+
+    def flush(self) -> None:
+        """Write what was measured to disk."""
+        self._cache.flush()
+
+    # -- inside ------------------------------------------------------------------------------------------------
+
+    def _key(self, base: str, name: str) -> str:
+        return hashlib.sha256(f"{self._base}\n{base}\n{name}".encode()).hexdigest()[:32]
+
+    def _recall(self, key: str) -> float | str | None:
+        if key not in self._known and not self._fresh:
+            stored = self._cache.get(key)
+            if isinstance(stored, (float, int, str)):
+                self._known[key] = stored if isinstance(stored, str) else float(stored)
+        return self._known.get(key)
+
+    def _keep(self, key: str, value: float | str) -> float | str:
+        self._known[key] = value
+        self._cache.put(key, value)
+        return value
+
+    def _try(self, work: Work, candidate: Candidate, oracle: Callable[[], tuple[list[Any], Any]]) -> float | str:
+        try:
+            with torch.no_grad():
+                call = candidate.build()
+                if candidate.name != "aten.native":
+                    reads, wanted = oracle()
+                    problem = check(work, candidate, call, reads, wanted)
+                    if problem:
+                        return f"wrong result: {problem}"
+                forms = zip(work.reads, candidate.needs, work.read_qparams, strict=True)
+                inputs = [sample(r.value.meta["val"], f, q) for r, f, q in forms]
+                return self._time(call, inputs)
+        except Exception as error:  # a kernel may refuse a shape in any way it likes; the reason is kept for explain
+            return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
+
+    def _time(self, call: Callable[..., Any], inputs: Sequence[Any]) -> float:
+        self.measured += 1
+        best, spent, rounds = math.inf, 0.0, 0
+        with torch.no_grad():
+            call(*inputs)
+            while rounds < 3 or (rounds < _ROUNDS and spent < _BUDGET_S):
+                if self._flush is not None:
+                    self._flush()
+                begin = time.perf_counter()
+                call(*inputs)
+                took = time.perf_counter() - begin
+                best, spent, rounds = min(best, took), spent + took, rounds + 1
+        return 1e3 * best
+
+
+def sample(val: Any, form: Format, params: QParams | None) -> Any:
+    """Numbers of a value's shape, dtype and strides at the example inputs, held as ``form``."""
+    if not isinstance(val, Tensor):
+        return hint(val) if isinstance(val, (torch.SymInt, int)) else val
+    shape = [hint(s) for s in val.shape]
+    generator = torch.Generator().manual_seed(0)
+    if form.kind == "q":
+        assert params is not None
+        made = torch.randint(params.low, params.high + 1, shape, generator=generator, dtype=torch.int32).to(params.dtype)
+    elif val.dtype.is_floating_point:
+        made = torch.randn(shape, generator=generator).to(torch.bfloat16 if form.kind == "bf16" else val.dtype)
+    elif val.dtype == torch.bool:
+        made = torch.ones(shape, dtype=torch.bool)
+    else:
+        made = torch.zeros(shape, dtype=val.dtype)
+    if form.layout == "last":
+        return made.contiguous(memory_format=channels_last(made))
+    strides = [hint(s) for s in val.stride()]
+    if form == NATIVE and 0 not in strides and list(made.stride()) != strides and made.numel():
+        made = torch.empty_strided(shape, strides, dtype=made.dtype).copy_(made)
+    return made
+
+
+def _oracle(work: Work, native: Candidate) -> tuple[list[Any], Any]:
+    """Native inputs that any quantized form can hold exactly, and what the op gives on them."""
+    inputs = []
+    for read, params in zip(work.reads, work.read_qparams, strict=True):
+        val = read.value.meta["val"]
+        if params is not None and read.quantized:
+            q = sample(val, Format("q"), params)
+            inputs.append((q.float() - params.zero_point) * params.scale)
+        else:
+            inputs.append(sample(val, NATIVE, None))
+    return inputs, native.build()(*[x.clone() if isinstance(x, Tensor) else x for x in inputs])
+
+
+def check(work: Work, candidate: Candidate, call: Callable[..., Any], inputs: Sequence[Any], wanted: Any) -> str | None:
+    """None, or how the candidate's result differs from the op's own."""
+    forms = []
+    for x, form, params in zip(inputs, candidate.needs, work.read_qparams, strict=True):
+        held = conversion(NATIVE, form, params, x.dim())(x) if isinstance(x, Tensor) and form != NATIVE else x
+        forms.append(held.clone() if isinstance(held, Tensor) else held)
+    result = call(*forms)
+    results = (result,) if len(candidate.gives) == 1 else result
+    for got, form in zip(results, candidate.gives, strict=True):
+        if not isinstance(wanted, Tensor):
+            return None
+        if tuple(got.shape) != tuple(wanted.shape):
+            return f"shape {tuple(got.shape)} instead of {tuple(wanted.shape)}"
+        if form.kind == "q":
+            problem = _check_integers(got, wanted, work.qparams)
+        elif not wanted.is_floating_point():
+            problem = None if torch.equal(got, wanted) else "values differ"
+        else:
+            floor = FLOORS_DB.get(candidate.precision, 60.0)
+            reached = sqnr_db(wanted.nan_to_num(), got.float().nan_to_num())
+            problem = None if reached >= floor else f"{reached:.0f} dB against the reference, {floor:.0f} are asked"
+        if problem:
+            return problem
+    return None
+
+
+def _check_integers(got: Tensor, wanted: Tensor, params: QParams | None) -> str | None:
+    """Integers may miss the rounded reference by one step, and seldom."""
+    assert params is not None
+    if got.dtype != params.dtype:
+        return f"{got.dtype} instead of {params.dtype}"
+    exact = (wanted.double() / params.scale + params.zero_point).clamp(params.low, params.high)
+    off = (got.double() - exact).abs()
+    if not off.numel():
+        return None
+    worst, often = float(off.max()), float((off > 0.75).double().mean())
+    return None if worst <= 2.0 and often < 0.02 else f"integers off by up to {worst:.1f}, {100 * often:.1f}% by more than 0.75 (rms {rms(off):.2f})"
+
+
+def signature(work: Work) -> str:
+    """What a work's time depends on: op, arguments, shapes, strides, dtypes."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return _describe(value)
+        if isinstance(value, (tuple, list)):
+            return [plain(v) for v in value]
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return value if isinstance(value, (int, float, bool, str, type(None))) else str(value)
+
+    reads = [[_describe(r.value.meta["val"]), r.quantized, str(q.dtype) if q else None] for r, q in zip(work.reads, work.read_qparams, strict=True)]
+    return json.dumps([work.op, plain(work.args), plain(work.kwargs), reads, str(work.qparams.dtype) if work.qparams else None], sort_keys=True)
+
+
+def _describe(val: Any) -> Any:
+    if not isinstance(val, Tensor):
+        return str(val)
+    return [str(val.dtype), [hint(s) for s in val.shape], [hint(s) for s in val.stride()]]
+
+
+__all__ = ["Stopwatch", "check", "sample", "signature"]

@@ -1,0 +1,229 @@
+"""``Optimized``: what ``optimize`` and ``load`` return."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphwright import store
+from graphwright.capture import Capture, Guard, weights_fingerprint
+from graphwright.errors import CoverageError, InputError, SaveError, UnsupportedError
+from graphwright.ir import Program
+from graphwright.report import Report, explain
+from graphwright.search import Built
+from graphwright.structure import Spec, flatten_call
+
+#: captured shapes and structures that one result holds at the most; the oldest goes first
+MAX_VARIANTS = 8
+
+
+@dataclass(eq=False)
+class Variant:
+    """One captured structure: how to recognise a call that it covers, and what runs then."""
+
+    spec: Spec
+    capture: Capture
+    built: Built | None
+    guard: Guard | None
+    pieces: Callable[..., Any] | None = None
+
+    def covers(self, leaves: list[Tensor], spec: Spec) -> str | None:
+        """None, or why this variant can't serve the call."""
+        if spec != self.spec:
+            return f"the call's structure is {spec.describe()}; covered: {self.spec.describe()}"
+        return self.guard.check(leaves) if self.guard is not None else None
+
+    def run(self, leaves: list[Tensor]) -> Any:
+        if self.built is None:
+            args, kwargs = self.spec.unflatten(leaves)
+            assert self.pieces is not None
+            with torch.no_grad():
+                return self.pieces(*args, **kwargs)
+        outs = self.built.lowered.runner(*leaves)
+        return self.built.running.signature.outputs.unflatten(outs)
+
+
+class Optimized(nn.Module):
+    """The fastest version of a model that was found; called like the model.
+
+    It is a snapshot: later edits to the user's model don't reach it. A call whose shapes, dtypes or structure no
+    captured program covers is captured anew while the user's model is alive and unedited (at most ``MAX_VARIANTS`` are
+    kept); after ``load`` it raises ``CoverageError``.
+
+    Attributes:
+        report: what was done and measured; ``print(report)``, ``.to_json()``, ``.to_html(path)``.
+    """
+
+    def __init__(self, compile_: Callable[..., Variant] | None, model: nn.Module | None, attributes: Mapping[str, Any] | None = None):
+        super().__init__()
+        self.training = False
+        hidden = self.__dict__
+        hidden["_compile"] = compile_
+        hidden["_model"] = weakref.ref(model) if model is not None else None
+        hidden["_marks"] = weights_fingerprint(model) if model is not None else None
+        hidden["_attributes"] = dict(attributes or {})
+        hidden["_variants"] = []
+        hidden["_report"] = None
+
+    # -- calling -----------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = flatten_call(args, kwargs)
+        for variant in self._variants:
+            if variant.covers(leaves, spec) is None:
+                if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
+                    raise UnsupportedError(
+                        "gradients do not flow through an optimized model", where="input that requires grad",
+                        hint="Call it under torch.no_grad() or detach the inputs; train the original model instead.")  # fmt: skip
+                return variant.run(leaves)
+        return self._recapture(args, kwargs, leaves, spec).run(leaves)
+
+    def _recapture(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Tensor], spec: Spec) -> Variant:
+        near = next((v for v in self._variants if v.spec == spec), None)
+        if self._compile is None:
+            seen = self._variants[0].covers(leaves, spec) if self._variants else "nothing is covered yet"
+            reason = near.covers(leaves, spec) if near is not None else seen
+            raise CoverageError(f"this call is not covered: {reason}",
+                                hint="A loaded model covers what it was captured for: optimize again with dynamic='auto', "
+                                     "or on inputs of these shapes.")  # fmt: skip
+        model = self._model() if self._model is not None else None
+        if model is None:
+            raise CoverageError("this call is not covered, and the original model is gone",
+                                hint="Keep a reference to the original model while new shapes may come, or optimize with dynamic='auto'.")  # fmt: skip
+        if weights_fingerprint(model) != self._marks:
+            raise CoverageError("this call is not covered, and the original model was edited since optimize()",
+                                hint="Call optimize() again: the result is a snapshot of the model as it was.")  # fmt: skip
+        variant = self._compile(model, args, kwargs, again=near is not None)
+        self.__dict__["_variants"] = [variant, *self._variants][:MAX_VARIANTS]
+        return variant
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    @property
+    def report(self) -> Report:
+        """What was done and measured.
+
+        Raises:
+            InputError: no inputs have been seen yet.
+        """
+        if self._report is None:
+            raise InputError("nothing has been optimized yet", where="Optimized.report",
+                             hint="optimize(model) without example inputs waits for the first call: call the model once.")  # fmt: skip
+        return self._report
+
+    @property
+    def program(self) -> Program:
+        """The program that runs, for the inputs that were given to ``optimize``.
+
+        Raises:
+            InputError: the model could not be captured as one program, or no inputs have been seen.
+        """
+        built = self._first().built
+        if built is None:
+            raise InputError("the model was not captured as one program", where="Optimized.program",
+                             hint="report.regions names what stands in the way.")  # fmt: skip
+        return built.running
+
+    def _first(self) -> Variant:
+        if not self._variants:
+            _ = self.report
+        return self._variants[-1]
+
+    def explain(self, site: str = "*") -> str:
+        """What happened at the sites that match an ``fnmatch`` pattern.
+
+        Raises:
+            SiteError: none matches.
+        """
+        built = self._first().built
+        return explain(self.report, site, program=built.running if built else None)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            pass
+        attributes = self.__dict__.get("_attributes") or {}
+        if name in attributes:
+            return attributes[name]
+        reference = self.__dict__.get("_model")
+        model = reference() if reference is not None else None
+        if model is not None and not name.startswith("_"):
+            value = getattr(model, name, None)
+            if value is not None and not callable(value) and not isinstance(value, (nn.Module, Tensor)):
+                return value
+        raise AttributeError(f"an optimized model has no attribute {name!r}; submodules and methods of the original stay there")
+
+    def __repr__(self) -> str:
+        if not self._variants:
+            return "Optimized(waiting for the first call)"
+        return f"Optimized({self.report.model}: {self.report.verdict})"
+
+    # -- storing -----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one data-only file; ``gw.load`` needs neither the model's source nor pickle.
+
+        Raises:
+            SaveError: parts of the model were not captured, or the file can't be written (an older one survives).
+        """
+        from graphwright.saving import archive_of
+
+        for variant in self._variants:
+            if variant.built is None:
+                named = "; ".join(f"{r.site} ({r.where}): {r.reason}" for r in variant.capture.regions)
+                raise SaveError(f"parts of the model were not captured: {named}", where=str(path),
+                                hint="Only captured programs can be stored; rewrite those lines so that torch.export takes them.")  # fmt: skip
+        if not self._variants:
+            raise SaveError("nothing has been optimized yet", where=str(path), hint="Call the model once first.")
+        store.save(path, archive_of(self))
+
+    def export_onnx(self, path: str | Path) -> None:
+        """Not offered yet; says what to do instead."""
+        raise UnsupportedError("ONNX export is not offered yet", where=f"export_onnx({str(path)!r})",
+                               hint="save() keeps the result for Graphwright; torch.onnx.export takes the original model.")  # fmt: skip
+
+    # -- what nn.Module offers and a snapshot does not ---------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Optimized:
+        if mode:
+            raise UnsupportedError("an optimized model can't be trained", where="train()", hint="Train the original and optimize it again.")
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Optimized:
+        raise UnsupportedError("an optimized model can't be moved or cast: its kernels were chosen for this device and dtype",
+                               where=".to() / .half() / .cuda()", hint="Move the original model, then optimize it there.")  # fmt: skip
+
+    def to(self, *args: Any, **kwargs: Any) -> Optimized:
+        """Returns itself where nothing would change; anything else is refused."""
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if (device is None or device.type == "cpu") and dtype in (None, torch.float32):
+            return self
+        return self._apply(None)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Tensors of the program that runs, by name: those that no pass replaced keep the original's names."""
+        return {name: t.detach() for name, t in self.program.tensors().items()}
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError("weights can't be loaded into an optimized model: they are packed", where="load_state_dict()",
+                               hint="Load them into the original and optimize it again.")  # fmt: skip
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
+        from graphwright.saving import twin
+
+        return twin(self)
+
+    def __copy__(self) -> Optimized:
+        return copy.deepcopy(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedError("an optimized model is not pickled", where="torch.save / pickle",
+                               hint="Use fast.save(path) and gw.load(path): data only, no code runs on load.")  # fmt: skip

@@ -1,0 +1,89 @@
+"""From a result to what a file holds, and back."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphwright import store
+from graphwright.capture import Capture, Guard
+from graphwright.ir import Program
+from graphwright.lower import lower
+from graphwright.optimized import Optimized, Variant
+from graphwright.report import Report
+from graphwright.search import Built
+from graphwright.structure import Output
+
+
+def archive_of(fast: Optimized) -> store.Archive:
+    """Programs, plans and report; attributes that are plain data (a ``.config``) as such."""
+    variants = []
+    for v in fast._variants:
+        assert v.built is not None
+        shapes = [[list(map(int, x.shape)), str(x.dtype)] for x in (v.built.captured.example or ())]
+        variants.append(store.Variant(v.built.running, {"kernels": v.built.lowered.plan, "unchanged": v.built.unchanged}, shapes))
+    attributes = {k: _plain(v) for k, v in fast._attributes.items()}
+    meta = {"report": fast.report.to_dict(), "attributes": {k: v for k, v in attributes.items() if v is not None},
+            "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+    return store.Archive(variants, meta)
+
+
+def restore(path: str | Path) -> Optimized:
+    """See ``graphwright.load``."""
+    archive = store.load(path)
+    fast = Optimized(None, None, {k: _object(v) for k, v in archive.meta.get("attributes", {}).items()})
+    report = Report.from_dict(archive.meta["report"])
+    for v in archive.variants:
+        lowered = lower(v.program, allowed=("f32", "bf16", "int8"), plan=v.plan["kernels"])
+        report.warnings.extend(n for n in lowered.notes if n not in report.warnings)
+        built = Built(v.program, v.program, [], lowered, unchanged=v.plan["unchanged"])
+        fast._variants.append(Variant(v.program.signature.inputs, Capture(v.program), built, Guard(v.program)))
+    fast.__dict__["_report"] = report
+    return fast
+
+
+def twin(fast: Optimized) -> Optimized:
+    """A result of its own: tensors are copied, kernels are put together again from the same plan."""
+    model = fast._model() if fast._model is not None else None
+    other = Optimized(fast._compile, model, copy.deepcopy(fast._attributes))
+    other.__dict__["_marks"] = fast._marks
+    for v in fast._variants:
+        built = v.built
+        if built is not None:
+            program = _own(built.running)
+            lowered = lower(program, allowed=("f32", "bf16", "int8"), plan=built.lowered.plan)
+            built = Built(program, program, built.records, lowered, built.seconds, built.unchanged)
+        other._variants.append(Variant(v.spec, v.capture, built, v.guard, v.pieces))
+    other.__dict__["_report"] = copy.deepcopy(fast._report)
+    return other
+
+
+def _own(program: Program) -> Program:
+    made = program.copy()
+    for module in made.graph_module.modules():
+        for store_ in (module._parameters, module._buffers):
+            for name, tensor in store_.items():
+                if tensor is not None:
+                    fresh = tensor.detach().clone()
+                    store_[name] = nn.Parameter(fresh, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
+    return made
+
+
+def _plain(value: Any) -> Any:
+    """Plain data of an attribute (numbers, texts, lists, dicts; ``to_dict()`` of a config), or None."""
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (bool, int, float, str)) else None
+
+
+def _object(value: Any) -> Any:
+    """Plain data with attribute access, as a config has it."""
+    return Output("config", {k: _object(v) for k, v in value.items()}) if isinstance(value, dict) else value

@@ -1,0 +1,160 @@
+"""From a captured program to the build that meets the goal: passes, lowering, measuring, and retreat where accuracy is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphwright.errors import InputError
+from graphwright.ir import Program, site_of
+from graphwright.lower import Lowered, lower
+from graphwright.manager import Pass, PassRecord, Pipeline
+from graphwright.measure import Timing, interleaved
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a result must meet.
+
+    Args:
+        max_drop: how much ``evaluate`` may lose, in its own unit (0.01: one point where accuracy is in [0, 1]).
+        latency_ms, speedup: at most this long, at least this much faster than the original, on the example inputs.
+        size_mb: tensors at most this large. When it is given, a result that is smaller is kept even if it is not faster.
+        memory_mb: peak memory of one run at most this.
+        time_budget: seconds for optimizing; a search gives its best so far when they are over.
+
+    Raises:
+        InputError: a number is negative or not finite.
+    """
+
+    max_drop: float | None = None
+    latency_ms: float | None = None
+    speedup: float | None = None
+    size_mb: float | None = None
+    memory_mb: float | None = None
+    time_budget: float | None = None
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < float("inf")):
+                raise InputError(f"Goal({f.name}={value!r}): a finite number, 0 or more, is wanted")
+
+    @property
+    def about_size(self) -> bool:
+        return self.size_mb is not None or self.memory_mb is not None
+
+
+@dataclass(eq=False)
+class Built:
+    """One program, optimized and runnable.
+
+    Attributes:
+        captured: as it came from capture.
+        program: after the passes.
+        unchanged: why the captured graph runs as it was; None where the optimized one runs.
+    """
+
+    captured: Program
+    program: Program
+    records: list[PassRecord]
+    lowered: Lowered
+    seconds: dict[str, float] = field(default_factory=dict)
+    unchanged: str | None = None
+
+    @property
+    def running(self) -> Program:
+        """The program that the runner computes."""
+        return self.captured if self.unchanged else self.program
+
+
+def build(captured: Program, passes: Sequence[Pass], allowed: frozenset[str], say: Say) -> Built:
+    """Run the passes and lower the result. ``captured.example`` and ``.calibration`` feed both."""
+    start = time.perf_counter()
+    program, records = Pipeline(tuple(passes)).run(captured, progress=say)
+    middle = time.perf_counter()
+    lowered = lower(program, allowed=allowed, example=captured.example, progress=say)
+    return Built(captured, program, records, lowered, {"passes": middle - start, "lowering": time.perf_counter() - middle})
+
+
+def revert(built: Built, why: str) -> Built:
+    """The captured graph, unchanged, op by op."""
+    plain = lower(built.captured, plan={})
+    return Built(built.captured, built.program, built.records, plain, built.seconds, why)
+
+
+def race(original: Callable[[], Any], built: Built, leaves: Sequence[Tensor], seconds: float = 3.0) -> tuple[Timing, Timing]:
+    """Original and result side by side on the example inputs."""
+    first, second = interleaved([original, lambda: built.lowered.runner(*leaves)], rounds=30, budget_s=seconds, warmup=2)
+    return first, second
+
+
+def lossy_passes(passes: Sequence[Pass]) -> list[int]:
+    """Positions of the passes that change numbers."""
+    from graphwright.numerics import Lossy
+
+    return [k for k, p in enumerate(passes) if isinstance(p.numerics, Lossy)]
+
+
+def within_budget(built: Built, passes: Sequence[Pass], allowed: frozenset[str], drop: Callable[[Built], float], max_drop: float,
+                  deadline: float, say: Say) -> tuple[Built, list[str]]:  # fmt: skip
+    """Leave out the sites that err most until the accuracy budget is met.
+
+    The worst 1/16, 1/8, 1/4, 1/2 of the quantized sites are excluded in turn, then all of them; the first build within the
+    budget is taken. No trial is lost: each stands in the log.
+
+    Args:
+        drop: by how much a build's score falls short of the original's.
+        deadline: ``time.perf_counter()`` value past which no further trial starts; the exact build is then the answer.
+
+    Returns:
+        The build and a line per trial.
+    """
+    lost = drop(built)
+    log = [f"all sites: score drops by {lost:.4g}, budget {max_drop:.4g}"]
+    if lost <= max_drop:
+        return built, log
+    spots = lossy_passes(passes)
+    ranked = sorted((n.meta["sqnr_db"], site_of(n)) for n in built.program.nodes if "sqnr_db" in n.meta)
+    for share in (16, 8, 4, 2):
+        worst = [site for _, site in ranked[: -(-len(ranked) // share)]]
+        if not worst or time.perf_counter() > deadline:
+            break
+        escaped = tuple(s.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for s in worst)
+        trial = [dataclasses.replace(p, exclude=(*p.exclude, *escaped)) if k in spots else p for k, p in enumerate(passes)]
+        say(f"leaving {len(worst)} of {len(ranked)} quantized sites in float")
+        candidate = build(built.captured, trial, allowed, say)
+        lost = drop(candidate)
+        log.append(f"{len(worst)} of {len(ranked)} sites in float ({', '.join(worst[:3])}{', …' if len(worst) > 3 else ''}): score drops by {lost:.4g}")
+        if lost <= max_drop:
+            return candidate, log
+    say("falling back to the exact passes")
+    exact = [p for k, p in enumerate(passes) if k not in spots]
+    candidate = build(built.captured, exact, frozenset({"f32"}), say)
+    log.append(f"no lossy pass: score drops by {drop(candidate):.4g}")
+    return candidate, log
+
+
+def peak_memory_mb(run: Callable[[], Any]) -> float | None:
+    """Largest amount of tensor memory that one run holds at a time beyond what was there before, in MiB, as the allocator saw it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    try:
+        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            run()
+    except RuntimeError:  # another profiler is running in this process
+        return None
+    held = peak = 0
+    for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak / 2**20
