@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import count
+from itertools import count, pairwise
 from math import prod
 from typing import Any
 
@@ -254,7 +254,7 @@ def _even(size: Any, sections: int) -> list[Any]:
 
 def _at(size: Any, indices: Sequence[Any]) -> list[Any]:
     edges = [0, *(min(i + size if i < 0 else i, size) for i in indices), size]
-    return [max(b - a, 0) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [max(b - a, 0) for a, b in pairwise(edges)]
 
 
 _SPLITS: tuple[tuple[str, str, Any, str], ...] = (
