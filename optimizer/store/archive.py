@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from graphwright.errors import GraphwrightError, LoadError, SaveError
 from graphwright.ir import Program
 from graphwright.store.graph import Draft, held_tensors, program_to_json, read_program
-from graphwright.store.reading import Record, bad, dumps, from_json, loads, to_json
+from graphwright.store.reading import Record, dumps, from_json, loads, to_json
 from graphwright.store.tensors import Place, StorageTable, check_index, index, read_runs
 
 #: Version of the format. A file of a newer version is refused, since it may hold what this one would overlook.
@@ -248,7 +247,7 @@ def _body(file: Any, path: str) -> Record:
 
 def _held(file: Any) -> dict[str, tuple[str, list[int]]]:
     """Dtype and shape of every run, from the header alone."""
-    return {n: (file.get_slice(n).get_dtype(), list(file.get_slice(n).get_shape())) for n in file.keys()}
+    return {n: (file.get_slice(n).get_dtype(), list(file.get_slice(n).get_shape())) for n in list(file.keys())}
 
 
 def _run_bytes(file: Any, name: str) -> int:

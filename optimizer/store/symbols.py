@@ -22,11 +22,12 @@ from graphwright.errors import SaveError
 from graphwright.ir import Program, Span
 from graphwright.store.reading import INT_MAX, Record, bad, want, want_int
 
-_SYMPY = "Add Mul Pow Eq Ne Lt Le Gt Ge And Or Not".split()
-_TORCH = """FloorDiv ModularIndexing PythonMod Mod CleanDiv CeilToInt FloorToInt CeilDiv IntTrueDiv FloatTrueDiv
-            TruncToInt RoundToInt ToFloat Where PowByNatural Max Min""".split()
+_SYMPY = ("Add", "Mul", "Pow", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not")
+_TORCH = ("FloorDiv", "ModularIndexing", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv", "IntTrueDiv",
+          "FloatTrueDiv", "TruncToInt", "RoundToInt", "ToFloat", "Where", "PowByNatural", "Max", "Min")  # fmt: skip
 #: Every function that may stand in a size, by name.
-FUNCTIONS: dict[str, Any] = {n: getattr(sympy, n) for n in _SYMPY} | {n: getattr(functions, n) for n in _TORCH if hasattr(functions, n)}
+FUNCTIONS: dict[str, Any] = {n: getattr(sympy, n) for n in _SYMPY} | {n: getattr(functions, n) for n in _TORCH
+                               if hasattr(functions, n)}  # fmt: skip
 _NAMES = {f: n for n, f in FUNCTIONS.items()} | {getattr(sympy, n): n for n in ("Max", "Min", "Mod")}
 _ORDERLESS = {"Add", "Mul", "Eq", "Ne", "And", "Or", "Max", "Min"}
 _DEPTH, _EXPONENT = 24, 8

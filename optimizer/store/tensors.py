@@ -169,7 +169,7 @@ def check_index(value: Any, held: Mapping[str, tuple[str, list[int]]]) -> dict[s
     """
     table = want(value, dict, "runs")
     if set(table) != set(held):
-        odd = sorted(set(table) ^ set(held))[0]
+        odd = min(set(table) ^ set(held))
         bad(f"tensor data {odd[:80]!r}", "in the graph or in the file's header, but not in both")
     sums = {}
     for name, entry in table.items():

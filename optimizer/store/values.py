@@ -21,9 +21,10 @@ from graphwright.store.reading import INT_MAX, Record, bad, special_float, want,
 from graphwright.store.symbols import Scope, encode
 from graphwright.store.tensors import dtype_name, read_dtype
 
+_FORMATS = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
 _ENUMS: dict[str, dict[str, Any]] = {
-    "memory_format": {n: getattr(torch, n) for n in "contiguous_format preserve_format channels_last channels_last_3d".split()},
-    "layout": {n: getattr(torch, n) for n in "strided sparse_coo sparse_csr".split()},
+    "memory_format": {n: getattr(torch, n) for n in _FORMATS},
+    "layout": {n: getattr(torch, n) for n in ("strided", "sparse_coo", "sparse_csr")},
 }
 _OPAQUE = ["opaque"]
 _DEVICES = ("cpu", "cuda", "meta")

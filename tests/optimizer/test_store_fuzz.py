@@ -169,7 +169,7 @@ def changed(body: Any, path: tuple, change: Callable[[Any, Any], None]) -> Any:
     return copy
 
 
-@settings(max_examples=300, **UNHURRIED)
+@settings(max_examples=120, **UNHURRIED)
 @given(data=st.data())
 def test_any_entry_replaced(good: Path, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     body = body_of(good)
