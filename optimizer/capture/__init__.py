@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from graphwright import ir
-from graphwright.capture.export import export
+from graphwright.capture.guard import Guard, covers, key, weights_fingerprint
+from graphwright.capture.rehearse import rehearse
+from graphwright.capture.whole import Whole
 from graphwright.structure import flatten_call
 
-__all__ = ["Capture", "Region", "capture"]
+__all__ = ["Capture", "Guard", "Region", "capture", "covers", "key", "weights_fingerprint"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,19 @@ class Capture:
 
 def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *,
             dynamic: Any = None) -> Capture:  # fmt: skip
-    """Capture a model on example inputs."""
+    """Capture a model on example inputs.
+
+    Args:
+        args, kwargs: the example call; only shapes, dtypes and structure matter, not the numbers.
+        dynamic: which sizes may vary: None, ``"auto"``, or by input ``{"x": {0: "batch"}}``.
+
+    Raises:
+        InputError: the model itself rejects the inputs, or ``dynamic`` names what does not exist.
+    """
     leaves, spec = flatten_call(args, kwargs or {})
-    return Capture(export(model, leaves, spec))
+    said = rehearse(model, leaves, spec)
+    whole = Whole(model, leaves, spec, said, dynamic)
+    program = whole.run()
+    if program is None:
+        raise whole.failure
+    return Capture(program, whole.notes)

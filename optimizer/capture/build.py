@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from graphwright import ir
 from graphwright.capture import functional
 from graphwright.capture.functional import Base, Ref, Refused, ViewStep
+from graphwright.capture.rehearse import clone_tensor
 from graphwright.capture.sites import WRAPPED, Origin, name_sites, origin
 from graphwright.errors import CaptureError
 
@@ -29,6 +30,7 @@ aten = torch.ops.aten
 
 #: Ops that state facts about sizes or values and compute nothing.
 _GUARDS = ("_assert", "sym_constrain", "_functional_assert", "_functional_sym", "_record_function")
+_RESHAPES = (aten.view.default, aten._unsafe_view.default)
 _SAME = ("detach", "detach_", "alias", "lift", "lift_fresh")
 
 
@@ -114,7 +116,7 @@ class Builder:
             spec, old = specs[k], placeholders[k]
             if spec.kind == InputKind.USER_INPUT:
                 node = self.graph.placeholder(self.names[count])
-                node.meta["val"] = old.meta["val"]
+                node.meta["val"] = self._concrete(old.meta["val"])
                 env[old] = self._fresh(node, input=count)
                 if old.meta["val"].is_floating_point():
                     self.differentiable.add(node)
@@ -126,7 +128,7 @@ class Builder:
             if identity in known:
                 env[old] = self.refs[known[identity][0]]
                 continue
-            clone = _clone(value, storage)
+            clone = clone_tensor(value, storage)
             self._store(name, clone)
             node = self.graph.get_attr(name)
             node.meta["val"] = self.fake_mode.from_tensor(clone.detach(), static_shapes=True)
@@ -134,6 +136,15 @@ class Builder:
                 self.differentiable.add(node)
             known[identity] = (name, node)
             env[old] = self.refs[name] = self._fresh(node, buffer=name)
+
+    def _concrete(self, value: torch.Tensor) -> torch.Tensor:
+        """The fake of an input; a symbolic size that the trace found to be a constant becomes a plain number."""
+        said = [*value.shape, *(value.stride() if value.layout is torch.strided else ())]
+        plain = [int(s.node.expr) if isinstance(s, torch.SymInt) and s.node.expr.is_number else s for s in said]
+        if all(a is b for a, b in zip(said, plain, strict=True)):
+            return value
+        with self.fake_mode:
+            return torch.empty_strided(plain[: value.ndim], plain[value.ndim :], dtype=value.dtype, device=value.device)
 
     def _held(self, spec: Any) -> torch.Tensor:
         """The user's tensor behind an input of the traced graph."""
@@ -265,6 +276,8 @@ class Builder:
         with self._keeping(old):
             node = self.emit(target, *self._read(args), **self._read(kwargs))
         value = node.meta["val"]
+        if type(value) in (int, float, bool):
+            return value  # a size that turned out to be a constant
         if isinstance(value, torch.Tensor):
             return self._alias(node, node, None, value, refs)
         if isinstance(value, (list, tuple)):
@@ -284,8 +297,7 @@ class Builder:
                 continue
             if not (op.args and op.args[0] is ref.node):
                 break  # shares memory with an argument that is not its first (or one in a list): no view we can replay
-            same = (under.shape == value.shape and under.dtype == value.dtype and under.stride() == value.stride()
-                    and under.storage_offset() == value.storage_offset())  # fmt: skip
+            same = _layout(under) == _layout(value)
             step = ViewStep(op.target, op.args, dict(op.kwargs), index, same)  # type: ignore[arg-type]
             return Ref(ref.base, (*ref.chain, step), node, ref.version)
         return self._fresh(node)
@@ -344,9 +356,11 @@ class Builder:
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Append a normalised node and infer its value."""
         old, self.stands_for = self.stands_for, None
+        if target in _RESHAPES:
+            target = aten.reshape.default  # the same on any strides, which a caller or a pass may change
         if isinstance(target, OpOverload):
             args, kwargs = ir.normalise(target, args, kwargs)
-        value, args, kwargs, target = self._value(old, target, args, kwargs)
+        value, args, kwargs = self._value(old, target, args, kwargs)
         node = self.graph.create_node("call_function", target, args, kwargs)
         node.meta["val"] = value
         if any(n in self.differentiable for n in ir.walk_nodes((args, kwargs))) and _float(value):
@@ -354,14 +368,12 @@ class Builder:
         self.made.append((node, replace(self.where, primary=old is not None)))
         return node
 
-    def _value(self, old: fx.Node | None, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any, Any]:
+    def _value(self, old: fx.Node | None, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
         if old is not None and old.meta.get("unbacked_bindings"):
-            return old.meta["val"], args, kwargs, target
+            return old.meta["val"], args, kwargs
         try:
             value = self._infer(target, args, kwargs)
         except Exception:
-            if target is aten.view.default:  # strides differ from the traced ones after an op became functional
-                return self._infer(aten.reshape.default, args, kwargs), args, kwargs, aten.reshape.default
             if self.cast is None or old is None:
                 raise
             value = None
@@ -370,12 +382,17 @@ class Builder:
             cast = lambda n: self._like(n, said) if _float(n.meta["val"]) else n  # noqa: E731
             args, kwargs = fx.node.map_arg((args, kwargs), cast)
             value = self._infer(target, args, kwargs)
-        return value, args, kwargs, target
+        return value, args, kwargs
 
     def _infer(self, target: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.fake_mode, torch.no_grad():
+        with self.fake_mode, torch.no_grad(), self._unguarded():
             return target(*args, **kwargs)
+
+    def _unguarded(self) -> Any:
+        """Inferring a second time must not narrow the sizes that the trace allows."""
+        env = self.fake_mode.shape_env
+        return nullcontext() if env is None else env.suppress_guards()
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
@@ -388,21 +405,6 @@ def _identity(value: torch.Tensor) -> tuple[Any, ...]:
     return (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, value.device)
 
 
-def _clone(value: torch.Tensor, storage: dict[int, torch.UntypedStorage]) -> torch.Tensor:
-    """A copy of a tensor of the model; tensors that share storage share it in the copy too."""
-    data = value.detach()
-    if data.layout is not torch.strided or type(data) is not torch.Tensor and not isinstance(value, nn.Parameter):
-        copy = data.clone()
-    else:
-        place = data.untyped_storage()
-        key = place.data_ptr() or id(value)
-        if key not in storage:
-            storage[key] = place.clone()
-        copy = torch.empty(0, dtype=data.dtype, device=data.device)
-        copy.set_(storage[key], data.storage_offset(), data.shape, data.stride())  # type: ignore[call-overload]
-    return nn.Parameter(copy, value.requires_grad) if isinstance(value, nn.Parameter) else copy
-
-
 def _attribute(model: nn.Module, name: str) -> torch.Tensor:
     return operator.attrgetter(name)(model)
 
@@ -410,6 +412,12 @@ def _attribute(model: nn.Module, name: str) -> torch.Tensor:
 def _float(value: Any) -> bool:
     parts = value if isinstance(value, (list, tuple)) else [value]
     return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in parts)
+
+
+def _layout(value: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors on the same memory that read it alike; symbols are compared as written, never assumed."""
+    sizes = [*value.shape, *value.stride(), value.storage_offset()]
+    return value.dtype, tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes)
 
 
 def _shape(node: fx.Node) -> tuple[str, ...]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from graphwright import ir
-from graphwright.capture.build import Builder, leaf_names
+from graphwright.capture.build import Builder
+from graphwright.capture.dynamic import Plan, spans
+from graphwright.capture.rehearse import ambient_autocast, plain_attention, untouched
 from graphwright.structure import Spec, flatten
 
 
@@ -21,75 +24,67 @@ class Flat(nn.Module):
 
     Args:
         saw: told the structure of the outputs at each call (torch.export puts attributes back after tracing).
+        plan: sizes that may vary, and how they relate.
+        autocast: (device type, dtype) of the autocast regions that the caller stood in.
     """
 
-    def __init__(self, model: nn.Module, inputs: Spec, saw: Callable[[Spec], None]):
+    def __init__(self, model: nn.Module, inputs: Spec, saw: Callable[[Spec], None], plan: Plan,
+                 autocast: Sequence[tuple[str, torch.dtype]]):  # fmt: skip
         super().__init__()
         self.model = model
-        self.inputs = inputs
-        self.saw = saw
+        self.inputs, self.saw, self.plan, self.autocast = inputs, saw, plan, tuple(autocast)
         self.training = model.training
 
     def forward(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        self.plan.relate(leaves)
         args, kwargs = self.inputs.unflatten(leaves)
-        tensors, outputs = flatten(self.model(*args, **kwargs), name="output")
+        with ExitStack() as stack:
+            for device, dtype in self.autocast:
+                stack.enter_context(torch.autocast(device, dtype))
+            answer = self.model(*args, **kwargs)
+        tensors, outputs = flatten(answer, name="output")
         self.saw(outputs)
         return tuple(tensors)
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Run the model inside without leaving a trace: buffers, plain attributes and the random state come back."""
-    buffers = [(b, b.detach().clone(), b._version) for b in model.buffers()]
-    state = [(m, dict(m.__dict__), dict(m._buffers), dict(m._parameters)) for m in model.modules()]
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            for buffer, kept, version in buffers:
-                if buffer._version != version:
-                    with torch.no_grad():
-                        buffer.copy_(kept)
-            for module, attributes, held, parameters in state:
-                inner = {k: module.__dict__[k] for k in ("_buffers", "_parameters", "_modules") if k in module.__dict__}
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
-                module.__dict__.update(inner)
-                module._buffers.update(held)
-                module._parameters.update(parameters)
-
-
-@contextmanager
 def tracing() -> Iterator[None]:
-    """What torch.export wants round it: gradients on, fused inference paths of torch.nn off, its warnings silent."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    """What torch.export wants round it: gradients on, its warnings and log lines silent."""
+    loggers = [logging.getLogger(n) for n in ("torch.export", "torch.fx", "torch._dynamo", "torch.fx.experimental")]
+    levels = [(log, log.level) for log in loggers]
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
+        with torch.enable_grad(), plain_attention(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            for log in loggers:
+                log.setLevel(logging.CRITICAL)
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+        for log, level in levels:
+            log.setLevel(level)
 
 
-def export(model: nn.Module, leaves: Sequence[torch.Tensor], inputs: Spec, sizes: Sequence[Mapping[int, Any]] | None = None,
-           ) -> ir.Program:  # fmt: skip
+def export(model: nn.Module, leaves: Sequence[torch.Tensor], inputs: Spec, names: Sequence[str],
+           plan: Plan | None = None) -> ir.Program:  # fmt: skip
     """Capture the whole model through torch.export.
 
     Args:
         leaves: example tensors, in the order of ``inputs``.
-        sizes: for each leaf, ``torch.export.Dim`` s by dimension; None: all sizes fixed.
+        names: of the leaves.
+        plan: sizes that may vary; None: all are fixed.
 
     Raises:
         Exception: whatever torch.export or the building of the program refuses with.
     """
+    plan = plan or Plan()
+    shapes = {"leaves": tuple(plan.dims(len(leaves)))} if plan.groups else None
     outputs: list[Spec] = []
-    wrapper = Flat(model, inputs, outputs.append)
-    shapes = None if sizes is None else {"leaves": tuple(dict(s) for s in sizes)}
-    with untouched(model), tracing():
+    with ambient_autocast() as autocast, untouched(model), tracing():
+        wrapper = Flat(model, inputs, outputs.append, plan, autocast)
         exported = torch.export.export(wrapper, tuple(leaves), dynamic_shapes=shapes, strict=False)
-    names = leaf_names(inputs.paths(), positional_names(model))
-    return Builder(exported, model, names).build(ir.Signature(inputs=inputs, outputs=outputs[-1]))
+        program = Builder(exported, model, names).build(ir.Signature(inputs=inputs, outputs=outputs[-1]))
+    symbols = spans(program.placeholders, plan.groups)
+    program.signature = replace(program.signature, symbols=symbols)
+    return program
 
 
 def positional_names(model: nn.Module) -> list[str]:

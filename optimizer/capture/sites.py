@@ -52,15 +52,21 @@ def origin(node: fx.Node) -> Origin:
 def user_line(stack: str | None) -> str | None:
     """The innermost frame of a printed stack that lies outside torch and Graphwright, as ``"file.py:12"``."""
     for file, line in reversed(_FRAME.findall(stack or "")):
-        full = os.path.abspath(file)
-        if not full.startswith((_TORCH + os.sep, _OWN + os.sep)) and not file.startswith("<"):
-            return f"{short_path(full)}:{line}"
+        if outside_torch(file):
+            return f"{short_path(file)}:{line}"
     return None
+
+
+def outside_torch(file: str) -> bool:
+    """Whether a source file is the user's (or a library's above torch), not torch's or Graphwright's."""
+    full = os.path.abspath(file)
+    return not full.startswith((_TORCH + os.sep, _OWN + os.sep)) and not file.startswith("<")
 
 
 @lru_cache(maxsize=1024)
 def short_path(full: str) -> str:
     """``full`` without the folder it was imported from: the same words on every machine."""
+    full = os.path.abspath(full)
     roots = [os.path.abspath(p or os.curdir) + os.sep for p in [*sys.path, os.curdir]]
     return full[max((len(r) for r in roots if full.startswith(r)), default=0) :]
 
