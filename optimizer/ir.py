@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._ops import OpOverload
+from torch.fx._lazy_graph_module import _LazyGraphModule  # writes its Python code when first run: most copies never are
 
 from graphwright import ops
 from graphwright.errors import InternalError
@@ -182,21 +183,23 @@ class Program(nn.Module):
         return self._get_attr(name)
 
     def _free_name(self, name: str) -> str:
-        taken = {n for n, _ in self.graph_module.named_parameters(remove_duplicate=False)}
-        taken |= {n for n, _ in self.graph_module.named_buffers(remove_duplicate=False)}
-        taken |= {n for n, _ in self.graph_module.named_modules(remove_duplicate=False)}
-        candidate, k = name, 1
-        while candidate in taken or any(t.startswith(candidate + ".") for t in taken):
+        *path, leaf = name.split(".")
+        owner: Any = self.graph_module
+        for k, part in enumerate(path):
+            while hasattr(owner, path[k]) and not isinstance(getattr(owner, path[k]), nn.Module):
+                path[k] = part = f"{part}_"  # a tensor, or a method of nn.Module, stands there
+            owner = getattr(owner, path[k], None)
+        candidate, k = leaf, 1
+        while owner is not None and hasattr(owner, candidate):
             k += 1
-            candidate = f"{name}_{k}"
-        return candidate
+            candidate = f"{leaf}_{k}"
+        return ".".join([*path, candidate])
 
     def _get_attr(self, name: str) -> fx.Node:
-        for node in self.graph.nodes:
-            if node.op == "get_attr" and node.target == name:
-                return node
-        last = [n for n in self.graph.nodes if n.op in ("placeholder", "get_attr")]
-        with self.graph.inserting_after(last[-1]) if last else self.graph.inserting_before(next(iter(self.graph.nodes))):
+        for node in self.graph.find_nodes(op="get_attr", target=name):
+            return node
+        first = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
+        with self.graph.inserting_before(first):
             node = self.graph.create_node("get_attr", name, (), {})
         node.meta["val"] = self.fake(self.tensor(name))
         return node
@@ -262,13 +265,12 @@ class Program(nn.Module):
 
     def copy(self) -> Program:
         """A program of its own graph; tensors are shared, since passes never write into one."""
-        graph_module = fx.GraphModule(nn.Module(), fx.Graph())
         graph = fx.Graph()
         memo: dict[fx.Node, fx.Node] = {}
         graph.output(graph.graph_copy(self.graph, memo))
         for old, new in memo.items():
             new.meta = dict(old.meta)
-        graph_module = fx.GraphModule(_tensor_tree(self.graph_module), graph)
+        graph_module = _LazyGraphModule(_tensor_tree(self.graph_module), graph)
         next(iter(reversed(graph_module.graph.nodes))).meta = dict(self.output.meta)
         twin = Program(graph_module, copy.copy(self.signature), self.fake_mode, self.provenance)
         twin.example, twin.calibration = self.example, self.calibration

@@ -179,13 +179,14 @@ class Pipeline:
         where = f"pass {p.name}" + (f" (after {', '.join(before)})" if before else "")
         try:
             result = p.run(program)
-            if fingerprint(program) != mark:
+            changed = fingerprint(program) != mark
+            if changed:
                 program.verify()
         except InternalError as error:
             raise PassError(f"the program is broken: {error.what}", where=where, hint=error.program) from error
         if not isinstance(result, PassResult):
             raise PassError(f"run() returned {type(result).__name__}, not a PassResult", where=where)
-        if result.modified != (fingerprint(program) != mark):
+        if result.modified != changed:
             said = "says that it changed the program, and it did not" if result.modified else "changed the program and does not say so"
             raise PassError(f"the pass {said}", where=where, hint="Record every change in PassResult.changes, or set touched.")
         error, undone = None, None

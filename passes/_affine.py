@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,15 +93,19 @@ def _spread(values: Tensor, like: Tensor) -> Tensor:
 
 def _narrow(old: Tensor, weight: Tensor, bias: Tensor | None) -> Folded | str:
     """Back to the old dtype, unless that loses more than rounding does."""
+    kept = []
     for what, wide in (("weight", weight), ("bias", bias)):
-        if wide is None:
+        narrow = None if wide is None else wide.to(old.dtype)
+        kept.append(narrow)
+        if wide is None or narrow is None or not wide.numel():
             continue
-        narrow = wide.to(old.dtype)
-        if not bool(torch.isfinite(narrow).all()):
+        info, largest = torch.finfo(old.dtype), float(narrow.abs().max())
+        if not math.isfinite(largest):
             return f"the folded {what} would not be finite in {old.dtype}"
-        if float((narrow.double() - wide).norm()) > torch.finfo(old.dtype).eps * float(wide.norm()):
+        # Below the smallest normal number precision fades; it matters where the largest entries come near it.
+        if largest < info.tiny / info.eps and float((narrow.double() - wide).norm()) > info.eps * float(wide.norm()):
             return f"the folded {what} is too small for {old.dtype}"
-    return Folded(weight.to(old.dtype), None if bias is None else bias.to(old.dtype))
+    return Folded(kept[0], kept[1])  # type: ignore[arg-type]
 
 
 def install(program: Program, node: fx.Node, folded: Folded, origin: Sequence[fx.Node], sites: Sequence[str], suffix: str) -> None:

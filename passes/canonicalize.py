@@ -190,6 +190,11 @@ def _order(node: fx.Node, n: int) -> tuple[int, ...] | None:
     return tuple(order)
 
 
+def pad(program: Program, node: fx.Node) -> fx.Node | str | None:
+    """Padding by nothing."""
+    return None if any(not isinstance(n, int) or n for n in arg(node, "pad")) else identity(program, node, node.args[0])
+
+
 def single(program: Program, node: fx.Node) -> fx.Node | str | None:
     """cat of one tensor."""
     parts = node.args[0]
@@ -225,6 +230,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("aten.alias", "aten.detach", "aten.lift_fresh"), alias),
     **dict.fromkeys(_TRANSPOSES, transpose),
     "aten.cat": fresh(single),
+    **dict.fromkeys(("aten.pad", "aten.constant_pad_nd"), fresh(pad)),
 }
 
 _SIGN_ENDS = ("aten.softmax", "aten._softmax", "aten.exp", "aten.sigmoid", "aten.layer_norm", "aten.batch_norm", "aten.group_norm")

@@ -69,6 +69,11 @@ class Quantize(Pass):
                                   hint=nearest(str(value), known) or None)  # fmt: skip
         rule(self.observer)
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether ``program.calibration`` must hold batches."""
+        return self.mode == "static"
+
     def run(self, program: Program) -> PassResult:
         """See the class.
 
@@ -80,7 +85,7 @@ class Quantize(Pass):
         if not anchors:
             result.notes.append("no matrix op with a constant weight is left to quantize")
             return result
-        if self.mode == "static" and not program.calibration:
+        if self.needs_calibration and not program.calibration:
             raise missing("static int8")
         before = program.copy()
         twins = dict(zip(program.nodes, before.nodes, strict=True))

@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from graphwright import ops
 from graphwright.ir import Program, arg, args_by_name, op_name
 from graphwright.ops import CONTRACTION, QUANT, VIEW
-from graphwright.ops.axes import parse
+from graphwright.ops.facts import channel_dim
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -101,7 +101,7 @@ def find_anchor(program: Program, node: fx.Node) -> Anchor | str:
         return "its weight is empty"
     if not bool(torch.isfinite(value).all()):
         return "its weight holds NaN or infinity"
-    axis = channel_axis(node)
+    axis = channel_dim(node)
     if axis is None:
         return "the op table does not say which axis of its weight holds the output channels"
     other = "other" if isinstance(args.get("other"), fx.Node) else None
@@ -111,22 +111,6 @@ def find_anchor(program: Program, node: fx.Node) -> Anchor | str:
 def is_dequantize(value: Any) -> bool:
     row = ops.row(value.target) if isinstance(value, fx.Node) and value.op == "call_function" else None
     return row is not None and QUANT in row.traits
-
-
-def channel_axis(node: fx.Node) -> int | None:
-    """The weight's axis that stands in the result too, from the op's axes."""
-    row = ops.row(node.target)
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    spelling = row.spelling(args, kwargs) if row is not None else None
-    if spelling is None:
-        return None
-    bound = row.bind(args, kwargs)
-    tensors = [a.name for a in node.target._schema.arguments if "Tensor" in str(a.type)]  # type: ignore[union-attr]
-    shapes = [None if bound[name] is None else bound[name].shape for name in tensors]
-    axes = parse(spelling, shapes, [node.meta["val"].shape])
-    summed, weight = axes.summed, axes.inputs[tensors.index("weight")]
-    kept = [k for k, dim in enumerate(weight or ()) if not set(dim.atoms) & summed]
-    return kept[0] if len(kept) == 1 else None
 
 
 # -- flow ------------------------------------------------------------------------------------------------------------
