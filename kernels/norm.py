@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ from graphwright.kernels.tile import (
 )  # fmt: skip
 
 MAX_COLUMNS = 16384
+_NEXT = np.int64(1)
 
 
 @device
@@ -54,16 +56,16 @@ def _norm(params):  # noqa: ANN001, ANN202  compiled by Numba
     a, b, c = wide_scratch(), wide_scratch(), wide_scratch()
     first, end = share(params, p[10])
     for row in range(first, end):
-        source = fetch(x_kind, x + row * x_step, 1, columns, real(1), real(0), a)
+        source = fetch(x_kind, x + row * x_step, _NEXT, columns, real(1), real(0), a)
         if residual != 0:
-            other = fetch(r_kind, residual + row * r_step, 1, columns, real(1), real(0), b)
+            other = fetch(r_kind, residual + row * r_step, _NEXT, columns, real(1), real(0), b)
             to = sums + row * columns * 4 if sums != 0 else c
             add(source, other, columns, to)
             source = to
         elif sums != 0:
-            load(x_kind, x + row * x_step, 1, columns, real(1), real(0), sums + row * columns * 4)
+            load(x_kind, x + row * x_step, _NEXT, columns, real(1), real(0), sums + row * columns * 4)
         normed = floats + row * columns * 4 if floats != 0 else b
-        q = quantized + row * columns if quantized != 0 else 0
+        q = quantized + row * columns if quantized != 0 else quantized
         finish_row(source, columns, rms, eps, weight, bias, normed, q, q_kind, inverse, zero, low, high)
 
 

@@ -11,9 +11,11 @@ arithmetic while the data come from a cache.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -120,8 +122,10 @@ def gather(params, slot, position, n, buffer):
     return buffer
 
 
-@device
-def chain(params, activate):
+_X, _OTHER, _GATE = np.int64(6), np.int64(14), np.int64(22)
+
+
+def _chain(params):  # noqa: ANN001, ANN202  compiled by Numba
     """Slots: 2-5 sizes, 6 x, 14 other, 22 gate, 30 elements, 31 out, 32 its kind, 33 code, 34 a, 35 b, 36 the grid."""
     p, d = i64(params), f64(params)
     a, b, inverse, low, high = real(d[34]), real(d[35]), real(d[36]), real(d[38]), real(d[39])
@@ -132,30 +136,30 @@ def chain(params, activate):
     for tile in range(first, end):
         at = tile * TILE
         n = min(TILE, p[30] - at)
-        y = gather(params, 6, at, n, one)
+        y = gather(params, _X, at, n, one)
         if p[14] != 0:
-            add(y, gather(params, 14, at, n, two), n, three)
+            add(y, gather(params, _OTHER, at, n, two), n, three)
             y = three
         y = activate(p[33], y, n, a, b, two)
         if p[22] != 0:
-            gate = gather(params, 22, at, n, one)
+            gate = gather(params, _GATE, at, n, one)
             to = three if y == two else two
             multiply(y, gate, n, to)
             y = to
         store(kind, p[31] + at * size, n, y, inverse, p[37], low, high)
 
 
-def _simple(params):  # noqa: ANN001, ANN202  compiled by Numba
-    chain(params, simple)
-
-
-def _smooth(params):  # noqa: ANN001, ANN202
-    chain(params, smooth)
+def _with(activate: Any, name: str) -> Any:
+    """``_chain`` with its activation put in; under its own name, which Numba's disk cache goes by."""
+    body = types.FunctionType(_chain.__code__, {**globals(), "activate": activate}, name)
+    body.__qualname__, body.__module__ = name, __name__
+    return body
 
 
 _OPERAND = "qqddqqqq"
 _SLOTS = "qqqq" + 3 * _OPERAND + "qqqq" + "dd" + GRID
-_SIMPLE, _SMOOTH = Native(_simple, _SLOTS), Native(_smooth, _SLOTS)
+_SIMPLE = Native(_with(simple, "pointwise_simple"), _SLOTS)
+_SMOOTH = Native(_with(smooth, "pointwise_smooth"), _SLOTS)
 _NOTHING = (0, 0, 1.0, 0.0, 0, 0, 0, 0)
 
 
@@ -282,3 +286,127 @@ def quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int, dtyp
 def dequantize(q: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
     """See ``graphwright.ops.fused.dequantize``."""
     return pointwise(q, scale, zero_point, None, 1.0, 0, None, "none", (), 1.0, 0, 0, 0, dtype)
+
+
+def _cost(inputs: Sequence[Tensor | None], x: Tensor, activation: str, dtype: torch.dtype | None) -> Cost:
+    work = 2 * len([t for t in inputs if t is not None]) + _ARITHMETIC.get(activation, 30)
+    return Cost(pieces(*inputs) + x.numel() * (dtype or torch.float32).itemsize, x.numel() * work)
+
+
+def _images(g: torch.Generator, *shape: int, last: bool = True) -> Tensor:
+    x = 3 * torch.randn(*shape, generator=g)
+    return x.to(memory_format=torch.channels_last) if last else x
+
+
+def _activate_samples() -> Iterator[Sample]:
+    grid8 = (0.021, 117, 0, 255, torch.uint8)
+    floats = (1.0, 0, 0, 0, None)
+
+    def rows(*shape: int, activation: str = "none", scalars: Sequence[float] = (), other: bool = False,
+             gate: bool = False, out: Any = grid8, kind: Any = torch.float32) -> Any:  # fmt: skip
+        def args(g: torch.Generator) -> tuple[Any, ...]:
+            x, y, z = (2 * torch.randn(*shape, generator=g) for _ in range(3))
+            return x.to(kind), y if other else None, z if gate else None, activation, list(scalars), *out
+
+        return args
+
+    yield Sample("1024x1536 gelu", rows(1024, 1536, activation="gelu"))
+    yield Sample("1024x1536 silu * gate", rows(1024, 1536, activation="silu", gate=True, out=floats))
+    yield Sample("1024x384", rows(1024, 384))
+    yield Sample("1024x384 bf16 to float", rows(1024, 384, kind=torch.bfloat16, other=True, out=floats))
+
+    def heads(g: torch.Generator) -> tuple[Any, ...]:
+        return torch.randn(8, 12, 128, 32, generator=g).transpose(1, 2), None, None, "none", [], *grid8
+
+    yield Sample("heads merged 8x128x12x32", heads)
+    scalars = {"hardtanh": [-0.5, 1.25], "leaky_relu": [0.1], "elu": [0.7]}
+    for name in CODE:
+        yield Sample(f"13x1031 {name}", rows(13, 1031, activation=name, scalars=scalars.get(name, ()), out=floats), False)
+    yield Sample("small tanh", lambda g: (1e-4 * torch.randn(1000, generator=g), None, None, "tanh", [], *floats), False)
+    yield Sample("small elu", lambda g: (1e-4 * torch.randn(1000, generator=g), None, None, "elu", [1.0], *floats), False)
+    yield Sample("image, channels_last", lambda g: (_images(g, 2, 19, 7, 5), None, None, "hardswish", [], *grid8), False)
+    yield Sample("image to bfloat16", lambda g: (_images(g, 1, 3, 9, 11, last=False), None, None, "relu", [], 1.0, 0, 0, 0,
+                                                 torch.bfloat16), False)  # fmt: skip
+    yield Sample("bias over channels", lambda g: (
+        _images(g, 2, 6, 5, 4), torch.randn(1, 6, 1, 1, generator=g), torch.randn(2, 6, 1, 1, generator=g), "sigmoid", [],
+        *floats), False)  # fmt: skip
+    yield Sample("every other column", lambda g: (torch.randn(9, 64, generator=g)[:, ::2], None, None, "relu", [],
+                                                  0.02, 0, -128, 127, torch.int8), False)  # fmt: skip
+    yield Sample("4-D, all axes permuted", lambda g: (torch.randn(3, 4, 5, 6, generator=g).permute(3, 1, 0, 2), None, None,
+                                                      "none", [], *grid8), False)  # fmt: skip
+    yield Sample("one number", lambda g: (torch.randn((), generator=g), None, None, "silu", [], *grid8), False)
+
+
+def _add_samples() -> Iterator[Sample]:
+    def bytes_(g: torch.Generator, *shape: int, kind: torch.dtype = torch.uint8) -> Tensor:
+        low, high = (0, 256) if kind == torch.uint8 else (-128, 128)
+        t = torch.randint(low, high, shape, generator=g).to(kind)
+        return t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t
+
+    relu8 = ("relu", [], 0.05, 0, 0, 255, torch.uint8)
+    yield Sample("1x256x56x56 u8 + u8", lambda g: (bytes_(g, 1, 256, 56, 56), 0.03, 120, bytes_(g, 1, 256, 56, 56), 0.02, 0,
+                                                   *relu8))  # fmt: skip
+    yield Sample("1024x384 u8 + f32", lambda g: (bytes_(g, 1024, 384), 0.03, 120, torch.randn(1024, 384, generator=g), 1.0, 0,
+                                                 "none", [], 0.04, 128, 0, 255, torch.uint8))  # fmt: skip
+    yield Sample("3x7x5x5 i8 + u8 to float", lambda g: (
+        bytes_(g, 3, 7, 5, 5, kind=torch.int8), 0.03, -5, bytes_(g, 3, 7, 5, 5), 0.02, 3, "none", [], 1.0, 0, 0, 0, None),
+        False)  # fmt: skip
+    yield Sample("5x33 f32 + i8 row", lambda g: (torch.randn(5, 33, generator=g), 1.0, 0, bytes_(g, 33, kind=torch.int8),
+                                                 0.02, 3, "gelu", [], 0.03, 0, -127, 127, torch.int8), False)  # fmt: skip
+
+
+def _quantize_samples() -> Iterator[Sample]:
+    def special(g: torch.Generator) -> tuple[Any, ...]:
+        x = 40 * torch.randn(257, generator=g)
+        x[:5] = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30, -0.0])
+        return x, 0.11, 7, 0, 255, torch.uint8
+
+    yield Sample("1x64x112x112", lambda g: (_images(g, 1, 64, 112, 112), 0.021, 117, 0, 255, torch.uint8))
+    yield Sample("1x3x224x224 contiguous", lambda g: (_images(g, 1, 3, 224, 224, last=False), 0.02, 110, 0, 255, torch.uint8))
+    yield Sample("NaN and infinities", special, False)
+    yield Sample("0x7", lambda g: (torch.randn(0, 7, generator=g), 0.1, 0, -128, 127, torch.int8), False)
+
+
+def _dequantize_samples() -> Iterator[Sample]:
+    def bytes_(g: torch.Generator, *shape: int) -> Tensor:
+        return torch.randint(0, 256, shape, generator=g).to(torch.uint8)
+
+    yield Sample("1024x1536", lambda g: (bytes_(g, 1024, 1536), 0.02, 100, torch.float32))
+    yield Sample("5x7x11 i8", lambda g: (bytes_(g, 5, 7, 11).to(torch.int8), 0.02, -3, torch.float32), False)
+    yield Sample("3x1030 to bfloat16", lambda g: (bytes_(g, 3, 1030), 0.02, 0, torch.bfloat16), False)
+
+
+KERNELS = (
+    Kernel(
+        "graphwright.activate_quantize", "cpu", "numba", activate_quantize,
+        lambda x, other, gate, activation, scalars, scale, zero_point, low, high, dtype:
+            unfit(x, (x, other, gate), activation, dtype),
+        lambda x, other, gate, activation, scalars, scale, zero_point, low, high, dtype:
+            _cost((x, other, gate), x, activation, dtype),
+        _activate_samples,
+    ),
+    Kernel(
+        "graphwright.add_quantize", "cpu", "numba", add_quantize,
+        lambda x, xs, xz, other, os, oz, activation, scalars, scale, zero_point, low, high, dtype:
+            unfit(x, (x, other), activation, dtype),
+        lambda x, xs, xz, other, os, oz, activation, scalars, scale, zero_point, low, high, dtype:
+            _cost((x, other), x, activation, dtype),
+        _add_samples,
+    ),
+    Kernel(
+        "graphwright.quantize", "cpu", "numba", quantize,
+        lambda x, scale, zero_point, low, high, dtype:
+            unfit(x, (x,), "none", dtype) or (None if dtype in (torch.uint8, torch.int8) and x.is_floating_point()
+                                              else f"quantizing {x.dtype} to {dtype}; uint8 and int8 are supported"),
+        lambda x, scale, zero_point, low, high, dtype: _cost((x,), x, "none", dtype),
+        _quantize_samples,
+    ),
+    Kernel(
+        "graphwright.dequantize", "cpu", "numba", dequantize,
+        lambda q, scale, zero_point, dtype:
+            unfit(q, (q,), "none", dtype) or (None if q.dtype in (torch.uint8, torch.int8) and dtype.is_floating_point
+                                              else f"dequantizing {q.dtype} to {dtype}"),
+        lambda q, scale, zero_point, dtype: _cost((q,), q, "none", dtype),
+        _dequantize_samples,
+    ),
+)  # fmt: skip

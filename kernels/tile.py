@@ -17,10 +17,11 @@ import torch
 
 from graphwright.kernels.numba_cpu import FAST, numba
 
-TILE = 1024
+#: Constants that device code passes on are NumPy integers: Numba compiles a function anew for every plain literal.
+TILE = np.int64(1024)
 
 #: Storage dtypes by the number that kernels know them by.
-F32, BF16, U8, I8 = 0, 1, 2, 3
+F32, BF16, U8, I8 = range(4)
 KIND = {torch.float32: F32, torch.bfloat16: BF16, torch.uint8: U8, torch.int8: I8}
 BYTES = {F32: 4, BF16: 2, U8: 1, I8: 1}
 
@@ -34,13 +35,15 @@ if numba is not None:
     from numba.core import types
     from numba.extending import intrinsic
 
+    _OPTIONS = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+
     def device(body: Callable[..., Any]) -> Callable[..., Any]:
         """A function that kernels call; inlined by LLVM."""
-        return numba.njit(fastmath=set(FAST), error_model="numpy", no_cpython_wrapper=True)(body)
+        return numba.njit(fastmath=set(FAST), **_OPTIONS)(body)
 
     def reducing(body: Callable[..., Any]) -> Callable[..., Any]:
         """The same where sums may be reordered: needed to vectorize them, and more accurate than one running sum."""
-        return numba.njit(fastmath={*FAST, "reassoc"}, error_model="numpy", no_cpython_wrapper=True)(body)
+        return numba.njit(fastmath={*FAST, "reassoc"}, **_OPTIONS)(body)
 
     def _pointer_to(element: Any) -> Any:
         kind = types.CPointer(element)
@@ -68,7 +71,7 @@ if numba is not None:
 
         return scratch
 
-    scratch = _scratch_of(TILE)          # address of TILE floats on the stack; each place in the code has its own
+    scratch = _scratch_of(int(TILE))          # address of TILE floats on the stack; each place in the code has its own
     wide_scratch = _scratch_of(16384)    # 64 KiB, for whole rows
 
     @intrinsic

@@ -1,0 +1,48 @@
+"""Every kernel against its op's reference in float64, on all of its samples, with one thread and with several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from graphwright import kernels, ops
+from graphwright.kernel import Kernel, Sample
+from graphwright.microbench import disagreement
+
+CPU = [(k, s) for found in kernels.load().values() for k in found if k.device == "cpu" for s in k.samples()]
+
+
+def _name(pair: Any) -> str:
+    return f"{pair[0].op.removeprefix('graphwright.')}: {pair[1].name}" if isinstance(pair, tuple) else str(pair)
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_there_are_kernels_for_every_lowered_op() -> None:
+    served = {k.op for k, _ in CPU}
+    rows = {row.name for row in ops.rows() if row.reference.__module__ == "graphwright.ops.lowered"}
+    assert rows <= served and {"graphwright.quantize", "graphwright.dequantize"} <= served
+
+
+@pytest.mark.parametrize("pair", CPU, ids=_name)
+def test_kernel_against_reference(pair: tuple[Kernel, Sample], threads: int) -> None:
+    kernel, sample = pair
+    assert disagreement(kernel, sample) is None
+
+
+@pytest.mark.parametrize("pair", CPU, ids=_name)
+def test_cost_is_plausible(pair: tuple[Kernel, Sample]) -> None:
+    kernel, sample = pair
+    args = sample.args(torch.Generator().manual_seed(0))
+    cost = kernel.cost(*args)
+    least = sum(t.numel() * t.element_size() for t in args if isinstance(t, torch.Tensor) and t.ndim)
+    assert cost.flops >= 0 and cost.bytes >= min(1, least)
