@@ -1,4 +1,4 @@
-"""Recognise attention written out as two products and a softmax, and simplify what masks it.
+"""Recognise attention written out as two products and a softmax.
 
 ``softmax(scale * q @ kᵀ + mask, -1) @ v`` becomes ``aten.scaled_dot_product_attention``, so that lowering may choose
 among ways to compute the whole. One difference is accepted: a query that may attend to nothing (a row of the mask that
@@ -11,12 +11,12 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from graphwright.ir import Program, arg, args_by_name, set_arg, site_of
+from graphwright.ir import Program, args_by_name, site_of
 from graphwright.manager import Pass, PassResult
 from graphwright.passes._algebra import enclosed, last_axis, sites_in, without_casts
-from graphwright.passes._nodes import is_number, is_op, is_tensor, only_user, permutation, rank, same_size, same_sizes, sweep, val
+from graphwright.passes._nodes import is_number, is_op, is_tensor, only_user, permutation, rank, same_sizes, sweep, val
 
 aten = torch.ops.aten
 #: Added to a score (float32, of ordinary size), a number below this leaves nothing of it.
@@ -39,7 +39,7 @@ class _Attention:
 
 @dataclass(frozen=True)
 class RaiseAttention(Pass):
-    """Turn written-out attention into scaled_dot_product_attention; drop masks that hide nothing, name causal ones."""
+    """Turn written-out attention (product, scale, mask, softmax, product) into scaled_dot_product_attention."""
 
     name = "raise-attention"
 
@@ -48,12 +48,6 @@ class RaiseAttention(Pass):
         for node in program.nodes:
             if not node._erased and is_op(node, "aten.matmul", "aten.bmm"):
                 self._raise(program, node, result)
-        for node in program.nodes:
-            if is_op(node, "aten.scaled_dot_product_attention") and not self.refused(result, node):
-                what = _simplify_mask(program, node)
-                if what:
-                    result.change(site_of(node), what)
-        sweep(program, result)
         return result
 
     def _raise(self, program: Program, node: fx.Node, result: PassResult) -> None:
@@ -183,37 +177,3 @@ def _mask(program: Program, found: _Attention, q: fx.Node, sites: list[str]) -> 
 
 def _expand(program: Program, zero: fx.Node, like: fx.Node, sites: list[str]) -> fx.Node:
     return program.call(aten.expand_as.default, zero, like, sites=sites)
-
-
-# -- masks that are known --------------------------------------------------------------------------------------------
-
-
-def _simplify_mask(program: Program, node: fx.Node) -> str | None:
-    """Drop a constant mask that hides nothing, name a causal one, store one that repeats itself once; what was done."""
-    mask = program.constant(arg(node, "attn_mask"))
-    if mask is None or arg(node, "is_causal"):
-        return None
-    allowed = mask if mask.dtype == torch.bool else mask == 0
-    hidden = ~mask if mask.dtype == torch.bool else mask <= -1e30
-    if bool(allowed.all()):
-        set_arg(node, "attn_mask", None)
-        return "a mask that hides nothing dropped"
-    queries, keys = val(arg(node, "query")).shape[-2], val(arg(node, "key")).shape[-2]
-    square = same_size(queries, keys) and tuple(mask.shape[-2:]) == (queries, keys)
-    if square and bool((allowed | hidden).all()) and bool((allowed == torch.ones_like(allowed).tril()).all()):
-        set_arg(node, "attn_mask", None)
-        set_arg(node, "is_causal", True)
-        return "its mask is causal"
-    return _shrink(program, node, mask)
-
-
-def _shrink(program: Program, node: fx.Node, mask: Tensor) -> str | None:
-    small = mask
-    for axis in range(mask.ndim - 2):
-        if small.shape[axis] > 1 and bool((small == small.narrow(axis, 0, 1)).all()):
-            small = small.narrow(axis, 0, 1)
-    if small.shape == mask.shape:
-        return None
-    name = str(arg(node, "attn_mask").target)
-    set_arg(node, "attn_mask", program.add_tensor(f"{name}_once", small.contiguous(), origin=[name]))
-    return f"its mask is the same all over axes of {tuple(mask.shape)}: stored as {tuple(small.shape)}"

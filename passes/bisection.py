@@ -1,0 +1,93 @@
+"""Find the first pass that breaks a program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from graphwright.errors import InputError, InternalError
+from graphwright.ir import Program
+from graphwright.manager import Pass, PassResult
+from graphwright.numerics import run_double, run_pure
+
+#: Takes a program; gives None where it is well, or what is wrong with it.
+Check = Callable[[Program], str | None]
+
+
+@dataclass(frozen=True, eq=False)
+class Culprit:
+    """The first pass after which a program is broken.
+
+    Attributes:
+        index, name: which pass.
+        problem: what the check said.
+        before, after: the program on both sides of the pass.
+        result: what the pass says it did.
+    """
+
+    index: int
+    name: str
+    problem: str
+    before: Program
+    after: Program
+    result: PassResult
+
+    def __str__(self) -> str:
+        done = "; ".join(f"{site}: {what}" for site, what in self.result.changes[:5])
+        return f"pass {self.index} ({self.name}): {self.problem}" + (f"\n  it did: {done}" if done else "")
+
+
+def bisect(program: Program, passes: Sequence[Pass], check: Check | None = None) -> Culprit | None:
+    """The first of ``passes`` after which ``check`` finds fault, or None when it never does.
+
+    Every pass runs once; the check runs about log2(number of passes) times, on the assumption that what is broken stays
+    broken. Without a check, outputs on ``program.example`` are held to each pass's own promise.
+
+    Raises:
+        InputError: the program is broken before any pass, or there is neither check nor example.
+    """
+    check = check or _numbers(program, passes)
+    if problem := check(program):
+        raise InputError(f"the check fails before any pass: {problem}", where="bisect")
+    states, results = [program], []
+    for p in passes:
+        after = states[-1].copy()
+        try:
+            results.append(p.run(after))
+            after.verify()
+        except InternalError as error:
+            return Culprit(len(states) - 1, p.name, error.what, states[-1], after, PassResult())
+        states.append(after)
+    problems = {len(states) - 1: check(states[-1])}
+    if problems[len(states) - 1] is None:
+        return None
+    good, bad = 0, len(states) - 1
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        problems[middle] = check(states[middle])
+        good, bad = (middle, bad) if problems[middle] is None else (good, middle)
+    return Culprit(bad - 1, passes[bad - 1].name, str(problems[bad]), states[bad - 1], states[bad], results[bad - 1])
+
+
+def _numbers(program: Program, passes: Sequence[Pass]) -> Check:
+    """Outputs stay as near to float64 as the most lenient of the passes promises."""
+    leaves = program.example
+    if leaves is None:
+        raise InputError("there is nothing to compare outputs on", where="bisect", hint="Pass a check, or capture with example inputs.")
+    before = run_pure(program, leaves)
+    try:
+        reference = run_double(program, leaves)
+    except RuntimeError:  # an op without a float64 kernel
+        reference = before
+    promises = [p.numerics for p in passes]
+    promise = next((n for n in promises if str(n) == "lossy"), promises[0] if promises else Pass.numerics)
+
+    def check(now: Program) -> str | None:
+        for k, (ref, was, value) in enumerate(zip(reference, before, run_pure(now, leaves), strict=True)):
+            if isinstance(was, Tensor) and (problem := promise.failure(ref, was, value)):
+                return f"output {k}: {problem}"
+        return None
+
+    return check
