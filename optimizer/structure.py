@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 import sys
 from collections import OrderedDict, UserDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,80 +22,10 @@ from typing import Any
 import torch
 
 from graphwright.errors import InputError, LoadError
+from graphwright.output import CacheOutput, NamedOutput, Output
 
 _CACHES = ("DynamicCache", "EncoderDecoderCache")
 _LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
-
-
-class Output(Mapping):
-    """What a dataclass, a model output or a cache comes back as where its own type is not loaded.
-
-    Reads like a mapping (entries that are None are left out, as transformers does), by attribute, and by integer index.
-    """
-
-    def __init__(self, name: str, fields: Mapping[str, Any]):
-        object.__setattr__(self, "_name", name)
-        object.__setattr__(self, "_fields", dict(fields))
-
-    def __getattr__(self, key: str) -> Any:
-        try:
-            return self.__dict__["_fields"][key]
-        except KeyError:
-            raise AttributeError(f"{self.__dict__.get('_name', 'Output')} has no field {key!r}") from None
-
-    def __setattr__(self, key: str, value: Any) -> None:
-        self._fields[key] = value
-
-    def __getitem__(self, key: str | int | slice) -> Any:
-        return self.to_tuple()[key] if isinstance(key, (int, slice)) else self._fields[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return (k for k, v in self._fields.items() if v is not None)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __repr__(self) -> str:
-        body = ", ".join(f"{k}={_brief(v)}" for k, v in self._fields.items())
-        return f"{self._name}({body})"
-
-    def __eq__(self, other: object) -> bool:
-        return self is other
-
-    __hash__ = object.__hash__
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """The entries that are not None, in order."""
-        return tuple(v for v in self._fields.values() if v is not None)
-
-
-class NamedOutput(tuple):
-    """What a namedtuple comes back as where its own type is not loaded: a tuple with attributes."""
-
-    _fields: tuple[str, ...]
-
-    def __new__(cls, fields: Sequence[str], values: Sequence[Any]) -> NamedOutput:
-        self = super().__new__(cls, values)
-        self._fields = tuple(fields)
-        return self
-
-    def __getattr__(self, key: str) -> Any:
-        fields = self.__dict__.get("_fields", ())
-        if key in fields:
-            return self[fields.index(key)]
-        raise AttributeError(f"no field {key!r}; the fields are {', '.join(fields)}")
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return self._fields, tuple(self)
-
-
-class CacheOutput(Output):
-    """What a key-value cache comes back as without transformers: ``layers[k].keys`` and ``.values``, and its length."""
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens held, 0 for an empty cache."""
-        layers = self._fields["layers"]
-        return 0 if layer_idx >= len(layers) else layers[layer_idx].keys.shape[-2]
 
 
 @dataclass(frozen=True)
@@ -339,7 +270,7 @@ def _constant(value: Any) -> Spec | None:
     """The spec of a constant, by value; None for anything else."""
     kind = type(value)
     if kind.__name__ in _SIMPLE and kind is _SIMPLE[kind.__name__]:
-        plain = repr(value) if kind is float and (value != value or value in (float("inf"), float("-inf"))) else value
+        plain = repr(value) if kind is float and not math.isfinite(value) else value
         return Spec("const", kind.__name__, value=plain)
     if isinstance(value, (torch.dtype, torch.device, torch.memory_format, torch.layout)):
         return Spec("const", kind.__name__, value=str(value).removeprefix("torch."))
@@ -478,10 +409,6 @@ def _plain(key: Any) -> Any:
     return _SIMPLE[key[0]](key[1]) if isinstance(key, tuple) else key
 
 
-def _brief(value: Any) -> str:
-    return f"tensor{list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
-
-
 def _check(spec: Spec) -> None:
     """Refuse what ``flatten`` never writes, so that a file cannot build anything else."""
     named = spec.kind in ("dict", "mapping", "namedtuple", "dataclass")
@@ -489,13 +416,27 @@ def _check(spec: Spec) -> None:
     if spec.kind in ("namedtuple", "dataclass"):
         good &= all(isinstance(k, str) and k.isidentifier() and not k.startswith("__") for k in spec.keys)
     elif named:
-        simple = (lambda k: isinstance(k, str) or (isinstance(k, tuple) and len(k) == 2 and k[0] in _SIMPLE))
-        good &= all(map(simple, spec.keys))
-    if spec.kind == "const":
-        good &= spec.type in _SIMPLE or spec.type in ("dtype", "device", "memory_format", "layout") or str(
-            spec.type).startswith("enum ")  # fmt: skip
-        good &= isinstance(spec.value, (bool, int, float, str))
-        if spec.type in ("dtype", "memory_format", "layout"):
-            good &= type(getattr(torch, str(spec.value), None)).__name__ == spec.type
+        good &= all(isinstance(k, str) or (isinstance(k, tuple) and len(k) == 2 and k[0] in _SIMPLE) for k in spec.keys)
+    elif spec.kind == "cache-layer":
+        window = spec.value[0] if isinstance(spec.value, tuple) and len(spec.value) == 2 else spec.value
+        good &= spec.keys in ((), ("keys", "values")) and all(c.kind == "tensor" for c in spec.children)
+        good &= len(spec.keys) == len(spec.children) and isinstance(window, (int, type(None)))
+    elif spec.kind == "cache":
+        good &= spec.keys in ((), ("self_attention_cache", "cross_attention_cache"))
+        good &= not spec.keys or len(spec.children) == 2
+    elif spec.kind == "const":
+        good &= _good_constant(spec)
+    elif spec.kind in ("tensor", "none"):
+        good &= not spec.children
     if not good:
         raise LoadError(f"a structure in the file is malformed: {spec.kind}", hint="Save the model again.")
+
+
+def _good_constant(spec: Spec) -> bool:
+    kind, value = str(spec.type), spec.value
+    if kind in _SIMPLE:
+        return type(value) is _SIMPLE[kind] or (kind == "float" and value in ("nan", "inf", "-inf"))
+    if kind in ("dtype", "memory_format", "layout"):
+        return isinstance(value, str) and type(getattr(torch, value, None)).__name__ == kind
+    return isinstance(value, str) if kind == "device" else kind.startswith("enum ") and isinstance(
+        value, (bool, int, float, str))  # fmt: skip

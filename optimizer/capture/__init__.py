@@ -10,30 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphwright import ir
 from graphwright.capture.guard import Guard, covers, key, weights_fingerprint
-from graphwright.capture.rehearse import rehearse
+from graphwright.capture.regions import Piece, Region, Regions
+from graphwright.capture.rehearse import Rehearsal, rehearse
 from graphwright.capture.whole import Whole
+from graphwright.errors import CoverageError, InputError
 from graphwright.structure import flatten_call
 
-__all__ = ["Capture", "Guard", "Region", "capture", "covers", "key", "weights_fingerprint"]
-
-
-@dataclass(frozen=True)
-class Region:
-    """A part of the model that could not be captured.
-
-    Attributes:
-        site: the module it lies in.
-        where: the user's ``file:line``.
-        reason: what stands in the way.
-    """
-
-    site: str
-    where: str | None
-    reason: str
+__all__ = ["Capture", "Guard", "Piece", "Region", "capture", "covers", "key", "weights_fingerprint"]
 
 
 @dataclass(eq=False)
@@ -43,29 +31,77 @@ class Capture:
     Attributes:
         program: the whole model, or None where it could not be captured as one.
         notes: lines for humans.
-        regions: what was not captured.
+        regions: what was not captured, and why; empty where there is a program.
+        pieces: the submodules that were captured instead.
+        run: called like the model, with its answers: the pieces, and between them the model's own code.
     """
 
     program: ir.Program | None
     notes: list[str] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
+    run: nn.Module | None = None
 
 
 def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *,
-            dynamic: Any = None) -> Capture:  # fmt: skip
+            dynamic: Any = None, storage: dict[int, torch.UntypedStorage] | None = None) -> Capture:  # fmt: skip
     """Capture a model on example inputs.
 
     Args:
         args, kwargs: the example call; only shapes, dtypes and structure matter, not the numbers.
         dynamic: which sizes may vary: None, ``"auto"``, or by input ``{"x": {0: "batch"}}``.
 
+        storage: pass one dict to several captures of one model and their programs share weights; a new dict
+            once the model's weights have changed.
+
     Raises:
         InputError: the model itself rejects the inputs, or ``dynamic`` names what does not exist.
     """
     leaves, spec = flatten_call(args, kwargs or {})
+    storage = {} if storage is None else storage
     said = rehearse(model, leaves, spec)
-    whole = Whole(model, leaves, spec, said, dynamic)
-    program = whole.run()
-    if program is None:
-        raise whole.failure
-    return Capture(program, whole.notes)
+    notes = observations(model, said)
+    program, failure = None, None
+    if said.refusal is not None:
+        failure = InputError(said.refusal)
+    else:
+        whole = Whole(model, leaves, spec, said, dynamic, storage=storage)
+        program, failure = whole.run(), whole.failure
+        notes += whole.notes
+    if program is not None:
+        return Capture(program, notes, run=_Whole(program))
+    found = Regions(model, leaves, spec, said, failure, dynamic, storage).run()
+    return Capture(None, notes + found.notes, found.regions, found.pieces, found.run)
+
+
+class _Whole(nn.Module):
+    """A program, called like the model."""
+
+    def __init__(self, program: ir.Program):
+        super().__init__()
+        self.program = program
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        leaves, spec = flatten_call(args, kwargs)
+        signature = self.program.signature
+        if spec != signature.inputs:
+            raise CoverageError(f"inputs {spec.describe()}; covered: {signature.inputs.describe()}")
+        return signature.outputs.unflatten(self.program(*leaves))
+
+
+def observations(model: nn.Module, said: Rehearsal) -> list[str]:
+    """What a user should know about how the model was captured."""
+    notes = []
+    if model.training:
+        notes.append("the model is in train mode and is captured as that: dropout drops, batch norm uses and updates "
+                     "batch statistics; call model.eval() first for inference")  # fmt: skip
+    elif any(m.training for m in model.modules()):
+        notes.append("parts of the model are in train mode although the model is not")
+    hooked = [n or "the model" for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+    if hooked:
+        shown = ", ".join(hooked[:3]) + (f" and {len(hooked) - 3} more" if len(hooked) > 3 else "")
+        notes.append(f"forward hooks on {shown} ran while the model was captured: what they compute is part of the "
+                     "result, their side effects are not")  # fmt: skip
+    if said.attributes:
+        notes.append(f"the model sets {', '.join(said.attributes[:3])} while it runs: the optimized model does not")
+    return notes

@@ -49,10 +49,14 @@ class Builder:
         exported: the traced wrapper.
         model: the user's model.
         names: a name for each input leaf.
+        prefix: what stands before every site.
+        storage: the copies of the model's storages made so far, by address; programs of one model may share them.
     """
 
-    def __init__(self, exported: Any, model: nn.Module, names: Sequence[str]):
-        self.exported, self.model, self.names = exported, model, names
+    def __init__(self, exported: Any, model: nn.Module, names: Sequence[str], prefix: str = "",
+                 storage: dict[int, torch.UntypedStorage] | None = None):  # fmt: skip
+        self.exported, self.model, self.names, self.prefix = exported, model, names, prefix
+        self.storage: dict[int, torch.UntypedStorage] = {} if storage is None else storage
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.notes: list[str] = []
@@ -96,14 +100,13 @@ class Builder:
         program.train(self.model.training)
         program.tidy()
         kept = set(program.graph.nodes)
-        name_sites(self.model, [(n, o) for n, o in self.made if n in kept])
+        name_sites(self.model, [(n, o) for n, o in self.made if n in kept], self.prefix)
         program.recompile()
         return program
 
     def _inputs(self, env: dict[fx.Node, Any]) -> None:
         specs = self.exported.graph_signature.input_specs
         placeholders = [n for n in self.exported.graph.nodes if n.op == "placeholder"]
-        storage: dict[int, torch.UntypedStorage] = {}
         known: dict[tuple[Any, ...], tuple[str, fx.Node]] = {}
         order = sorted(range(len(specs)), key=lambda k: specs[k].kind != InputKind.USER_INPUT)
         count = 0
@@ -128,7 +131,7 @@ class Builder:
             if identity in known:
                 env[old] = self.refs[known[identity][0]]
                 continue
-            clone = clone_tensor(value, storage)
+            clone = clone_tensor(value, self.storage)
             self._store(name, clone)
             node = self.graph.get_attr(name)
             node.meta["val"] = self.fake_mode.from_tensor(clone.detach(), static_shapes=True)
@@ -379,8 +382,8 @@ class Builder:
             value = None
         said = old.meta.get("val") if old is not None else None
         if self.cast is not None and isinstance(said, torch.Tensor) and getattr(value, "dtype", None) != said.dtype:
-            cast = lambda n: self._like(n, said) if _float(n.meta["val"]) else n  # noqa: E731
-            args, kwargs = fx.node.map_arg((args, kwargs), cast)
+            args, kwargs = fx.node.map_arg(
+                (args, kwargs), lambda n: self._like(n, said) if _float(n.meta["val"]) else n)  # fmt: skip
             value = self._infer(target, args, kwargs)
         return value, args, kwargs
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import replace
 
 import torch
@@ -57,20 +58,23 @@ def tracing() -> Iterator[None]:
             warnings.simplefilter("ignore")
             for log in loggers:
                 log.setLevel(logging.CRITICAL)
-            yield
+            with redirect_stderr(io.StringIO()):  # it prints the graph it had when it failed
+                yield
     finally:
         for log, level in levels:
             log.setLevel(level)
 
 
 def export(model: nn.Module, leaves: Sequence[torch.Tensor], inputs: Spec, names: Sequence[str],
-           plan: Plan | None = None) -> ir.Program:  # fmt: skip
+           plan: Plan | None = None, prefix: str = "",
+           storage: dict[int, torch.UntypedStorage] | None = None) -> ir.Program:  # fmt: skip
     """Capture the whole model through torch.export.
 
     Args:
         leaves: example tensors, in the order of ``inputs``.
         names: of the leaves.
         plan: sizes that may vary; None: all are fixed.
+        prefix, storage: see ``Builder``.
 
     Raises:
         Exception: whatever torch.export or the building of the program refuses with.
@@ -81,7 +85,7 @@ def export(model: nn.Module, leaves: Sequence[torch.Tensor], inputs: Spec, names
     with ambient_autocast() as autocast, untouched(model), tracing():
         wrapper = Flat(model, inputs, outputs.append, plan, autocast)
         exported = torch.export.export(wrapper, tuple(leaves), dynamic_shapes=shapes, strict=False)
-        program = Builder(exported, model, names).build(ir.Signature(inputs=inputs, outputs=outputs[-1]))
+        program = Builder(exported, model, names, prefix, storage).build(ir.Signature(inputs=inputs, outputs=outputs[-1]))
     symbols = spans(program.placeholders, plan.groups)
     program.signature = replace(program.signature, symbols=symbols)
     return program

@@ -27,6 +27,7 @@ class Rehearsal:
         inputs: the input tensors after the run.
         buffers: buffers that it wrote, with their new values.
         refusal: why the structure could not be described.
+        attributes: plain attributes of modules that the run changed, by name.
     """
 
     outputs: list[torch.Tensor] | None
@@ -34,6 +35,10 @@ class Rehearsal:
     inputs: list[torch.Tensor]
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     refusal: str | None = None
+    attributes: tuple[str, ...] = ()
+
+
+_MISSING = object()
 
 
 def rehearse(model: nn.Module, leaves: Sequence[torch.Tensor], spec: Spec) -> Rehearsal:
@@ -50,12 +55,14 @@ def rehearse(model: nn.Module, leaves: Sequence[torch.Tensor], spec: Spec) -> Re
             answer = model(*args, **kwargs)
         except Exception as error:
             raise rejected(model, leaves, error) from error
+        set_ = tuple(f"{n}.{k}".lstrip(".") for n, m in model.named_modules() for k, v in m.__dict__.items()
+                     if not k.startswith("__") and versions.get((n, k), _MISSING) is not v)  # fmt: skip
         changed = {n: b.detach().clone() for n, b in model.named_buffers() if versions.get(n) != (id(b), b._version)}
         try:
             outputs, found = flatten(answer, name="output")
         except InputError as error:
-            return Rehearsal(None, None, mine, changed, str(error))
-        return Rehearsal([t.detach().clone() for t in outputs], found, mine, changed)
+            return Rehearsal(None, None, mine, changed, f"{error.where}: {error.what}", set_)
+        return Rehearsal([t.detach().clone() for t in outputs], found, mine, changed, None, set_)
 
 
 def rejected(model: nn.Module, leaves: Sequence[torch.Tensor], error: Exception) -> InputError:
@@ -79,14 +86,15 @@ def where(error: BaseException) -> str | None:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[dict[str, Any]]:
+def untouched(model: nn.Module) -> Iterator[dict[Any, Any]]:
     """Run the model inside without leaving a trace: buffers, attributes and the random state come back.
 
     Yields:
-        identity and version of each buffer before the run.
+        what was there before the run: identity and version of each buffer by name, attributes by (module, name).
     """
     kept = [(b, b.detach().clone(), _version(b)) for b in model.buffers()]
     versions = {n: (id(b), _version(b)) for n, b in model.named_buffers()}
+    versions |= {(n, k): v for n, m in model.named_modules() for k, v in m.__dict__.items()}
     state = [(m, dict(m.__dict__)) for m in model.modules()]
     holders = [(v, v.copy()) for _, attributes in state for v in attributes.values() if type(v) in (list, dict, set)]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)):
@@ -165,7 +173,7 @@ def disagreement(program: ir.Program, leaves: Sequence[torch.Tensor], said: Rehe
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             found = program(*mine)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, the graph is not used
         return f"the captured graph fails where the model does not: {type(error).__name__}: {error}"
     else:
         after = {n: program.tensor(n).detach().clone() for n in names}

@@ -71,7 +71,7 @@ def short_path(full: str) -> str:
     return full[max((len(r) for r in roots if full.startswith(r)), default=0) :]
 
 
-def name_sites(model: nn.Module, nodes: Iterable[tuple[fx.Node, Origin]]) -> None:
+def name_sites(model: nn.Module, nodes: Iterable[tuple[fx.Node, Origin]], prefix: str = "") -> None:
     """Give every op node its site.
 
     The op of a leaf module is called by the module's path; any other by the path and the op's name. Repeats get
@@ -93,7 +93,8 @@ def name_sites(model: nn.Module, nodes: Iterable[tuple[fx.Node, Origin]]) -> Non
         whole = where.primary and kind is not None and (
             primary[where.call] == 1 or (kind == "torch" and last[where.call] is node))  # fmt: skip
         op = node.target._schema.name.partition("::")[2].rstrip("_")  # type: ignore[union-attr]
-        name = where.path if whole and where.path else f"{where.path}.{op}".lstrip(".")
+        path = f"{prefix}.{where.path}".strip(".")
+        name = path if whole and path else f"{path}.{op}".lstrip(".")
         taken[name] += 1
         node.meta["sites"] = (name if taken[name] == 1 else f"{name}#{taken[name]}",)
 

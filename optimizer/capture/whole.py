@@ -25,14 +25,17 @@ class Whole:
     Args:
         said: what the model answered on the example.
         dynamic: as the user gave it.
+        prefix, storage: see ``Builder``.
 
     Attributes:
         notes: what to tell the user.
         failure: why there is no program, once ``run`` gave None.
     """
 
-    def __init__(self, model: nn.Module, leaves: Sequence[torch.Tensor], spec: Spec, said: Rehearsal, dynamic: Any):
+    def __init__(self, model: nn.Module, leaves: Sequence[torch.Tensor], spec: Spec, said: Rehearsal, dynamic: Any,
+                 prefix: str = "", storage: dict[int, torch.UntypedStorage] | None = None):  # fmt: skip
         self.model, self.leaves, self.spec, self.said = model, list(leaves), spec, said
+        self.prefix, self.storage = prefix, storage
         self.notes: list[str] = []
         self.failure: BaseException | None = None
         positional = positional_names(model)
@@ -67,10 +70,10 @@ class Whole:
     def _attempt(self, plan: Plan) -> ir.Program | None:
         """A program for this plan that answers as the model did, or None."""
         try:
-            program = export(self.model, self._grown(plan), self.spec, self.names, plan)
-        except (KeyboardInterrupt, MemoryError):
+            program = export(self.model, self._grown(plan), self.spec, self.names, plan, self.prefix, self.storage)
+        except MemoryError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - torch.export refuses with many types; each becomes a reason
             self.failure = error
             if plan.groups:
                 self._note(plan, f"{_reason(error)}")
@@ -149,10 +152,25 @@ def _symbol(program: ir.Program, group: Group) -> str | None:
     return name if name in program.signature.symbols else None
 
 
-def _reason(error: BaseException) -> str:
-    """One line of an error of torch.export, with the user's line."""
+def explain(error: BaseException) -> tuple[str | None, str]:
+    """The user's line and the reason, in one line of plain words, for a refusal of torch.export or of ours."""
     if isinstance(error, GraphwrightError):
-        return str(error).replace("\n", " ")
-    place = where(error)
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return f"{type(error).__name__}: {line}" + (f" ({place})" if place else "")
+        return error.where, error.what
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    for sign, words in _PLAIN.items():
+        if sign in f"{type(error).__name__}: {error}":
+            return where(error), f"{words} ({type(error).__name__}: {said})"
+    return where(error), f"{type(error).__name__}: {said}"
+
+
+_PLAIN = {
+    "DataDependent": "control flow depends on the values of tensors",
+    "data-dependent": "control flow depends on the values of tensors",
+    "DynamicOutputShape": "an output's shape depends on the values of tensors",
+    "Fake": "the model's code leaves torch, where a trace cannot follow",
+}
+
+
+def _reason(error: BaseException) -> str:
+    place, reason = explain(error)
+    return f"{reason} ({place})" if place else reason
