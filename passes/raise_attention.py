@@ -82,11 +82,13 @@ def _scores(node: object, found: _Attention) -> fx.Node | None:
         if is_op(node, "aten.matmul", "aten.bmm"):
             return node
         a, b = (*node.args, None, None)[:2]
-        if is_op(node, "aten.mul", "aten.div") and is_number(b) and not found.masks and node.kwargs.get("rounding_mode") is None:
+        if is_op(node, "aten.mul", "aten.div") and is_number(b) and node.kwargs.get("rounding_mode") is None:
             if b == 0:
                 return None
             found.scale *= float(b) if is_op(node, "aten.mul") else 1.0 / float(b)  # type: ignore[arg-type]
             step = a
+        elif found.scale != 1.0 and is_op(node, "aten.add", "aten.masked_fill"):
+            return None  # scaled after masking: the mask would have to be scaled too
         elif is_op(node, "aten.add") and node.kwargs.get("alpha", 1) == 1 and is_tensor(a) and is_tensor(b):
             step, mask = (a, b) if _is_scores(a) else (b, a)
             found.masks.append(mask)  # type: ignore[arg-type]
