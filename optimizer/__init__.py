@@ -2,9 +2,70 @@
 
     import graphwright as gw
     fast = gw.optimize(model, example_inputs)
+
+Importing this package imports nothing but the errors; everything else comes when it is first asked for.
 """
 
-from graphwright.errors import GraphwrightError
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from graphwright.errors import (
+    CalibrationError,
+    CaptureError,
+    CoverageError,
+    GraphwrightError,
+    InputError,
+    InternalError,
+    LoadError,
+    PassError,
+    RecipeError,
+    SaveError,
+    SiteError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from graphwright.api import load, optimize
+    from graphwright.calibrate import Calibration
+    from graphwright.ir import Program
+    from graphwright.manager import Pass, PassResult, Pipeline
+    from graphwright.numerics import Exact, Lossy
+    from graphwright.ops import op
+    from graphwright.optimized import Optimized
+    from graphwright.passes.pipeline import bisect, default_recipe, register_pass
+    from graphwright.passes.quantize import Quantize
+    from graphwright.report import Report
+    from graphwright.rewrite import RewritePass
+    from graphwright.search import Goal
+    from graphwright.structure import Output
 
 __version__ = "0.1.0"
-__all__ = ["GraphwrightError", "__version__"]
+
+_HOMES = {
+    "load": "api", "optimize": "api", "Calibration": "calibrate", "Program": "ir", "Pass": "manager", "PassResult": "manager",
+    "Pipeline": "manager", "Exact": "numerics", "Lossy": "numerics", "op": "ops", "Optimized": "optimized",
+    "bisect": "passes.pipeline", "default_recipe": "passes.pipeline", "register_pass": "passes.pipeline",
+    "Quantize": "passes.quantize", "Report": "report", "RewritePass": "rewrite", "Goal": "search", "Output": "structure",
+}  # fmt: skip
+
+__all__ = [
+    "Calibration", "CalibrationError", "CaptureError", "CoverageError", "Exact", "Goal", "GraphwrightError", "InputError",
+    "InternalError", "LoadError", "Lossy", "Optimized", "Output", "Pass", "PassError", "PassResult", "Pipeline", "Program",
+    "Quantize", "RecipeError", "Report", "RewritePass", "SaveError", "SiteError", "UnsupportedError", "__version__", "bisect",
+    "default_recipe", "load", "op", "optimize", "register_pass",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'graphwright' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"graphwright.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

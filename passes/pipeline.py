@@ -20,6 +20,7 @@ from graphwright.passes.fold_padding import FoldPadding
 from graphwright.passes.fold_scale import FoldScale
 from graphwright.passes.fuse_epilogue import FuseEpilogue
 from graphwright.passes.layout import Layout
+from graphwright.passes.merge_heads import MergeHeads
 from graphwright.passes.merge_linears import MergeLinears
 from graphwright.passes.quantize import Quantize
 from graphwright.passes.raise_activations import RaiseActivations
@@ -42,6 +43,7 @@ DEFAULT: tuple[Pass, ...] = (
     FoldBatchNorm(),         # before activations are drawn in: a norm behind an activation cannot be folded
     FoldScale(),             # the same for layer scale and scaled queries
     Layout(),                # transposes that cancel would stand between a linear and its residual add
+    MergeHeads(),            # once transposes have met: attention hands its result to a linear
     FuseEpilogue(),          # every matrix op in one form, with what follows it
     MergeLinears(),          # last, since only linears without an epilogue of their own may be merged
     DeadCode(),              # what the others left behind

@@ -110,7 +110,9 @@ class Work:
 
     @cached_property
     def named(self) -> dict[str, Any]:
-        """Arguments by schema name: ``Slot``, real tensor, or plain value."""
+        """Arguments by schema name: ``Slot``, real tensor, or plain value; empty for scalar functions."""
+        if not isinstance(self.target, torch._ops.OpOverload):
+            return {}
         names = [a.name for a in self.target._schema.arguments]
         return {**dict(zip(names, self.args, strict=False)), **self.kwargs}
 

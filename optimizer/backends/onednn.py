@@ -195,7 +195,7 @@ def _build_float_linear(work: Work, m: Matrix, dtype: torch.dtype) -> Callable[.
 def _build_mkl_linear(work: Work, m: Matrix) -> Callable[..., Tensor]:
     batch = _batch(work, m)
     weight = m.weight.detach().contiguous()
-    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.to_mkldnn(), batch)
+    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, batch)
     call, x, other, bias = torch.ops.mkl._mkl_linear.default, m.x, m.other, m.bias
     finish = _finish(m, False)
     if other is None:

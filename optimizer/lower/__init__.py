@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from graphwright.ir import Program
 from graphwright.lower.conversions import possible
 from graphwright.lower.graph import Analysis, analyse
 from graphwright.lower.runner import Runner, emit
-from graphwright.lower.select import Problem, solve
+from graphwright.lower.select import NoAssignment, Problem, solve
 from graphwright.lower.stopwatch import Stopwatch
 from graphwright.measure import Timing, interleaved
 
@@ -171,7 +172,8 @@ def _assignments(problem: Problem) -> dict[str, list[int]]:
             inside = {k for k, c in enumerate(options) if member(c)}
             allowed.append(inside or set(range(len(options))))
         if any(len(a) < len(o) for a, o in zip(allowed, problem.options, strict=True)):
-            found[label] = solve(problem, allowed=allowed)
+            with contextlib.suppress(NoAssignment):  # a family need not be able to serve the whole graph
+                found[label] = solve(problem, allowed=allowed)
     return found
 
 

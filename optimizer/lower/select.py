@@ -19,6 +19,10 @@ from graphwright.errors import InternalError
 from graphwright.lower.conversions import possible
 
 
+class NoAssignment(InternalError):
+    """No choice of candidates serves the whole graph."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """Everything the choice depends on.
@@ -45,7 +49,7 @@ def solve(problem: Problem, *, allowed: Sequence[Collection[int]] | None = None,
         allowed: per work, the indices to choose among; all by default.
 
     Raises:
-        InternalError: no assignment exists (the native candidates always make one).
+        NoAssignment: no assignment exists (the native candidates always make one).
     """
     if all(len(o) == 1 for o in problem.options):
         return [0] * len(problem.works)
@@ -120,5 +124,5 @@ def solve(problem: Problem, *, allowed: Sequence[Collection[int]] | None = None,
     found = milp(np.array(cost), constraints=LinearConstraint(matrix, low, high), integrality=integer,
                  bounds=Bounds(0, np.array(upper)), options={"time_limit": seconds, "mip_rel_gap": 1e-3})  # fmt: skip
     if found.x is None:
-        raise InternalError(f"no assignment of kernels exists: {found.message}")
+        raise NoAssignment(f"no assignment of kernels exists: {found.message}")
     return [max(range(len(columns)), key=lambda c: found.x[columns[c]]) for columns in x]
