@@ -1,0 +1,12 @@
+"""What was done to a model, and what it brought: as a table in the terminal, as JSON, as one HTML page, and site by site.
+
+    print(report)                       # the essentials; report.text(full=True) for every site
+    report.to_html("report.html")       # one file, no network
+    explain(report, "encoder.layer.0.*")
+"""
+
+from graphwright.report.explain import explain
+from graphwright.report.model import Accuracy, Option, Region, Report, SiteRow
+from graphwright.report.picture import Picture
+
+__all__ = ["Accuracy", "Option", "Picture", "Region", "Report", "SiteRow", "explain"]

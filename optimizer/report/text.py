@@ -1,0 +1,207 @@
+"""The report in a terminal, through rich: plain text for strings and files, colour where rich finds a terminal."""
+
+from __future__ import annotations
+
+import io
+import math
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from graphwright.manager import PassRecord
+from graphwright.report.model import SIMULATED, Report, SiteRow, show_bytes, show_db, show_ms, show_share
+
+_TOP_SITES, _TOP_REFUSALS = 12, 8
+_COLOURS = {"int8": "green", "bf16": "cyan", "f32": "default", "left as it was": "yellow"}
+
+
+def as_text(report: Report, *, full: bool, width: int | None) -> str:
+    """See ``Report.text``."""
+    if width is None:
+        width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 160))
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=False, color_system=None, highlight=False, emoji=False, legacy_windows=False)
+    for block in blocks(report, full=full, width=width):
+        console.print(block)
+    return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
+
+
+def blocks(report: Report, *, full: bool, width: int) -> Iterator[Any]:
+    """What rich prints, in order."""
+    yield Text(f"{report.model}, recipe {report.recipe}", style="bold")
+    yield Text(report.verdict, style="green" if (report.speedup or 0) > 1 else "yellow")
+    yield Text(_circumstances(report), style="dim")
+    yield _figures(report)
+    for warning in report.warnings:
+        yield Text(f"Warning: {warning}", style="bold yellow")
+    if report.passes:
+        yield _heading("Passes")
+        yield _passes(report)
+    if report.sites:
+        yield from _sites(report, full, width)
+    refusals = report.grouped_refusals()
+    if refusals:
+        yield from _refusals(refusals, full)
+    if report.regions:
+        yield _heading("Not captured: runs as you wrote it")
+        for region in report.regions:
+            yield Text(f"  {region.where}: {region.what}")
+    for title, lines in (("Search", report.log), ("Notes", report.notes)):
+        if lines:
+            yield _heading(title)
+            yield from (Text(f"  {line}") for line in lines)
+
+
+def _heading(title: str) -> Text:
+    return Text(f"\n{title}", style="bold")
+
+
+def _circumstances(report: Report) -> str:
+    threads = f"{report.threads} thread{'s' if report.threads != 1 else ''}" if report.threads else ""
+    versions = ", ".join(f"{k} {v}" for k, v in report.versions.items())
+    spent = f"optimized in {sum(report.seconds.values()):.1f} s" if report.seconds else ""
+    return "; ".join(p for p in (report.created[:10], str(report.machine.get("cpu", "")), threads, versions, spent) if p)
+
+
+def _table(*columns: str, numbers: int) -> Table:
+    """A table without frames; all columns but the first ``numbers`` ones are right-aligned figures."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_header=True, header_style="dim", pad_edge=False)
+    for k, name in enumerate(columns):
+        table.add_column(name, justify="right" if k >= numbers else "left", no_wrap=k >= numbers, overflow="ellipsis")
+    return table
+
+
+def figures(report: Report) -> list[tuple[str, str, str, str]]:
+    """``(what, original, optimized, change)``: the lines that both the terminal and the page show."""
+    rows = []
+    a, b = report.original, report.optimized
+    if a is not None and b is not None:
+        for name in ("minimum", "median", "p95"):
+            was, now = getattr(a, name), getattr(b, name)
+            ratio = f"{was / now:.2f}x" if now else ""
+            rows.append((f"latency, {name}", f"{show_ms(was)} ms", f"{show_ms(now)} ms", ratio))
+    for name, was, now in (("tensors", report.bytes_before, report.bytes_after),
+                           ("peak memory", *((m * 2**20 if m is not None else None) for m in (report.memory_before_mb, report.memory_after_mb)))):  # fmt: skip
+        if was is not None and now is not None:
+                rows.append((name, show_bytes(was), show_bytes(now), _change(was, now)))
+    if report.file_bytes is not None:
+        rows.append(("saved file", "", show_bytes(report.file_bytes), ""))
+    if report.accuracy is not None:
+        score = report.accuracy
+        budget = "" if score.budget is None else f" of {score.budget:g} allowed"
+        rows.append((score.metric, f"{score.before:.4f}", f"{score.after:.4f}", f"{score.after - score.before:+.4f}{budget}"))
+    if report.sqnr_db is not None or report.max_abs is not None:
+        words = [f"SQNR {show_db(report.sqnr_db)}{' dB' if math.isfinite(report.sqnr_db) else ''}"] if report.sqnr_db is not None else []
+        words += [f"largest {report.max_abs:.3g}"] if report.max_abs is not None else []
+        rows.append(("output error", "", "", ", ".join(words)))
+    return rows
+
+
+def _change(was: float, now: float) -> str:
+    if was == now:
+        return "the same"
+    if was <= 0 or now <= 0:
+        return ""
+    return f"{was / now:.2f}x smaller" if now < was else f"{now / was:.2f}x larger"
+
+
+def quantized_words(report: Report) -> str | None:
+    """Real and simulated quantization are two things, and are counted apart."""
+    real = sum(r.decision in ("int8", "int4", "w8", "w4") for r in report.sites)
+    simulated = sum(r.decision.startswith(SIMULATED) for r in report.sites)
+    return f"real at {real} op{'s' if real != 1 else ''}, simulated at {simulated}" if real or simulated else None
+
+
+def _figures(report: Report) -> Table:
+    table = _table("", "original", "optimized", "", numbers=1)
+    table.columns[3].justify, table.columns[3].no_wrap = "left", False
+    for row in figures(report):
+        table.add_row(*row)
+    return table
+
+
+def _passes(report: Report) -> Table:
+    table = _table("pass", "changed", "declined", "nodes", "tensors", "SQNR dB", "s", numbers=1)
+    for p in report.passes:
+        table.add_row(*pass_cells(p), style="yellow" if p.undone else "dim" if not p.result.changes else "")
+    return table
+
+
+def pass_cells(p: PassRecord) -> tuple[str, ...]:
+    """One pass: name, sites changed, sites declined, nodes, bytes, error, seconds."""
+    nodes = f"{p.nodes_before} > {p.nodes_after}" if p.nodes_before != p.nodes_after else str(p.nodes_after)
+    size = f"{show_bytes(p.bytes_before)} > {show_bytes(p.bytes_after)}" if p.bytes_before != p.bytes_after else show_bytes(p.bytes_after)
+    name = f"{p.name} (undone)" if p.undone else p.name
+    changed = str(len(p.result.changes)) if p.result.changes or not p.result.touched else "all"
+    return name, changed, str(len(p.result.refusals)), nodes, size, show_db(p.error), f"{p.seconds:.2f}"
+
+
+def _sites(report: Report, full: bool, width: int) -> Iterator[Any]:
+    timed = report.by_time()
+    rows = report.sites if full or not timed else timed[:_TOP_SITES]
+    title = f"Sites, all {len(rows)}" if len(rows) == len(report.sites) else f"Sites, the slowest {len(rows)} of {len(report.sites)}"
+    yield _heading(title)
+    yield Text("  " + ", ".join(f"{d} {n}" for d, n in report.decisions().items()) + _per_backend(report))
+    quantized = quantized_words(report)
+    if quantized:
+        yield Text(f"  Quantization: {quantized}")
+    table = _table("site", "decision", "kernel", "ms", "share", "gain", "SQNR dB", numbers=3)
+    kernels = [r.kernel or r.op for r in rows]
+    room = width - 40 - max(len(r.decision) for r in rows)  # what the figures leave
+    kernel_room = min(max(map(len, kernels)), room * 4 // 9)
+    for r, kernel in zip(rows, kernels, strict=True):
+        table.add_row(short(r.site, room - kernel_room), Text(r.decision, style=_COLOURS.get(r.decision, "red")), clip(kernel, kernel_room),
+                      show_ms(r.ms), show_share(r.share), gain(r), show_db(r.sqnr_db))  # fmt: skip
+    yield table
+    rest = len(report.sites) - len(rows)
+    if rest:
+        left = sum(r.share or 0.0 for r in timed[_TOP_SITES:])
+        yield Text(f"  and {rest} more, {show_share(left)} of the time: report.text(full=True)", style="dim")
+
+
+def _per_backend(report: Report) -> str:
+    shares = report.backend_shares()
+    return f".  Time: {', '.join(f'{b} {100 * s:.0f} %' for b, s in shares.items())}" if shares else ""
+
+
+def gain(row: SiteRow) -> str:
+    """How much faster the chosen candidate was than the next one: ``"2.3x"``."""
+    chosen = next((o.ms for o in row.options if o.name == row.kernel and o.ms), None)
+    other = row.runner_up
+    return f"{other.ms / chosen:.1f}x" if chosen and other is not None and other.ms else ""
+
+
+def short(site: str, width: int) -> str:
+    """A site in at most ``width`` columns that can still be told from its neighbours: ``e.l.0.attention.output.dense``."""
+    parts = site.split(".")
+    for k, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) <= width:
+            break
+        if not part.isdigit():
+            parts[k] = part[:1]
+    return clip(".".join(parts), width)
+
+
+def clip(text: str, width: int) -> str:
+    """``text`` with its middle left out where it is too long."""
+    tail = (width - 1) // 2
+    return text if len(text) <= width else text[: max(width - 1 - tail, 0)] + "…" + text[len(text) - tail :]
+
+
+def _refusals(groups: list[tuple[str, str, list[str]]], full: bool) -> Iterator[Any]:
+    total = sum(len(s) for _, _, s in groups)
+    yield _heading(f"Declined, {total} time{'s' if total != 1 else ''}")
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(justify="right", min_width=5)
+    grid.add_column()
+    for who, reason, sites in groups if full else groups[:_TOP_REFUSALS]:
+        shown = ", ".join(sites) if full else short(sites[0], 40)
+        more = f" and {len(sites) - 1} more" if not full and len(sites) > 1 else ""
+        grid.add_row(str(len(sites)), Text(f"{who}: {reason} ({shown}{more})"))
+    yield grid
+    if not full and len(groups) > _TOP_REFUSALS:
+        yield Text(f"       and {len(groups) - _TOP_REFUSALS} more reasons: report.text(full=True)", style="dim")
