@@ -187,6 +187,124 @@ def optimize(
         typer.echo(f"report: {json}")
 
 
+@app.command()
+def inspect(
+    file: Saved,
+    sites: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="The story of these sites only.", show_default=False)
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Every site and every refusal.")] = False,
+    graph: Annotated[bool, typer.Option("--graph", help="The graph that runs, as text.")] = False,
+) -> None:
+    """Show what is in a saved file: what was done, site by site, and what it was measured to bring.
+
+    Nothing of the file is run, and without --graph no tensor is read.
+    """
+    from graphwright import store
+    from graphwright.console import out_console
+    from graphwright.report import Report
+    from graphwright.report import explain as story
+
+    console = out_console()
+    if graph:
+        for variant in store.load(file).variants:
+            console.print(variant.program.text(), markup=False, highlight=False, soft_wrap=True)
+        return
+    meta = store.peek(file)
+    report = Report.from_dict(meta.get("report"))
+    if sites:
+        console.print(story(report, sites), markup=False, highlight=False)
+        return
+    console.print(report.text(full=True, width=console.width) if full else report, markup=False, highlight=False)
+    console.print(
+        f"\n{file}: {file.stat().st_size / 1e6:.2f} MB, written with torch {meta.get('torch')}, "
+        f"{meta.get('threads')} threads",
+        markup=False, highlight=False,
+    )  # fmt: skip
+
+
+@app.command()
+def passes(
+    name: Annotated[str | None, typer.Argument(help="Show this pass or recipe in full.", show_default=False)] = None,
+) -> None:
+    """List the recipes and the passes: name, what it does, options."""
+    from graphwright.console import out_console
+    from graphwright.listing import listing
+
+    for block in listing(name):
+        out_console().print(block)
+
+
+@app.command()
+def bench(
+    file: Annotated[Path | None, typer.Argument(metavar="FILE.gw", help="A saved result.", show_default=False)] = None,
+    against: Against = None,
+    inputs: Inputs = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of inputs drawn at random.")] = 0,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Check and time the kernels instead.")] = False,
+    words: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--only", metavar="WORD", help="With --kernels: ops with this word in their name.", show_default=False
+        ),
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time a saved result, beside the original if it is given; or, with --kernels, every kernel on its samples."""
+    from graphwright.console import Progress, out_console
+
+    if kernels:
+        from graphwright.microbench import main as microbench
+
+        raise typer.Exit(microbench([*(words or []), "--rounds", str(rounds)]))
+    if file is None:
+        raise InputError("nothing to time", where="FILE.gw", hint="Name a saved file, or pass --kernels.")
+    import graphwright as gw
+    from graphwright.checkup import drawn, race, shapes, timing_table
+    from graphwright.userfile import inputs_of, model_of
+
+    with Progress(quiet=quiet) as say:
+        say(f"loading {file}")
+        models: dict[str, Any] = {}
+        given = inputs_of(inputs, seed) if inputs else None
+        if against:
+            models["original"], own = model_of(against)
+            given = own if given is None else given
+        models[file.name] = gw.load(file)
+        example = given if given is not None else drawn(file, seed)[0]
+        say(f"timing {rounds} rounds")
+        timings = race(models, example, rounds=rounds)
+    out_console().print(timing_table(timings, title=shapes(example)))
+
+
+@app.command()
+def verify(
+    file: Saved,
+    against: Against = None,
+    inputs: Inputs = None,
+    seed: Annotated[int, typer.Option(help="Seed of inputs drawn at random.")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Check a saved file: its bytes, its graph, its kernels against the graph, and against the original if it is given.
+
+    Status 0: all holds. 1: something doesn't. 2: the file can't be read.
+    """
+    from graphwright.checkup import verify as checks
+    from graphwright.console import Progress
+    from graphwright.userfile import inputs_of, model_of
+
+    original, own = model_of(against) if against else (None, None)
+    given = inputs_of(inputs, seed) if inputs else own
+    holds = True
+    with Progress(quiet=quiet) as say:
+        say(f"loading {file}")
+        for check in checks(file, original, given, seed):
+            holds &= check.holds
+            typer.echo(f"{'ok  ' if check.holds else 'FAIL'}  {check.name}: {check.found}")
+    raise typer.Exit(0 if holds else 1)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app(prog_name="graphwright")

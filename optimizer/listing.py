@@ -1,0 +1,97 @@
+"""The list of recipes and passes, for the command line."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields
+from typing import Any
+
+from graphwright.errors import RecipeError, nearest
+from graphwright.manager import Pass
+from graphwright.passes.pipeline import DEFAULT, RECIPES, known_passes, recipes
+
+#: Options that every pass has.
+COMMON = {f.name for f in fields(Pass)}
+
+
+def listing(name: str | None = None) -> Iterator[Any]:
+    """What rich prints: all recipes and passes, or one of them in full.
+
+    Raises:
+        RecipeError: no recipe or pass has that name.
+    """
+    from rich.text import Text
+
+    if name is None:
+        yield _recipes()
+        yield _passes()
+        yield Text(
+            "Every pass also takes include= and exclude=, patterns of sites. A recipe can be any sequence of these."
+        )
+        return
+    every = known_passes()
+    if name not in every and name not in RECIPES:
+        known = [*RECIPES, *every]
+        raise RecipeError(
+            f"there is no recipe or pass {name!r}", hint=nearest(name, known) or f"known: {', '.join(known)}"
+        )
+    if name in RECIPES:
+        yield Text(f"{name}: {RECIPES[name][1]}", style="bold")
+        yield Text("\n".join(f"  {p.name:<24} {p.summary()}" for p in recipes()[name]))
+    if name in every:
+        yield from _one(every[name])
+
+
+def _recipes() -> Any:
+    table = _table("Recipe", "What it gives", "Passes beyond the default ones")
+    for name, (extra, line) in RECIPES.items():
+        table.add_row(name, line, ", ".join(_spelled(p) for p in extra))
+    return table
+
+
+def _passes() -> Any:
+    table = _table("Pass", "Numbers", "What it does", "Options")
+    standard = [p.name for p in DEFAULT]
+    every = known_passes()
+    for name in sorted(every, key=lambda n: standard.index(n) if n in standard else len(standard)):
+        options = ", ".join(f"{f.name}={_default(f)}" for f in _options(every[name]))
+        table.add_row(name, str(every[name].numerics), every[name].summary(), options)
+    return table
+
+
+def _one(kind: type[Pass]) -> Iterator[Any]:
+    from rich.text import Text
+
+    yield Text(f"{kind.name} ({kind.numerics})", style="bold")
+    yield Text(inspect.getdoc(kind) or "")
+    table = _table("Option", "Type", "Default")
+    for f in fields(kind):
+        table.add_row(f.name, f.type if isinstance(f.type, str) else f.type.__name__, _default(f))
+    yield table
+
+
+def _options(kind: type[Pass]) -> list[Field[Any]]:
+    return [f for f in fields(kind) if f.name not in COMMON]
+
+
+def _default(f: Field[Any]) -> str:
+    if f.default is not MISSING:
+        return repr(f.default)
+    return repr(f.default_factory()) if f.default_factory is not MISSING else "(needed)"
+
+
+def _spelled(p: Pass) -> str:
+    """A pass with the options that are not at their defaults: `quantize(mode='dynamic')`."""
+    chosen = [f"{f.name}={getattr(p, f.name)!r}" for f in _options(type(p)) if getattr(p, f.name) != f.default]
+    return p.name + (f"({', '.join(chosen)})" if chosen else "")
+
+
+def _table(*headings: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for k, heading in enumerate(headings):
+        table.add_column(heading, overflow="fold", no_wrap=k == 0)
+    return table
