@@ -7,7 +7,8 @@ and, after the arrow, its results. Within an operand, one word per axis:
     *           any number of axes, aligned at the right, broadcast where a size is 1
     (h d)       one axis that is a product of several, outermost first
     (a + b)     one axis that is several laid end to end
-    1, 3        a literal size
+    1, 3        a literal size; ``g=3``: an axis of a size that the shapes alone do not tell
+    ...         by itself: a tensor whose axes have nothing to do with the result's
     [d]         in a result too: handled as a whole (normalised, sorted); in no result: picked from by index
     h'          h seen through a sliding window: tied to h, its size is its own
 
@@ -24,7 +25,7 @@ from typing import Any
 
 from graphwright.errors import InternalError
 
-_WORD = re.compile(r"\[?(?:[A-Za-z_]\w*'?|\*)\]?|\d+|[+()]")
+_WORD = re.compile(r"\[?(?:[A-Za-z_]\w*(?:=\d+)?'?|\*)\]?|\d+|[+()]|\.\.\.")
 Shape = Sequence[Any]
 
 
@@ -44,14 +45,16 @@ class Axes:
     """A parsed spelling, ``*`` written out for given ranks.
 
     Attributes:
-        inputs: per tensor argument its axes, None where the argument is absent.
+        inputs: per tensor argument its axes, None where the argument is absent or spelled ``...``.
         outputs: per result its axes.
         whole: names in brackets.
+        stated: sizes that the spelling itself gives.
     """
 
     inputs: tuple[Dims | None, ...]
     outputs: tuple[Dims, ...]
     whole: frozenset[str]
+    stated: tuple[tuple[str, int], ...] = ()
 
     def named(self, operands: Iterable[Dims | None]) -> frozenset[str]:
         """Every axis name in these operands (no literal sizes; a window's name without its prime)."""
@@ -102,17 +105,26 @@ def _words(text: str) -> tuple[tuple[tuple[tuple[str, ...], bool], ...], ...]:
 
 
 def parse(text: str, inputs: Sequence[Shape | None], outputs: Sequence[Shape]) -> Axes:
-    """Read a spelling for operands of these shapes (None: an absent argument).
+    """Read a spelling for operands of these shapes (None: an absent argument; absent last ones need no spelling).
 
     Raises:
         InternalError: the text is malformed, or the ranks do not fit it.
     """
     left, _, right = text.partition("->")
-    sides = _words(left.strip()), _words(right.strip())
+    sides = [list(_words(left.strip())), list(_words(right.strip()))]
     whole: set[str] = set()
+    stated: dict[str, int] = {}
+
+    def atom(word: str) -> str:
+        name, _, size = word.strip("[]").partition("=")
+        if size:
+            stated[name] = int(size)
+        if word.startswith("["):
+            whole.add(name)
+        return name
 
     def operand(dims: Any, shape: Shape | None) -> Dims | None:
-        if shape is None:
+        if shape is None or dims == ((("...",), False),):
             return None
         has_star = any("*" in atoms[0] for atoms, _ in dims)
         stars = len(shape) - len(dims) + has_star
@@ -124,16 +136,16 @@ def parse(text: str, inputs: Sequence[Shape | None], outputs: Sequence[Shape]) -
                 found.extend(Dim((f"*{k}",)) for k in reversed(range(stars)))
                 whole.update(f"*{k}" for k in range(stars) if atoms[0] == "[*]")
                 continue
-            whole.update(a[1:-1] for a in atoms if a.startswith("["))
-            found.append(Dim(tuple(a.strip("[]") for a in atoms), joined))
+            found.append(Dim(tuple(map(atom, atoms)), joined))
         return tuple(found)
 
+    sides[0].extend([()] * (len(inputs) - len(sides[0])) if all(s is None for s in inputs[len(sides[0]) :]) else [])
     if len(sides[0]) != len(inputs) or len(sides[1]) != len(outputs):
         counts = f"{len(inputs)} inputs and {len(outputs)} results"
         raise InternalError(f"the axes {text!r} do not spell {counts}")
     ins = tuple(operand(d, s) for d, s in zip(sides[0], inputs, strict=True))
     outs = tuple(operand(d, s) or () for d, s in zip(sides[1], outputs, strict=True))
-    return Axes(ins, outs, frozenset(whole))
+    return Axes(ins, outs, frozenset(whole), tuple(stated.items()))
 
 
 def same(a: Any, b: Any) -> bool:
@@ -160,8 +172,8 @@ def sizes(axes: Axes, inputs: Sequence[Shape | None], outputs: Sequence[Shape]) 
     Raises:
         InternalError: the shapes contradict the spelling.
     """
-    found: dict[str, Any] = {}
-    given = [(dims, shape or (), False) for dims, shape in zip(axes.inputs, inputs, strict=True)]
+    found: dict[str, Any] = dict(axes.stated)
+    given = [(dims, shape or (), False) for dims, shape in zip(axes.inputs, inputs, strict=True) if dims is not None]
     given += [(dims, shape, True) for dims, shape in zip(axes.outputs, outputs, strict=True)]
     pairs = [(d, n, result) for dims, shape, result in given for d, n in zip(dims or (), shape, strict=True)]
     waiting = pairs

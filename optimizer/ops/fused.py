@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from graphwright.errors import InternalError
+from graphwright.ops.axes import names, same
 from graphwright.ops.matrix import conv_axes
 from graphwright.ops.registry import CAST, CONTRACTION, ELEMENTWISE, QUANT, op, resolve
 
@@ -215,6 +216,18 @@ def _spread(values: Tensor, like: Tensor, axis: int, dtype: torch.dtype) -> Tens
     return values
 
 
+def _channel_axes(**args: Any) -> str:
+    """One scale per index of an axis; or blocks: an axis of w is then (which block, where in it)."""
+    x, scales = args["w"] if "w" in args else args["q"], args["scales"]
+    axes = names(x.ndim)
+    if scales.ndim == 1:
+        return f"{' '.join(axes)}, {axes[args['axis']]}, {axes[args['axis']]} -> {' '.join(axes)}"
+    scaled = ["1" if same(n, 1) else a for a, n in zip(axes, scales.shape, strict=True)]
+    whole = [a if s != a or same(n, m) else f"({a} {a}_in)"
+             for a, s, n, m in zip(axes, scaled, x.shape, scales.shape, strict=True)]  # fmt: skip
+    return f"{' '.join(whole)}, {' '.join(scaled)}, {' '.join(scaled)} -> {' '.join(whole)}"
+
+
 @op("graphwright.quantize", axes="* -> *", traits={QUANT, ELEMENTWISE, CAST})
 def quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype) -> Tensor:
     """Quantize with one scale: ``clamp(round_half_even(x / scale) + zero_point, low, high)`` as ``dtype``.
@@ -235,7 +248,7 @@ def dequantize(q: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> 
     return ((q.to(_real_dtype(q, dtype)) - zero_point) * scale).to(dtype)
 
 
-@op("graphwright.quantize_channel", axes="* -> *", traits={QUANT, CAST})
+@op("graphwright.quantize_channel", axes=_channel_axes, traits={QUANT, CAST})
 def quantize_channel(
     w: Tensor, scales: Tensor, zero_points: Tensor | None, axis: int, low: int, high: int, dtype: torch.dtype
 ) -> Tensor:
@@ -250,7 +263,7 @@ def quantize_channel(
     return _to_grid(w.to(work) / _spread(scales, w, axis, work), points, low, high, dtype)
 
 
-@op("graphwright.dequantize_channel", axes="* -> *", traits={QUANT, CAST})
+@op("graphwright.dequantize_channel", axes=_channel_axes, traits={QUANT, CAST})
 def dequantize_channel(
     q: Tensor, scales: Tensor, zero_points: Tensor | None, axis: int, dtype: torch.dtype
 ) -> Tensor:

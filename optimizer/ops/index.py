@@ -193,7 +193,7 @@ def triu(self: Tensor, diagonal: int = 0) -> Tensor:
 def _glu_axes(**args: Any) -> str:
     axes = names(args["self"].ndim)
     dim = args["dim"] % len(axes)
-    left = [f"(half {a})" if k == dim else a for k, a in enumerate(axes)]
+    left = [f"(half=2 {a})" if k == dim else a for k, a in enumerate(axes)]
     return f"{' '.join(left)} -> {' '.join(axes)}"
 
 

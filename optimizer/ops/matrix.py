@@ -16,7 +16,11 @@ from graphwright.ops.registry import CONTRACTION, op
 # -- products --------------------------------------------------------------------------------------------------------
 
 
-@op("aten.linear", axes="* i, o i, o -> * o", traits={CONTRACTION})
+def _linear_axes(**args: Any) -> str:
+    return "* i, o i, o -> * o" if args["weight"].ndim == 2 else "* i, i -> *"
+
+
+@op("aten.linear", axes=_linear_axes, traits={CONTRACTION})
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Linear: ``input @ weight.T + bias``; a weight without its first axis gives a result without its last."""
     y = torch.matmul(input, weight.transpose(0, 1) if weight.ndim == 2 else weight)
@@ -70,19 +74,25 @@ def _scaled(beta: Any, base: Tensor, alpha: Any, y: Tensor) -> Tensor:
     return (y if beta == 0 else y + (base if beta == 1 else base * beta)).to(dtype)
 
 
-@op("aten.addmm", axes="*, m i, i o -> m o", traits={CONTRACTION})
+def _added_axes(product: str) -> Any:
+    """The rule of a product with a first operand that is broadcast to the result and added."""
+    words = product.split(" -> ")[1].split()
+    return lambda **args: f"{' '.join(words[len(words) - args['self'].ndim :])}, {product}"
+
+
+@op("aten.addmm", axes=_added_axes("m i, i o -> m o"), traits={CONTRACTION})
 def addmm(self: Tensor, mat1: Tensor, mat2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
     """``beta * self + alpha * (mat1 @ mat2)``; with beta 0, self is not even read."""
     return _scaled(beta, self, alpha, mm(mat1, mat2))
 
 
-@op("aten.baddbmm", axes="*, b m i, b i o -> b m o", traits={CONTRACTION})
+@op("aten.baddbmm", axes=_added_axes("b m i, b i o -> b m o"), traits={CONTRACTION})
 def baddbmm(self: Tensor, batch1: Tensor, batch2: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
     """``beta * self + alpha * (batch1 @ batch2)`` for stacks of matrices."""
     return _scaled(beta, self, alpha, bmm(batch1, batch2))
 
 
-@op("aten.addmv", axes="*, m i, i -> m", traits={CONTRACTION})
+@op("aten.addmv", axes=_added_axes("m i, i -> m"), traits={CONTRACTION})
 def addmv(self: Tensor, mat: Tensor, vec: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
     """``beta * self + alpha * (mat @ vec)``."""
     return _scaled(beta, self, alpha, mv(mat, vec))

@@ -72,9 +72,6 @@ _unary("mish", "x * tanh(softplus(x)).", lambda x: x * torch.tanh(torch.logaddex
 _unary("hardsigmoid", "(x + 3) / 6 between 0 and 1.", lambda x: torch.clamp(x / 6 + 0.5, 0, 1))
 _unary("hardswish", "x * hardsigmoid(x).", lambda x: x * torch.clamp(x / 6 + 0.5, 0, 1))
 _unary("lgamma", "Logarithm of the gamma function's absolute value.", torch.lgamma)
-_unary("real", "Real part.", lambda x: torch.view_as_real(x)[..., 0] if x.is_complex() else x)
-_unary("imag", "Imaginary part.", lambda x: torch.view_as_real(x)[..., 1])
-_unary("angle", "Angle of a complex number.", lambda x: torch.atan2(x.imag, x.real))
 _unary("conj", "Complex conjugate.", lambda x: torch.complex(x.real, -x.imag) if x.is_complex() else x)
 
 
@@ -82,6 +79,24 @@ _unary("conj", "Complex conjugate.", lambda x: torch.complex(x.real, -x.imag) if
 def log_sigmoid(self: Tensor) -> Tensor:
     """``log(sigmoid(x))``; always contiguous."""
     return (torch.clamp(self, max=0) - torch.log1p(torch.exp(-torch.abs(self)))).contiguous()
+
+
+@op("aten.real", axes="* -> *", traits={ELEMENTWISE})
+def real(self: Tensor) -> Tensor:
+    """Real part, a view."""
+    return torch.view_as_real(self)[..., 0] if self.is_complex() else self
+
+
+@op("aten.imag", axes="* -> *", traits={ELEMENTWISE})
+def imag(self: Tensor) -> Tensor:
+    """Imaginary part, a view."""
+    return torch.view_as_real(self)[..., 1]
+
+
+@op("aten.angle", axes="* -> *", traits={ELEMENTWISE})
+def angle(self: Tensor) -> Tensor:
+    """Angle of a complex number; contiguous."""
+    return torch.atan2(self.imag, self.real).contiguous()
 
 
 # -- one argument and constants --------------------------------------------------------------------------------------
@@ -136,7 +151,12 @@ _unary("clamp_min", "x, at least min.", lambda x, min: _clamp(x, min))
 _unary("clamp_max", "x, at most max.", lambda x, max: _clamp(x, None, max))
 _unary("nan_to_num", "NaN and infinities replaced by numbers.", _nan_to_num)
 _unary("pow", "x to a constant power.", lambda x, exponent: torch.pow(x, exponent), ("Tensor_Scalar",))
-_unary("pow", "A constant to the power of x.", lambda base, x: torch.pow(base, x), ("Scalar",))
+
+
+@op("aten.pow", axes="* -> *", traits={ELEMENTWISE}, overloads=("Scalar",))
+def power_of(self: Any, exponent: Tensor) -> Tensor:
+    """A constant to the power of x; contiguous."""
+    return torch.pow(self, exponent)
 
 
 # -- two and three arguments -----------------------------------------------------------------------------------------
@@ -240,9 +260,9 @@ def where(condition: Tensor, self: Any, other: Any) -> Tensor:
     return torch.where(condition, self, other)
 
 
-@op("aten.masked_fill", axes=_where_axes, traits=_TRAITS, overloads=("Scalar", "Tensor"))
+@op("aten.masked_fill", axes=_where_axes, traits={ELEMENTWISE}, overloads=("Scalar", "Tensor"))
 def masked_fill(self: Tensor, mask: Tensor, value: Any) -> Tensor:
-    """``value`` where the mask holds, else ``self``; the result has self's dtype."""
+    """``value`` where the mask holds, else ``self``; the result has self's dtype and no particular layout."""
     return torch.where(mask, torch.as_tensor(value, dtype=self.dtype, device=self.device), self)
 
 

@@ -58,9 +58,9 @@ _to_size = _regrouped(lambda a: _full(a["self"].shape, a["size"] if "size" in a 
 _view("view", lambda x, size: torch.reshape(x, size), "The same elements in row-major order as another shape.", _to_size)
 _view("_unsafe_view", lambda x, size: torch.reshape(x, size).clone(), "The same elements as another shape.", _to_size)
 _view("reshape", torch.reshape, "The same elements in row-major order as another shape; copied where strides demand it.", _to_size)
-op("aten.view_as", axes=lambda **a: regroup(a["self"].shape, a["other"].shape).replace(" ->", ", * ->"), traits={VIEW})(
+op("aten.view_as", axes=lambda **a: regroup(a["self"].shape, a["other"].shape).replace(" ->", ", ... ->"), traits={VIEW})(
     described(lambda x, other: torch.reshape(x, other.shape), "The same elements in the shape of another tensor."))
-op("aten.reshape_as", axes=lambda **a: regroup(a["self"].shape, a["other"].shape).replace(" ->", ", * ->"), traits={VIEW})(
+op("aten.reshape_as", axes=lambda **a: regroup(a["self"].shape, a["other"].shape).replace(" ->", ", ... ->"), traits={VIEW})(
     described(lambda x, other: torch.reshape(x, other.shape), "The same elements in the shape of another tensor."))
 _view("flatten", lambda x, start_dim=0, end_dim=-1: torch.reshape(x, _flat(x.shape, start_dim, end_dim)), "Axes from start to end as one.",
       _regrouped(lambda a: _flat(a["self"].shape, a["start_dim"], a["end_dim"])), ("using_ints",))  # fmt: skip
@@ -175,7 +175,7 @@ def _interleave(x: Tensor, repeats: Any, dim: int | None = None, *, output_size:
 _view("expand", lambda x, size, *, implicit=False: torch.broadcast_to(x, [x.shape[k - len(size)] if n == -1 else n for k, n in enumerate(size)])
       if -1 in size else torch.broadcast_to(x, size), "Axes of size 1 repeated without a copy.",
       lambda **a: _expanded(a["self"].shape, a["size"]))  # fmt: skip
-op("aten.expand_as", axes=lambda **a: _expanded(a["self"].shape, a["other"].shape).replace(" ->", ", * ->"), traits={VIEW})(
+op("aten.expand_as", axes=lambda **a: _expanded(a["self"].shape, a["other"].shape).replace(" ->", ", ... ->"), traits={VIEW})(
     described(lambda x, other: torch.broadcast_to(x, other.shape), "Axes of size 1 repeated, to the shape of another tensor."))
 _view("broadcast_to", torch.broadcast_to, "Axes of size 1 repeated without a copy.", lambda **a: _expanded(a["self"].shape, a["size"]))
 _view("repeat", _repeat, "The whole tensor so many times along each axis.", _repeated)
@@ -377,9 +377,9 @@ _cast("to", lambda x, device, dtype, non_blocking=False, copy=False, memory_form
 _cast("to", lambda x, *, dtype=None, layout=None, device=None, pin_memory=None, non_blocking=False, copy=False, memory_format=None:
       _converted(x, dtype, device, memory_format), "As another dtype, on another device.", ("dtype_layout",))  # fmt: skip
 _cast("to", lambda x, other, non_blocking=False, copy=False, memory_format=None: _converted(x, other.dtype, other.device, memory_format),
-      "As the dtype, on the device of another tensor.", ("other",), axes="*, [*] -> *")  # fmt: skip
+      "As the dtype, on the device of another tensor.", ("other",), axes="*, ... -> *")  # fmt: skip
 _cast("_to_copy", _copied, "A copy as another dtype, on another device.")
-_cast("type_as", lambda x, other: _converted(x, other.dtype, other.device, None), "As the dtype of another tensor.", axes="*, [*] -> *")
+_cast("type_as", lambda x, other: _converted(x, other.dtype, other.device, None), "As the dtype of another tensor.", axes="*, ... -> *")
 _cast("contiguous", lambda x, *, memory_format=torch.contiguous_format: _converted(x, None, None, memory_format), "Laid out in a memory format.")
 _cast("clone", lambda x, *, memory_format=None: _converted(x, None, None, memory_format), "A copy.")
 for _name in ("detach", "alias", "lift_fresh_copy", "lift_fresh"):

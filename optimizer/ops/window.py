@@ -323,7 +323,7 @@ def pixel_unshuffle(self: Tensor, downscale_factor: int) -> Tensor:
     return parts.permute(*range(n), n, n + 2, n + 4, n + 1, n + 3).reshape(*self.shape[:-3], c * r * r, y // r, x // r)
 
 
-@op("aten.channel_shuffle", axes="n (g c) * -> n (c g) *", traits={VIEW})
+@op("aten.channel_shuffle", axes=lambda **a: f"n (g={a['groups']} c) * -> n (c g) *", traits={VIEW})
 def channel_shuffle(self: Tensor, groups: int) -> Tensor:
     """Channels ``(g c)`` to ``(c g)``."""
     n, c, *rest = self.shape
