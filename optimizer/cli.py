@@ -10,7 +10,7 @@ import click
 import typer
 from typer.core import TyperGroup
 
-from graphwright.errors import GraphwrightError, InputError, InternalError
+from graphwright.errors import GraphwrightError, InputError, InternalError, SaveError
 
 
 class _Group(TyperGroup):
@@ -183,8 +183,15 @@ def optimize(
         fast.report.to_html(html)
         typer.echo(f"report: {html}")
     if json:
-        json.write_text(fast.report.to_json())
+        _write(json, fast.report.to_json())
         typer.echo(f"report: {json}")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise SaveError(f"{path} cannot be written: {error.strerror}", hint="Choose another folder.") from error
 
 
 @app.command()
