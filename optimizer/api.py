@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from graphwright import search
 from graphwright.calibrate import Calibration, collect, missing
 from graphwright.capture import Capture, Guard, capture
 from graphwright.errors import InputError
+from graphwright.ir import Program
 from graphwright.manager import Pass
 from graphwright.optimized import Optimized, Variant
 from graphwright.passes.pipeline import precisions, resolve
@@ -64,7 +66,7 @@ def optimize(
         raise InputError(f"backend {backend!r} does not exist", where="optimize(backend=...)", hint="'auto' is offered.")
     if evaluate is not None and not callable(evaluate):
         raise InputError("evaluate is not callable", where="optimize(evaluate=...)", hint="fn(model) -> float, higher is better")
-    job = _Job(recipe, calibration, evaluate, goal or Goal(), dynamic, seed, progress or (lambda text: None))
+    job = Job(recipe, calibration, evaluate, goal or Goal(), dynamic, seed, progress or (lambda text: None))
     fast = Optimized(job.again, model, _attributes(model))
     job.result = fast
     if example_inputs is not None:
@@ -84,26 +86,30 @@ def load(path: str | os.PathLike[str]) -> Optimized:
     return restore(Path(path))
 
 
-class _Job:
+class Job:
     """One ``optimize`` call: kept by its result so that new shapes are treated in the same way."""
 
     def __init__(self, recipe: Any, calibration: Any, evaluate: Any, goal: Goal, dynamic: Any, seed: int, say: Say):
-        self.recipe, self.passes = recipe, resolve(recipe)
-        self.allowed = precisions(self.passes)
+        self.passes = resolve(recipe)
+        self.recipe_name = recipe if isinstance(recipe, str) else ", ".join(p.name for p in self.passes)
         self.calibration = calibration
         self.evaluate, self.goal, self.dynamic, self.seed, self.say = evaluate, goal, dynamic, seed, say
         self.result: Optimized | None = None
         if calibration is None and any(getattr(p, "needs_calibration", False) for p in self.passes):
             raise missing(f"recipe {recipe!r}" if isinstance(recipe, str) else "the recipe")
+        self._baseline: float | None = None
+        self._measuring = False
         if isinstance(calibration, Iterable) and not isinstance(calibration, (Sequence, Calibration, Tensor, Mapping)) and hasattr(calibration, "__next__"):
             self.calibration = list(calibration)  # a generator gives its items once, and new shapes need them again
 
     def first(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
         """Optimize for the given inputs, with evaluation and report."""
-        start = time.perf_counter()
+        start, self._measuring = time.perf_counter(), True
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             variant, leaves = self._variant(model, args, kwargs, self.dynamic)
+            if self.evaluate is not None and self.goal.max_drop is not None and variant.built is not None:
+                self._tuned(model, variant)
             assert self.result is not None
             self.result.__dict__["_report"] = make_report(self, model, variant, (args, dict(kwargs)), leaves, start)
         return variant
@@ -111,7 +117,7 @@ class _Job:
     def again(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, again: bool) -> Variant:
         """Optimize for a call that is not covered; once sizes have changed, batch and sequence sizes are left open."""
         assert self.result is not None
-        if self.result._report is None:
+        if self.result._report is None and not self.result._variants and not self._measuring:
             return self.first(model, args, kwargs)
         return self._variant(model, args, kwargs, self.dynamic if self.dynamic is not None or not again else "auto")[0]
 
@@ -120,42 +126,75 @@ class _Job:
         self.say("capturing the model")
         found = capture(model, args, kwargs, dynamic=dynamic)
         if found.program is None:
-            return self._in_pieces(found, spec), leaves
-        built = self._built(found, leaves)
-        if self.evaluate is None or self.goal.max_drop is None or not search.lossy_passes(self.passes):
-            return Variant(spec, found, built, Guard(found.program)), leaves
-        return self._tuned(model, Variant(spec, found, built, Guard(found.program))), leaves
-
-    def _built(self, found: Capture, leaves: list[Tensor]) -> Built:
-        program = found.program
-        assert program is not None
-        program.example = tuple(x.detach() for x in leaves)
+            return self._in_pieces(found, spec, args, kwargs), leaves
+        found.program.example = tuple(x.detach() for x in leaves)
         if self.calibration is not None:
-            program.calibration = collect(self.calibration, program.signature.inputs, program)
-        return search.build(program, self.passes, self.allowed, self.say)
+            found.program.calibration = collect(self.calibration, found.program.signature.inputs, found.program)
+        return Variant(spec, found, self._build(found.program, self.passes), Guard(found.program)), leaves
 
-    def _in_pieces(self, found: Capture, spec: Any) -> Variant:
-        return Variant(spec, found, None, None, pieces=found.pieces)
+    def _build(self, program: Program, passes: Sequence[Pass]) -> Built:
+        return search.build(program, passes, precisions(passes), self.say)
 
-    def _tuned(self, model: nn.Module, variant: Variant) -> Variant:
-        """Retreat from lossy sites until the accuracy budget holds."""
-        assert self.evaluate is not None and variant.built is not None and self.goal.max_drop is not None and self.result is not None
-        self.say("evaluating the original")
-        baseline = score(self.evaluate, model)
+    def _in_pieces(self, found: Capture, spec: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
+        """What was captured of a model that could not be captured whole: each piece is optimized by itself."""
+        assert found.run is not None
+        seen: dict[int, list[tuple[Tensor, ...]]] = {}
+        slots = [v for piece in found.pieces for v in piece.variants]
+        for slot in slots:
+            slot.run = _recorder(slot.program, seen.setdefault(id(slot), []))
+        items = [(args, kwargs), *(_call(item) for item in self.calibration or ())]
+        with torch.no_grad():
+            for some_args, some_kwargs in items:
+                found.run(*some_args, **some_kwargs)
+        for slot in slots:
+            batches = seen[id(slot)]
+            if not batches:
+                slot.run = slot.program
+                continue
+            slot.program.example, slot.program.calibration = batches[0], tuple(batches[1:])
+            slot.run = self._build(slot.program, self.passes).lowered.runner
+        return Variant(spec, found, None, None, pieces=found.run)
+
+    def _tuned(self, model: nn.Module, variant: Variant) -> None:
+        """Retreat from lossy sites until the accuracy budget holds; later shapes are treated like the outcome."""
+        assert variant.built is not None and self.goal.max_drop is not None
+        baseline, program = self._original(model), variant.built.captured
+
+        def attempt(passes: Sequence[Pass]) -> Built:
+            self.passes = tuple(passes)
+            return self._build(program, passes)
 
         def drop(built: Built) -> float:
-            self.say("evaluating a candidate")
-            trial = Optimized(self.again, model, {})
-            trial._variants.append(Variant(variant.spec, variant.capture, built, variant.guard))
-            return baseline - score(self.evaluate, trial)
+            return baseline - self._candidate(model, Variant(variant.spec, variant.capture, built, variant.guard))
 
-        deadline = time.perf_counter() + (self.goal.time_budget or float("inf"))
-        if self.result._report is not None:
-            return variant
-        built, log = search.within_budget(variant.built, self.passes, self.allowed, drop, self.goal.max_drop, deadline, self.say)
-        variant.built = built
+        deadline = time.perf_counter() + (self.goal.time_budget or math.inf)
+        variant.built, log = search.within_budget(variant.built, self.passes, attempt, drop, self.goal.max_drop, deadline, self.say)
         variant.capture.notes.extend(log)
-        return variant
+
+    def scores(self, model: nn.Module, variant: Variant) -> tuple[float, float] | None:
+        """The user's figure for the original and for the result; None without ``evaluate``."""
+        return None if self.evaluate is None else (self._original(model), self._candidate(model, variant))
+
+    def _original(self, model: nn.Module) -> float:
+        if self._baseline is None:
+            self.say("evaluating the original")
+            self._baseline = score(self.evaluate, model)
+        return self._baseline
+
+    def _candidate(self, model: nn.Module, variant: Variant) -> float:
+        """Score one variant; shapes that it does not cover are captured as they would be for the result."""
+        self.say("evaluating the result")
+        trial = Optimized(self.again, model, _attributes(model))
+        trial._variants.append(variant)
+        return score(self.evaluate, trial)
+
+
+def _recorder(program: Any, into: list[tuple[Tensor, ...]]) -> Callable[..., Any]:
+    def run(*leaves: Tensor) -> Any:
+        into.append(tuple(x.detach().clone() for x in leaves))
+        return program(*leaves)
+
+    return run
 
 
 def score(evaluate: Callable[[Any], float] | None, model: Any) -> float:
@@ -171,7 +210,7 @@ def score(evaluate: Callable[[Any], float] | None, model: Any) -> float:
         value = float(found)
     except (TypeError, ValueError):
         raise InputError(f"evaluate returned {type(found).__name__}, a number is wanted", where="optimize(evaluate=...)") from None
-    if value != value:
+    if math.isnan(value):
         raise InputError("evaluate returned NaN", where="optimize(evaluate=...)", hint="Return a finite number, higher is better.")
     return value
 

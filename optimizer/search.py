@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from graphwright.errors import InputError
 from graphwright.ir import Program, site_of
 from graphwright.lower import Lowered, lower
 from graphwright.manager import Pass, PassRecord, Pipeline
-from graphwright.measure import Timing, interleaved
 
 Say = Callable[[str], None]
 
@@ -91,12 +89,6 @@ def revert(built: Built, why: str) -> Built:
     return Built(built.captured, built.program, built.records, plain, built.seconds, why)
 
 
-def race(original: Callable[[], Any], built: Built, leaves: Sequence[Tensor], seconds: float = 3.0) -> tuple[Timing, Timing]:
-    """Original and result side by side on the example inputs."""
-    first, second = interleaved([original, lambda: built.lowered.runner(*leaves)], rounds=30, budget_s=seconds, warmup=2)
-    return first, second
-
-
 def lossy_passes(passes: Sequence[Pass]) -> list[int]:
     """Positions of the passes that change numbers."""
     from graphwright.numerics import Lossy
@@ -104,14 +96,15 @@ def lossy_passes(passes: Sequence[Pass]) -> list[int]:
     return [k for k, p in enumerate(passes) if isinstance(p.numerics, Lossy)]
 
 
-def within_budget(built: Built, passes: Sequence[Pass], allowed: frozenset[str], drop: Callable[[Built], float], max_drop: float,
-                  deadline: float, say: Say) -> tuple[Built, list[str]]:  # fmt: skip
+def within_budget(built: Built, passes: Sequence[Pass], attempt: Callable[[Sequence[Pass]], Built], drop: Callable[[Built], float],
+                  max_drop: float, deadline: float, say: Say) -> tuple[Built, list[str]]:  # fmt: skip
     """Leave out the sites that err most until the accuracy budget is met.
 
     The worst 1/16, 1/8, 1/4, 1/2 of the quantized sites are excluded in turn, then all of them; the first build within the
     budget is taken. No trial is lost: each stands in the log.
 
     Args:
+        attempt: builds the same program with other passes.
         drop: by how much a build's score falls short of the original's.
         deadline: ``time.perf_counter()`` value past which no further trial starts; the exact build is then the answer.
 
@@ -131,14 +124,14 @@ def within_budget(built: Built, passes: Sequence[Pass], allowed: frozenset[str],
         escaped = tuple(s.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for s in worst)
         trial = [dataclasses.replace(p, exclude=(*p.exclude, *escaped)) if k in spots else p for k, p in enumerate(passes)]
         say(f"leaving {len(worst)} of {len(ranked)} quantized sites in float")
-        candidate = build(built.captured, trial, allowed, say)
+        candidate = attempt(trial)
         lost = drop(candidate)
         log.append(f"{len(worst)} of {len(ranked)} sites in float ({', '.join(worst[:3])}{', …' if len(worst) > 3 else ''}): score drops by {lost:.4g}")
         if lost <= max_drop:
             return candidate, log
     say("falling back to the exact passes")
     exact = [p for k, p in enumerate(passes) if k not in spots]
-    candidate = build(built.captured, exact, frozenset({"f32"}), say)
+    candidate = attempt(exact)
     log.append(f"no lossy pass: score drops by {drop(candidate):.4g}")
     return candidate, log
 
