@@ -50,6 +50,7 @@ class Canonicalize(Pass):
     def run(self, program: Program) -> PassResult:
         result = PassResult()
         sweep(program, result)  # assertions on metadata go first: they would count as readers
+        known = set(program.nodes)
         for node in program.nodes:
             rule = RULES.get(base(node))
             if rule is None or not is_tensor(node):
@@ -63,9 +64,10 @@ class Canonicalize(Pass):
                 continue
             if self.refused(result, node):
                 continue
-            what = "dropped" if new in node.all_input_nodes else f"is {op_name(new.target)} of {root(new).name}"
+            made = new.op == "call_function" and new not in known
+            what = f"is {op_name(new.target)} of {root(new).name}" if made else "dropped"
             result.change(site_of(node), f"{op_name(node.target).split('.')[1]} {what}")
-            if new.op == "call_function" and new not in node.all_input_nodes:
+            if made:
                 program.replace(node, new)
             else:  # an identity: its reader's site is no business of the node before it
                 node.replace_all_uses_with(new)
