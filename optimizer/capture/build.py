@@ -308,8 +308,7 @@ class Builder:
     def _mutate(self, old: fx.Node, target: OpOverload, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An op that writes: its functional twin, and the new value for everyone who shares the memory."""
         if name in functional.METADATA:
-            plain = getattr(getattr(aten, functional.METADATA[name]), target._overloadname)
-            return self._op(old, plain, args, kwargs)
+            return self._op(old, functional.twin(target), args, kwargs)
         named = {**dict(zip([a.name for a in target._schema.arguments], args, strict=False)), **kwargs}
         places = [target._schema.arguments[k].name for k in functional.written(target)]
         refs = [named[p] for p in places]

@@ -17,6 +17,7 @@ from graphwright import ir
 from graphwright.capture.build import Builder
 from graphwright.capture.dynamic import Plan, spans
 from graphwright.capture.rehearse import ambient_autocast, plain_attention, untouched
+from graphwright.errors import CaptureError
 from graphwright.structure import Spec, flatten
 
 
@@ -42,10 +43,32 @@ class Flat(nn.Module):
         with ExitStack() as stack:
             for device, dtype in self.autocast:
                 stack.enter_context(torch.autocast(device, dtype))
-            answer = self.model(*args, **kwargs)
+            with writing_assigned_buffers(self.model):
+                answer = self.model(*args, **kwargs)
         tensors, outputs = flatten(answer, name="output")
         self.saw(outputs)
         return tuple(tensors)
+
+
+@contextmanager
+def writing_assigned_buffers(model: nn.Module) -> Iterator[None]:
+    """Turn ``self.buffer = new`` into a write to the buffer: torch.export sees that in the outermost module alone.
+
+    Raises:
+        CaptureError: a buffer is replaced by one of another shape or dtype.
+    """
+    before = [(n, m, k, b) for n, m in model.named_modules() for k, b in m._buffers.items() if b is not None]
+    yield
+    for name, module, leaf, old in before:
+        new = module._buffers.get(leaf)
+        if new is old:
+            continue
+        if new is None or new.shape != old.shape or new.dtype != old.dtype:
+            raise CaptureError("the model replaces a buffer by one of another shape or dtype",
+                               where=f"{name}.{leaf}".lstrip("."))  # fmt: skip
+        module._buffers[leaf] = old
+        with torch.no_grad():
+            old.copy_(new)
 
 
 @contextmanager

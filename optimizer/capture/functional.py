@@ -220,10 +220,7 @@ for _gone in ("matrix_H", "adjoint"):  # conjugating views of complex numbers: r
 # -- functional twins of ops that write -------------------------------------------------------------------------------
 
 #: Ops that change what a tensor looks like, not what it holds: the value is a new view of the same memory.
-METADATA = {
-    "unsqueeze_": "unsqueeze", "squeeze_": "squeeze", "transpose_": "transpose", "t_": "t", "swapaxes_": "swapaxes",
-    "swapdims_": "swapdims", "detach_": "detach", "as_strided_": "as_strided",
-}  # fmt: skip
+METADATA = frozenset("unsqueeze_ squeeze_ transpose_ t_ swapaxes_ swapdims_ detach_ as_strided_".split())
 
 
 def written(target: OpOverload) -> list[int]:
@@ -239,13 +236,12 @@ def twin(target: OpOverload) -> OpOverload:
     """
     name = target._schema.name.partition("::")[2]
     namespace = getattr(torch.ops, target.namespace)
-    arguments = [a for a in target._schema.arguments if not a.is_out]
+    wanted = [(a.name, str(a.type)) for a in target._schema.arguments if not a.is_out]
     for candidate in (name.rstrip("_"), f"{name}_functional", f"{name.rstrip('_')}_functional"):
         packet = getattr(namespace, candidate, None)
         for overload in packet.overloads() if packet is not None else ():
             found = getattr(packet, overload)
-            same = [a.name for a in found._schema.arguments] == [a.name for a in arguments]
-            kinds = [str(a.type) for a in found._schema.arguments] == [str(a.type) for a in arguments]
-            if same and kinds and not found._schema.is_mutable:
+            same = [(a.name, str(a.type)) for a in found._schema.arguments] == wanted
+            if same and not found._schema.is_mutable:
                 return found
     raise Refused(f"{name} writes into its argument and has no functional form")

@@ -26,6 +26,7 @@ class Guard:
         self.symbols = dict(program.signature.symbols)
         self.names = [str(n.target) for n in program.placeholders]
         self.rows = [self._row(n) for n in program.placeholders]
+        self.written = [m.input for m in program.signature.mutations if m.input is not None]
         self.late = [(k, d, s) for k, row in enumerate(self.rows) for d, s in enumerate(row[3])
                      if isinstance(s, _Expression)]  # fmt: skip
 
@@ -47,6 +48,11 @@ class Guard:
                 shape == fixed if fixed is not None else _match(shape, sizes, bound)):  # fmt: skip
                 continue
             return self._mismatch(k, leaf)
+        if self.written:
+            places = [t.untyped_storage().data_ptr() for t in leaves]
+            shared = next((k for k in self.written if places.count(places[k]) > 1), None)
+            if shared is not None:
+                return f"{self.names[shared]} is written by the model and shares memory with another input"
         for k, d, size in self.late:
             if size(bound) != leaves[k].shape[d]:
                 return f"dimension {d} of {self.names[k]} is {leaves[k].shape[d]}; covered: {size} = {size(bound)}"

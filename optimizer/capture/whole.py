@@ -92,7 +92,10 @@ class Whole:
 
     def _grown(self, plan: Plan) -> list[torch.Tensor]:
         """The example with every varying size of 1 doubled: torch.export would take 1 for a constant."""
-        leaves = list(self.leaves)
+        leaves, seen = list(self.leaves), set()
+        for k, leaf in enumerate(leaves):  # one tensor passed twice would be captured as one input
+            leaves[k] = leaf if id(leaf) not in seen else leaf.detach().clone()
+            seen.add(id(leaf))
         for group in plan.groups:
             if group.size == 1:
                 for k, d in group.members:
