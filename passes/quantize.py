@@ -41,8 +41,9 @@ class Quantize(Pass):
         mode: ``"static"``: activations by ranges seen during calibration. ``"dynamic"``: by ranges computed at run
             time, per row for linears and per tensor for convolutions. ``"weight-only"``: weights alone.
         activations: ``"uint8"`` with a zero point, or ``"int8"`` without.
-        observer: ``"min-max"``, ``"percentile"``, ``"mse"`` or a rule of ``graphwright.passes.observers`` with its
-            parameters (``Percentile(99.9)``).
+        observer: ``"min-max"``, ``"percentile"``, ``"mse"``, a rule of ``graphwright.passes.observers`` with its
+            parameters (``Percentile(99.9)``), or ``"auto"``: mse between convolutions, min-max elsewhere. The few
+            large numbers in a transformer carry meaning, and clipping them costs ten times the error of min-max.
         weight_scales: ``"max"``, or ``"mse"``: least squared error.
         per_channel: a scale for each output channel of a weight, or one for all.
         residual: how adds and products read operands that exist as int8: ``"auto"`` (as int8 between convolutions, as
@@ -55,7 +56,7 @@ class Quantize(Pass):
 
     mode: str = "static"
     activations: str = "uint8"
-    observer: str | Rule = "mse"
+    observer: str | Rule = "auto"
     weight_scales: str = "mse"
     per_channel: bool = True
     residual: str = "auto"
@@ -67,7 +68,8 @@ class Quantize(Pass):
             if value not in known:
                 raise RecipeError(f"Quantize({option}={value!r}): there are {', '.join(map(repr, known))}",
                                   hint=nearest(str(value), known) or None)  # fmt: skip
-        rule(self.observer)
+        if self.observer != "auto":
+            rule(self.observer)
 
     @property
     def needs_calibration(self) -> bool:
@@ -132,7 +134,7 @@ class Quantize(Pass):
             else:
                 kept.append(a)
         found = plan(kept, program.graph.nodes, self.residual)
-        writer.static(found, ranges.grids(found, rule(self.observer), self.activations == "int8"))
+        writer.static(found, ranges.grids(found, self.observer, self.activations == "int8"))
         writer.means = means
         return kept
 
@@ -177,12 +179,14 @@ class _Ranges:
             return "was empty during calibration"
         return "was zero throughout calibration" if seen.low == seen.high == 0 else None
 
-    def grids(self, found: Plan, how: Rule, symmetric: bool) -> dict[fx.Node, Grid]:
+    def grids(self, found: Plan, observer: str | Rule, symmetric: bool) -> dict[fx.Node, Grid]:
         """A grid per value; those that share are given the same object."""
         grids: dict[fx.Node, Grid] = {}
         for members in groups(found.values, (p for p in found.shared if self._may_share(*p))):
             watched = [m for m in members if m in self.seen] or members
             seen = _merged(self.of(m) for m in watched)
+            auto = "mse" if all(m in found.conv for m in members) else "min-max"
+            how = rule(auto if observer == "auto" else observer)
             chosen = grid(*how.range(seen, symmetric), symmetric=symmetric)
             grids.update(dict.fromkeys(members, chosen))
         return grids

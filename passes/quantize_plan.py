@@ -63,6 +63,7 @@ class Plan:
         flow: ops between them that read their float inputs through the pairs too.
         others: anchors whose residual operand is read through its pair.
         shared: pairs ``(value, value)`` that should have the same scale and zero point.
+        conv: values made by convolutions (or by flow between them, or inputs of the program) and read by no linear.
     """
 
     anchors: list[Anchor]
@@ -70,6 +71,7 @@ class Plan:
     flow: list[fx.Node] = field(default_factory=list)
     others: list[Anchor] = field(default_factory=list)
     shared: list[tuple[fx.Node, fx.Node]] = field(default_factory=list)
+    conv: set[fx.Node] = field(default_factory=set)
 
 
 # -- anchors ---------------------------------------------------------------------------------------------------------
@@ -200,6 +202,11 @@ def plan(anchors: Iterable[Anchor], order: Iterable[fx.Node], residual: str) -> 
     found.values = [n for n in order if n in wanted]
     found.flow = [n for n in order if n in flow]
     found.shared = [(s, n) for n in found.flow if shares_scale(n) for s in float_inputs(n)]
+    for n in found.values:
+        by_flow = n in flow and all(s in found.conv for s in float_inputs(n))
+        if n.op == "placeholder" or (n in made and made[n].conv) or by_flow:
+            found.conv.add(n)
+    found.conv -= {a.source for a in anchors if not a.conv}
     return found
 
 
