@@ -8,6 +8,7 @@ from html import escape
 from graphwright.report.layout import arrange
 from graphwright.report.model import SIMULATED, SiteRow, show_ms, show_share
 from graphwright.report.picture import Dot, Picture
+from graphwright.report.text import short
 
 _HEIGHT, _PAD = 40.0, 14.0
 #: Pictures of every single op are drawn up to this size.
@@ -45,7 +46,7 @@ class Box:
         ops = [d for d in dots if d.op not in ("input", "output")]
         self.plain = not ops
         kinds = ", ".join(dict.fromkeys(d.op.removeprefix("aten.").removeprefix("graphwright.") for d in ops))
-        self.title = _end(label, 34)
+        self.title = short(label, 34)
         sizes = dots[0].shape if len(dots) == 1 else f"{len(ops)} ops"
         self.below = "  ".join(p for p in (f"{show_ms(self.ms)} ms" if self.ms else "", kinds if len(ops) == 1 else "", sizes) if p)[:40]
         self.parts: dict[str, float] = {}
@@ -84,8 +85,8 @@ def _svg(boxes: Sequence[Box], edges: Sequence[tuple[int, int]]) -> str:
     slowest = max((b.ms for b in boxes), default=0.0)
     margin = 8
     width, height = layout.width + 2 * margin, layout.height + 2 * margin
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" class="graph" role="img" aria-label="the program" width="{width:.0f}" height="{height:.0f}" '
-           f'viewBox="{-margin} {-margin} {width:.0f} {height:.0f}">']  # fmt: skip
+    frame = f'width="{width:.0f}" height="{height:.0f}" viewBox="{-margin} {-margin} {width:.0f} {height:.0f}"'
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" class="graph" role="img" aria-label="the program" {frame}>']
     out += [f'<path class="edge" d="{_path(route)}"/>' for route in layout.routes.values()]
     out += [b.svg(x, y, slowest) for b, (x, y) in zip(boxes, layout.centres, strict=True)]
     return "".join(out) + "</svg>"
@@ -97,12 +98,9 @@ def _path(points: list[tuple[float, float]]) -> str:
     d = [f"M{x:.1f} {y + half:.1f}"]
     for k, (nx, ny) in enumerate(points[1:], 1):
         top = ny - half
-        middle = (d and (points[k - 1][1] + half + top) / 2) or top
+        middle = (points[k - 1][1] + half + top) / 2
         d.append(f"C{points[k - 1][0]:.1f} {middle:.1f} {nx:.1f} {middle:.1f} {nx:.1f} {top:.1f}")
         if k < len(points) - 1:
             d.append(f"L{nx:.1f} {ny + half:.1f}")
     return "".join(d)
 
-
-def _end(text: str, length: int) -> str:
-    return text if len(text) <= length else "…" + text[len(text) - length + 1 :]

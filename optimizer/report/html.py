@@ -23,8 +23,9 @@ table{border-collapse:collapse;width:100%;font-size:13.5px}th{font-weight:600;co
 th,td{padding:4px 12px 4px 0;border-bottom:1px solid var(--line);vertical-align:top}td.n,th.n{text-align:right;white-space:nowrap;
 font-variant-numeric:tabular-nums}code{font:12.5px/1.45 ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere}
 .scroll{overflow:auto;max-height:78vh;border:1px solid var(--line);border-radius:8px;background:var(--panel);padding:10px}
-.scroll.center{text-align:center}.scroll table{background:var(--panel)}
-.figures{width:auto;min-width:520px}.figures td{padding-right:28px}
+td code{white-space:nowrap}td:first-child code{white-space:normal}td .soft{font-size:12px}td summary{margin:0}
+.scroll th{position:sticky;top:-10px;background:var(--panel)}.scroll.center{text-align:center}.scroll table{background:var(--panel)}
+.figures{width:auto;min-width:520px}.figures td{padding-right:28px}.figures td:last-child{text-align:left;white-space:normal}
 .tag{display:inline-block;padding:0 7px;border-radius:9px;font-size:12px;color:#fff;white-space:nowrap}
 .tag.int8{background:var(--int8)}.tag.bf16{background:var(--bf16)}.tag.f32{background:var(--f32)}.tag.asis{background:var(--asis)}
 .tag.simulated{background:var(--simulated)}
@@ -91,7 +92,8 @@ def _shares(report: Report) -> str:
     words = ", ".join(f"{d} {n}" for d, n in report.decisions().items())
     quantized = quantized_words(report)
     bars = "".join(f'<span style="width:{100 * s:.2f}%" title="{_e(b)} {show_share(s)}">{_e(b)} {show_share(s)}</span>' for b, s in shares.items())
-    parts = [f"<h2>Where the time goes</h2><div class=shares>{bars}</div>" if bars else "", f"<p>Ops by decision: {_e(words)}.</p>" if words else "",
+    each = ", ".join(f"{b} {show_share(s)}" for b, s in shares.items())
+    parts = [f"<h2>Where the time goes</h2><div class=shares>{bars}</div><p>{_e(each)}.</p>" if bars else "", f"<p>Ops by decision: {_e(words)}.</p>" if words else "",
              f"<p>Quantization: {_e(quantized)}.</p>" if quantized else ""]  # fmt: skip
     return "".join(parts)
 
@@ -130,7 +132,7 @@ def _site_cells(r: SiteRow, slowest: float) -> tuple[str, ...]:
     reason = f"<br><span class=soft>{_e(r.reason)}</span>" if r.reason else ""
     time = "" if r.ms is None else show_ms(r.ms) + _meter(r.ms / slowest if slowest else 0.0, kind)
     facts = ", ".join(f for f in (f"{r.flops / 1e6:.1f} MFLOP" if r.flops else "", show_bytes(r.bytes) if r.bytes else "") if f)
-    return (f"{names}<br><span class=soft>{more}</span>", f'<span class="tag {kind}">{_e(r.decision)}</span>{reason}',
+    return (f"{names}<br><span class=soft>{more}</span>{reason}", f'<span class="tag {kind}">{_e(r.decision)}</span>',
             f'<code title="{_e(others)}">{_e(r.kernel)}</code>' + (f"<br><span class=soft>{facts}</span>" if facts else ""), time,
             show_share(r.share), gain(r), error)  # fmt: skip
 

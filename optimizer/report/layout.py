@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 _SWEEPS = 6
 
@@ -50,7 +51,7 @@ def arrange(widths: Sequence[float], height: float, edges: Sequence[tuple[int, i
             chain.append(point)
         chain.append(b)
         chains[a, b] = chain
-        for u, v in zip(chain, chain[1:], strict=False):
+        for u, v in pairwise(chain):
             below[u].append(v)
             above[v].append(u)
     _order(layers, above, below)
@@ -70,7 +71,7 @@ def _order(layers: list[list[int]], above: dict[int, list[int]], below: dict[int
         near = below if sweep % 2 else above
         for layer in reversed(layers) if sweep % 2 else layers:
             means = {k: sum(place[n] for n in near[k]) / len(near[k]) if near[k] else float(place[k]) for k in layer}
-            layer.sort(key=lambda k: means[k])  # noqa: B023 (used at once)
+            layer.sort(key=lambda k: means[k])
             place.update((k, i) for i, k in enumerate(layer))
 
 
@@ -118,4 +119,4 @@ def _half(a: int, b: int, sizes: list[float], gap: float) -> float:
 
 def _span(members: list[int], sizes: list[float], gap: float) -> float:
     """From the first centre to the last."""
-    return sum(_half(a, b, sizes, gap) for a, b in zip(members, members[1:], strict=False))
+    return sum(_half(a, b, sizes, gap) for a, b in pairwise(members))

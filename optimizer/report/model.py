@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ class Report:
     model: str
     recipe: str
     verdict: str
-    created: str = field(default_factory=lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"))
+    created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     machine: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     threads: int | None = None
@@ -289,7 +289,7 @@ def show_bytes(count: float | None) -> str:
 def show_db(db: float | None) -> str:
     if db is None:
         return ""
-    return "equal" if db == math.inf else "lost" if db == -math.inf or db != db else f"{db:.1f}"
+    return "equal" if db == math.inf else "lost" if not math.isfinite(db) else f"{db:.1f}"
 
 
 def show_share(share: float | None) -> str:

@@ -35,7 +35,8 @@ def blocks(report: Report, *, full: bool, width: int) -> Iterator[Any]:
     yield Text(f"{report.model}, recipe {report.recipe}", style="bold")
     yield Text(report.verdict, style="green" if (report.speedup or 0) > 1 else "yellow")
     yield Text(_circumstances(report), style="dim")
-    yield _figures(report)
+    if figures(report):
+        yield _figures(report)
     for warning in report.warnings:
         yield Text(f"Warning: {warning}", style="bold yellow")
     if report.passes:
@@ -120,14 +121,14 @@ def _figures(report: Report) -> Table:
     table = _table("", "original", "optimized", "", numbers=1)
     table.columns[3].justify, table.columns[3].no_wrap = "left", False
     for row in figures(report):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 
 def _passes(report: Report) -> Table:
     table = _table("pass", "changed", "declined", "nodes", "tensors", "SQNR dB", "s", numbers=1)
     for p in report.passes:
-        table.add_row(*pass_cells(p), style="yellow" if p.undone else "dim" if not p.result.changes else "")
+        table.add_row(*map(Text, pass_cells(p)), style="yellow" if p.undone else "dim" if not p.result.changes else "")
     return table
 
 
@@ -154,8 +155,8 @@ def _sites(report: Report, full: bool, width: int) -> Iterator[Any]:
     room = width - 40 - max(len(r.decision) for r in rows)  # what the figures leave
     kernel_room = min(max(map(len, kernels)), room * 4 // 9)
     for r, kernel in zip(rows, kernels, strict=True):
-        table.add_row(short(r.site, room - kernel_room), Text(r.decision, style=_COLOURS.get(r.decision, "red")), clip(kernel, kernel_room),
-                      show_ms(r.ms), show_share(r.share), gain(r), show_db(r.sqnr_db))  # fmt: skip
+        table.add_row(Text(short(r.site, room - kernel_room)), Text(r.decision, style=_COLOURS.get(r.decision, "red")),
+                      Text(clip(kernel, kernel_room)), show_ms(r.ms), show_share(r.share), gain(r), show_db(r.sqnr_db))  # fmt: skip
     yield table
     rest = len(report.sites) - len(rows)
     if rest:
