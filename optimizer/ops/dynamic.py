@@ -5,13 +5,20 @@ Number format: ``real = (q - zero_points) * scales``, the scales broadcast over 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from graphwright.ops.registry import CAST, QUANT, op
 
 
-@op("graphwright.quantize_dynamic", axes="* [d] -> * [d], * 1, * 1", traits={QUANT, CAST})
+def _axes(**args: Any) -> str:
+    ones = " ".join(["1"] * args["x"].ndim)
+    return "* [d] -> * d, * 1, * 1" if args["rows"] else f"[*] [d] -> * d, {ones}, {ones}"
+
+
+@op("graphwright.quantize_dynamic", axes=_axes, traits={QUANT, CAST})
 def quantize_dynamic(
     x: Tensor, rows: bool, symmetric: bool, low: int, high: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -280,7 +280,7 @@ def prelu(self: Tensor, weight: Tensor) -> Tensor:
     return torch.where(self > 0, self, weight * self)
 
 
-@op("aten.rrelu", axes="* -> *", traits=_TRAITS | {RANDOM})
+@op("aten.rrelu", axes="* -> *", traits={ELEMENTWISE, RANDOM})
 def rrelu(self: Tensor, lower: Any = 1 / 8, upper: Any = 1 / 3, training: bool = False, generator: Any = None) -> Tensor:
     """Leaky ReLU with the mean slope; in training with a random one."""
     if training:

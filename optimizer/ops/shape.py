@@ -382,8 +382,9 @@ _cast("_to_copy", _copied, "A copy as another dtype, on another device.")
 _cast("type_as", lambda x, other: _converted(x, other.dtype, other.device, None), "As the dtype of another tensor.", axes="*, ... -> *")
 _cast("contiguous", lambda x, *, memory_format=torch.contiguous_format: _converted(x, None, None, memory_format), "Laid out in a memory format.")
 _cast("clone", lambda x, *, memory_format=None: _converted(x, None, None, memory_format), "A copy.")
-for _name in ("detach", "alias", "lift_fresh_copy", "lift_fresh"):
-    _cast(_name, lambda x: x.clone(), "The tensor itself: cut from the gradient, under another name, or as a fresh constant.", layout_free=True)
+for _name in ("detach", "alias", "lift_fresh"):
+    _cast(_name, lambda x: x.clone(), "The tensor itself: cut from the gradient, under another name, or a constant.", layout_free=True)
+_cast("lift_fresh_copy", lambda x: x.clone(), "A copy of a constant.")
 
 op("aten.sym_size", axes=None, traits={SHAPE}, overloads=("int",))(described(lambda x, dim: x.shape[dim], "The size of an axis."))
 op("aten.sym_numel", axes=None, traits={SHAPE})(described(lambda x: prod(x.shape), "How many elements."))

@@ -164,6 +164,9 @@ row("graphwright.quantize_channel", "t(3, 4), torch.tensor([0.1, 0.2, 0.3]), Non
 row("graphwright.dequantize_channel", "t.index(9, 3, 4).to(torch.int8), torch.rand(3), None, 0, torch.float32",
     "t.index(9, 3, 4).to(torch.int8), torch.rand(3, 2), torch.ones(3, 2), 1, torch.bfloat16")  # fmt: skip
 
+row("graphwright.quantize_dynamic", "t(2, 3, 4), True, True, -127, 127, torch.int8", "t(3, 4), False, False, 0, 255, torch.uint8")
+row("graphwright.dequantize_dynamic", "t.index(9, 3, 4).to(torch.int8), torch.rand(3, 1), torch.ones(3, 1, dtype=torch.int32), torch.float32")
+
 # -- normalisation, softmax, attention -------------------------------------------------------------------------------
 
 row("layer_norm", "t(2, 3, 4), [4], t(4), t(4)", "t(2, 3, 4), [3, 4], t(3, 4), None, 1e-3", "t(5, 4), [4]")

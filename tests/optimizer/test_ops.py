@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import runpy
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, fx
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
 from graphwright import ops
 from graphwright.errors import InternalError
 from graphwright.ir import normalise, op_name
 from graphwright.ops import facts, registry
 from graphwright.ops.axes import Axes, Dim, parse, sizes, total
-from torch import Tensor, fx
-from torch._subclasses import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 warnings.filterwarnings("ignore", module="torch")
 _TABLE = runpy.run_path(str(Path(__file__).with_name("ops_samples.py")))
@@ -208,9 +210,10 @@ def _channels_last(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 # -- axes ------------------------------------------------------------------------------------------------------------
 
 
+@cache
 def node_of(name: str, k: int, dtype: torch.dtype = torch.float64) -> tuple[fx.Node, list[Tensor], Any]:
     """A graph of one node, whose ``meta["val"]`` are the real tensors; its tensor arguments; its result."""
-    args, kwargs, result = run(name, k, dtype)
+    args, kwargs, result = run(name, k, dtype)  # nothing writes into them: the nodes are shared by the tests
     graph = fx.Graph()
 
     def placed(value: Any) -> Any:
@@ -275,11 +278,10 @@ def test_products_are_what_their_axes_say() -> None:
         if any(o is not None and o.name == "bias" for o in facts.operands(node)):
             continue
         known = facts.sizes_of(node)
-        letters: dict[str, str] = {}
-        short = lambda words: "".join(letters.setdefault(w, chr(97 + len(letters))) for w in words)  # noqa: E731
+        letters = {a: chr(97 + n) for n, a in enumerate(sorted(found.named((*found.inputs, *found.outputs))))}
         pairs = [_atoms(t, d, known) for t, d in zip(tensors, [i for i in found.inputs if i is not None], strict=True)]
         target = [d.atoms[0] for d, n in zip(found.outputs[0], result.shape, strict=True) if n != 1]
-        text = f"{','.join(short(n) for _, n in pairs)}->{short(target)}"
+        text = ",".join("".join(letters[a] for a in n) for _, n in pairs) + "->" + "".join(letters[a] for a in target)
         torch.testing.assert_close(torch.einsum(text, *(t for t, _ in pairs)).reshape(result.shape), result)
         tried += 1
     assert tried > 15
