@@ -322,11 +322,18 @@ class Program(nn.Module):
         evidence = _evidence(node)
         if node.meta.get("checked") == evidence:
             return None  # found right earlier, and neither its op, its arguments nor their values have changed since
-        if normalise(node.target, node.args, node.kwargs) != (node.args, dict(node.kwargs)):
+        try:
+            complete = normalise(node.target, node.args, node.kwargs) == (node.args, dict(node.kwargs))
+        except InternalError as error:
+            return error.what
+        if not complete:
             return "its arguments are not complete"
         if ops.row(node.target) is None:
             return None  # opaque: it may not be runnable on fakes a second time
-        said, found = describe(node.meta["val"]), describe(self.infer(node))
+        try:
+            said, found = describe(node.meta["val"]), describe(self.infer(node))
+        except Exception as error:
+            return f"the op does not take these arguments: {error}"
         if said != found:
             return f"meta['val'] says {said}, the op gives {found}"
         node.meta["checked"] = evidence
@@ -434,6 +441,8 @@ def normalise(target: OpOverload, args: Iterable[Any], kwargs: Mapping[str, Any]
             raise InternalError(f"{target}: argument {a.name!r} is missing")
     if rest:
         raise InternalError(f"{target}: unknown arguments {sorted(rest)}")
+    if len(args) > len(full):
+        raise InternalError(f"{target}: {len(args)} positional arguments, it takes {len(full)}")
     return tuple(full), named
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from graphwright.errors import InternalError, PassError, SiteError, nearest
+from graphwright.errors import GraphwrightError, InternalError, PassError, SiteError, nearest
 from graphwright.ir import Program, site_of
 from graphwright.numerics import Exact, Lossy, run_double, run_pure
 
@@ -60,8 +60,8 @@ class Pass:
     name: ClassVar[str] = ""
     numerics: ClassVar[Exact | Lossy] = Exact()
 
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = field(default=(), kw_only=True)
+    exclude: tuple[str, ...] = field(default=(), kw_only=True)
 
     def run(self, program: Program) -> PassResult:
         """Rewrite ``program`` in place. ``program.example`` holds flat inputs, ``program.calibration`` batches of them."""
@@ -184,6 +184,10 @@ class Pipeline:
                 program.verify()
         except InternalError as error:
             raise PassError(f"the program is broken: {error.what}", where=where, hint=error.program) from error
+        except GraphwrightError:  # bad options or data: its words are the user's answer
+            raise
+        except Exception as error:
+            raise PassError(f"the pass failed: {type(error).__name__}: {error}", where=where) from error
         if not isinstance(result, PassResult):
             raise PassError(f"run() returned {type(result).__name__}, not a PassResult", where=where)
         if result.modified != changed:
@@ -230,7 +234,11 @@ class _Oracle:
         """Worst SQNR of the outputs in dB against the original, the first failure, and the outputs."""
         from graphwright.numerics import sqnr_db
 
-        after, worst, failure = run_pure(program, self.leaves), float("inf"), None
+        worst, failure = float("inf"), None
+        try:
+            after = run_pure(program, self.leaves)
+        except Exception as error:
+            return -worst, f"the program no longer runs: {type(error).__name__}: {error}", ()
         reference = self.original if isinstance(numerics, Lossy) else self.reference
         for k, (ref, origin, was, now) in enumerate(zip(reference, self.original, self.before, after, strict=True)):
             if not isinstance(was, Tensor):
