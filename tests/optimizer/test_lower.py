@@ -1,0 +1,277 @@
+"""Lowering: works without quantize/dequantize, checked candidates, the choice over the graph, the runner."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from graphwright import backends
+from graphwright.backends import onednn
+from graphwright.backends.base import NATIVE, NATIVE_LAST, Q, Q_LAST, Candidate, Format, QParams
+from graphwright.capture import capture
+from graphwright.lower import lower
+from graphwright.lower.conversions import conversion, possible
+from graphwright.lower.graph import analyse
+from graphwright.lower.runner import emit
+from graphwright.lower.select import NoAssignment, Problem, solve
+from graphwright.lower.stopwatch import Stopwatch, check, sample
+from graphwright.manager import Pipeline
+from graphwright.numerics import Exact, run_double, run_pure, sqnr_db
+from graphwright.passes.pipeline import resolve
+
+needs_vnni = pytest.mark.skipif(onednn.int8_reason() is not None, reason=str(onednn.int8_reason()))
+
+
+class Block(nn.Module):
+    """A residual block: the shape of computation that int8 accumulates in place."""
+
+    def __init__(self, channels: int = 24):
+        super().__init__()
+        self.one = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.two = nn.Conv2d(channels, channels, 1, bias=False)
+
+    def forward(self, x):
+        return torch.relu(self.two(torch.relu(self.norm(self.one(x)))) + x)
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 24, 3, stride=2, padding=1)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.a, self.b = Block(), Block()
+        self.head = nn.Linear(24, 7)
+
+    def forward(self, x):
+        x = self.b(self.a(self.pool(torch.relu(self.stem(x)))))
+        return self.head(x.mean((2, 3)))
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int = 48, heads: int = 3):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x):
+        b, s, w = x.shape
+        q, k, v = (f(x).view(b, s, self.heads, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, s, w)
+        x = self.norm(x + self.out(y))
+        return self.norm(x + self.down(nn.functional.gelu(self.up(x))))
+
+
+def program_of(model, x, recipe="default"):
+    torch.manual_seed(0)
+    program = capture(model.eval(), (x,)).program
+    program.example = (x,)
+    if recipe == "int8":
+        program.calibration = [(x,), (torch.randn_like(x),)]
+    return program, Pipeline(resolve(recipe)).run(program)[0]
+
+
+def cases():
+    torch.manual_seed(0)
+    return [("cnn", Small(), torch.randn(2, 3, 33, 41)), ("attention", Attention(), torch.randn(3, 19, 48))]
+
+
+@pytest.mark.parametrize(("name", "model", "x"), cases(), ids=lambda v: v if isinstance(v, str) else "")
+def test_exact_lowering_keeps_the_fp64_rule(name, model, x):
+    captured, program = program_of(model, x)
+    lowered = lower(program)
+    (reference,), (before,) = run_double(captured, (x,)), run_pure(captured, (x,))
+    assert Exact().failure(reference, before, lowered.runner(x)[0]) is None
+    assert {c.precision for c in lowered.choices} == {"f32"}
+
+
+@needs_vnni
+@pytest.mark.parametrize(("name", "model", "x"), cases(), ids=lambda v: v if isinstance(v, str) else "")
+def test_int8_lowering_computes_what_the_ir_says(name, model, x):
+    captured, program = program_of(model, x, "int8")
+    lowered = lower(program, allowed={"f32", "int8"})
+    simulated = run_pure(program, (x,))[0]
+    assert sqnr_db(simulated, lowered.runner(x)[0]) > 25
+    assert sqnr_db(run_pure(captured, (x,))[0], lowered.runner(x)[0]) > 20
+
+
+@needs_vnni
+@pytest.mark.parametrize(("name", "model", "x"), cases(), ids=lambda v: v if isinstance(v, str) else "")
+def test_every_candidate_alone_agrees_with_its_op(name, model, x):
+    """Whatever the stopwatch would pick: each candidate that builds passes the check that timing demands."""
+    _, program = program_of(model, x, "int8")
+    analysis, tried = analyse(program), set()
+    watch = Stopwatch(0, fresh=True)
+    for work in analysis.works:
+        options = list(backends.candidates(work, frozenset({"f32", "bf16", "int8"})))
+        for option, found in zip(options, watch.work(work, options), strict=True):
+            tried.add(option.name)
+            assert isinstance(found, float), f"{work.site} {option.name}: {found}"
+    assert {"onednn.int8-q", "onednn.int8-f32", "onednn.f32", "aten.native"} <= tried
+
+
+def test_a_wrong_candidate_gets_no_time():
+    program = program_of(nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8))[1]
+    work = analyse(program).works[0]
+    native = next(c for c in backends.candidates(work, frozenset({"f32"})) if c.name == "aten.native")
+    wrong = Candidate("test.wrong", native.needs, native.gives, "f32", lambda: lambda x: native.build()(x) * 1.01)
+    broken = Candidate("test.broken", native.needs, native.gives, "f32", lambda: 1 / 0)
+    found = Stopwatch(0, fresh=True).work(work, [wrong, broken, native])
+    assert "wrong result" in found[0]
+    assert "ZeroDivisionError" in found[1]
+    assert isinstance(found[2], float)
+
+
+def test_quantize_pairs_become_facts_about_values():
+    _, program = program_of(Small(), torch.randn(2, 3, 32, 32), "int8")
+    analysis = analyse(program)
+    ops = [w.op for w in analysis.works]
+    assert not any("quantize" in op for op in ops)
+    convs = [w for w in analysis.works if w.op == "graphwright.conv"]
+    assert len(convs) == 5
+    assert all(w.reads[0].quantized and w.weights["weight"].values.dtype == torch.int8 for w in convs)
+
+
+def test_clobbered_values_that_live_on_are_copied():
+    """A residual accumulated in place must not change what a later op, or the caller, still reads."""
+
+    class Twice(nn.Module):
+        def forward(self, x):
+            y = torch.relu(x)
+            return torch.sigmoid(y), y + 1
+
+    x = torch.randn(5, 6)
+    program = capture(Twice().eval(), (x,)).program
+    analysis = analyse(program)
+
+    def chosen(work):
+        native = next(c for c in backends.candidates(work, frozenset({"f32"})) if c.name == "aten.native")
+        if work.op == "aten.sigmoid":  # an implementation that overwrites what it reads
+            return Candidate("test.inplace", native.needs, native.gives, "f32", native.build, clobbers=0), torch.sigmoid_
+        return native, native.build()
+
+    runner = emit(analysis, [chosen(w) for w in analysis.works])
+    kept = x.clone()
+    got = runner(x)
+    for a, b in zip(got, Twice()(kept), strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(x, kept)
+
+
+def test_inputs_are_never_overwritten():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(8, 8, 1)
+
+        def forward(self, x, y):
+            return self.conv(x) + y
+
+    x, y = torch.randn(1, 8, 6, 6), torch.randn(1, 8, 6, 6)
+    program = capture(Sum().eval(), (x, y)).program
+    program.example, program.calibration = (x, y), [(x, y)]
+    program = Pipeline(resolve("int8")).run(program)[0]
+    kept = y.clone()
+    lower(program, allowed={"f32", "int8"}).runner(x, y)
+    assert torch.equal(y, kept)
+
+
+def test_a_plan_gives_the_same_bits_and_times_nothing(monkeypatch):
+    x = torch.randn(2, 3, 40, 40)
+    _, program = program_of(Small(), x, "int8")
+    first = lower(program, allowed={"f32", "int8"})
+    monkeypatch.setattr(Stopwatch, "work", lambda *a: pytest.fail("a plan times nothing"))
+    second = lower(program, allowed={"f32", "int8"}, plan=first.plan)
+    assert torch.equal(first.runner(x)[0], second.runner(x)[0])
+    assert second.plan == first.plan
+
+
+def test_a_plan_from_elsewhere_runs_natively_with_a_note():
+    x = torch.randn(4, 8)
+    _, program = program_of(nn.Sequential(nn.Linear(8, 8)), x)
+    plan = dict.fromkeys(lower(program).plan, "elsewhere.kernel")
+    lowered = lower(program, plan=plan)
+    assert any("elsewhere.kernel" in note for note in lowered.notes)
+    torch.testing.assert_close(lowered.runner(x)[0], run_pure(program, (x,))[0])
+
+
+# -- selection -------------------------------------------------------------------------------------------------------
+
+
+def chain(costs, convert):
+    """A problem over a real chain of three elementwise ops with made-up candidates."""
+    x = torch.randn(1, 4, 6, 6)
+    program = capture(nn.Sequential(nn.ReLU(), nn.Sigmoid(), nn.Tanh()).eval(), (x,)).program
+    works = analyse(program).works
+    plain = Candidate("a.plain", (NATIVE,), (NATIVE,), "f32", lambda: None)
+    last = Candidate("a.last", (NATIVE_LAST,), (NATIVE_LAST,), "f32", lambda: None)
+    values = [program.placeholders[0], *(w.node for w in works)]
+    table = {(v, s, t): convert for v in values for s in (NATIVE, NATIVE_LAST) for t in (NATIVE, NATIVE_LAST) if s != t}
+    return Problem(works, [[plain, last]] * 3, costs, {program.placeholders[0]}, [(works[-1].node, NATIVE)], table)
+
+
+def test_selection_pays_for_conversions():
+    costs = [[5.0, 4.0], [5.0, 4.0], [5.0, 4.0]]
+    assert solve(chain(costs, convert=1.0)) == [1, 1, 1]    # 12 + 2 beats 15
+    assert solve(chain(costs, convert=2.0)) == [0, 0, 0]    # 12 + 4 does not
+    assert solve(chain([[5.0, 9.0], [9.0, 1.0], [5.0, 9.0]], convert=1.0)) == [0, 1, 0]
+
+
+def test_selection_equals_brute_force():
+    import itertools
+    import random
+
+    rng = random.Random(0)
+    for _ in range(20):
+        costs = [[rng.uniform(0, 3), rng.uniform(0, 3)] for _ in range(3)]
+        convert = rng.uniform(0, 2)
+
+        def total(picks, costs=costs, convert=convert):
+            layouts = [0, *picks, 0]
+            return sum(c[p] for c, p in zip(costs, picks, strict=True)) + convert * sum(a != b for a, b in zip(layouts, layouts[1:], strict=False))
+
+        best = min(itertools.product((0, 1), repeat=3), key=total)
+        assert total(solve(chain(costs, convert))) == pytest.approx(total(best))
+
+
+def test_selection_says_when_nothing_serves():
+    problem = chain([[1.0, 1.0]] * 3, convert=1.0)
+    with pytest.raises(NoAssignment):
+        solve(problem, allowed=[set(), {0}, {0}])
+
+
+# -- forms -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [Format("bf16"), NATIVE_LAST, Q, Q_LAST, Format("bf16", "last")])
+def test_conversions_come_back(target):
+    params = QParams(0.05, 100, 0, 255, torch.uint8)
+    x = (torch.randint(0, 200, (2, 5, 7, 3)) - 100) * 0.0625 * 0.8  # exact in bf16 and on the grid of 0.05
+    there, back = conversion(NATIVE, target, params, 4), conversion(target, NATIVE, params, 4)
+    assert possible(NATIVE, target)
+    moved = there(x)
+    if target.layout == "last":
+        assert moved.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(back(moved), x, rtol=1e-2 if target.kind == "bf16" else 1e-6, atol=1e-6)
+
+
+def test_samples_have_the_strides_of_the_value():
+    x = torch.randn(2, 5, 7)
+    program = capture(nn.Sequential(nn.Softmax(-1)).eval(), (x.transpose(1, 2),)).program
+    made = sample(program.placeholders[0].meta["val"], NATIVE, None)
+    assert made.shape == (2, 7, 5)
+    assert made.stride() == x.transpose(1, 2).stride()
+
+
+def test_check_knows_integers_from_floats():
+    _, program = program_of(Small(), torch.randn(2, 3, 32, 32), "int8")
+    work = next(w for w in analyse(program).works if w.op == "graphwright.conv" and w.qparams)
+    good = next(c for c in backends.candidates(work, frozenset({"f32", "int8"})) if c.gives == (Q_LAST,))
+    inputs = [sample(r.value.meta["val"], NATIVE, None) for r in work.reads]
+    wanted = next(c for c in backends.candidates(work, frozenset({"f32"})) if c.name == "aten.native").build()(*inputs)
+    off = work.qparams
+    shifted = (wanted / off.scale + off.zero_point + 5).round().clamp(off.low, off.high).to(off.dtype)
+    assert "integers off" in check(work, good, lambda *a: shifted, inputs, wanted)
