@@ -12,17 +12,25 @@ class Output(Mapping):
     """What a dataclass, a model output or a cache comes back as where its own type is not loaded.
 
     Reads like a mapping (entries that are None are left out, as transformers does), by attribute, and by integer index.
+
+    Args:
+        type_: the type it stands for, as ``module:name``.
     """
 
-    def __init__(self, name: str, fields: Mapping[str, Any]):
-        object.__setattr__(self, "_name", name)
+    def __init__(self, type_: str, fields: Mapping[str, Any]):
+        object.__setattr__(self, "_type", type_)
+        object.__setattr__(self, "_name", type_.rpartition(":")[2].rpartition(".")[2])
         object.__setattr__(self, "_fields", dict(fields))
 
+    def __getattribute__(self, key: str) -> Any:
+        if not key.startswith("_"):  # fields come first: a field may be called "keys" or "values"
+            fields = object.__getattribute__(self, "__dict__").get("_fields", {})
+            if key in fields:
+                return fields[key]
+        return object.__getattribute__(self, key)
+
     def __getattr__(self, key: str) -> Any:
-        try:
-            return self.__dict__["_fields"][key]
-        except KeyError:
-            raise AttributeError(f"{self.__dict__.get('_name', 'Output')} has no field {key!r}") from None
+        raise AttributeError(f"{self.__dict__.get('_name', 'Output')} has no field {key!r}")
 
     def __setattr__(self, key: str, value: Any) -> None:
         self._fields[key] = value
@@ -75,7 +83,10 @@ class CacheOutput(Output):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens held, 0 for an empty cache."""
-        layers = self._fields["layers"]
+        fields = self._fields
+        if "layers" not in fields:  # self- and cross-attention
+            return fields["self_attention_cache"].get_seq_length(layer_idx)
+        layers = fields["layers"]
         return 0 if layer_idx >= len(layers) else layers[layer_idx].keys.shape[-2]
 
 

@@ -24,8 +24,9 @@ import torch
 from graphwright.errors import InputError, LoadError
 from graphwright.output import CacheOutput, NamedOutput, Output
 
-_CACHES = ("DynamicCache", "EncoderDecoderCache")
-_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
+_PAIR = "transformers.cache_utils:EncoderDecoderCache"
+_CACHES = ("transformers.cache_utils:DynamicCache", _PAIR)
+_LAYERS = ("transformers.cache_utils:DynamicLayer", "transformers.cache_utils:DynamicSlidingWindowLayer")
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,11 @@ class Spec:
             LoadError: the data are no spec.
         """
         if not isinstance(data, dict) or depth > 200 or data.get("kind") not in _BUILD:
-            raise LoadError(f"a structure in the file is malformed: {str(data)[:80]}", hint="Save the model again.")
+            raise LoadError("a structure in the file is malformed, or nested too deep", hint="Save the model again.")
         children = data.get("children", [])
         keys, value, type_ = data.get("keys", []), data.get("value"), data.get("type")
         if not isinstance(children, list) or not isinstance(keys, list) or not isinstance(type_, (str, type(None))):
-            raise LoadError(f"a structure in the file is malformed: {str(data)[:80]}", hint="Save the model again.")
+            raise LoadError(f"a structure in the file is malformed: a {data['kind']}", hint="Save the model again.")
         spec = Spec(
             data["kind"], type_,
             tuple(tuple(k) if isinstance(k, list) else k for k in keys),
@@ -186,7 +187,7 @@ def _flatten(value: Any, leaves: list[torch.Tensor], path: str) -> Spec:
     constant = _constant(value)
     if constant is not None:
         return constant
-    if any(c.__name__ in _CACHES and hasattr(value, "layers") for c in kind.__mro__) or _is_pair_cache(value):
+    if _type_name(kind) in _CACHES or isinstance(value, CacheOutput):
         return _flatten_cache(value, leaves, path)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [f.name for f in dataclasses.fields(value)]
@@ -201,6 +202,9 @@ def _flatten(value: Any, leaves: list[torch.Tensor], path: str) -> Spec:
         return Spec("list", None, (), tuple(_flatten(v, leaves, f"{path}[{k}]") for k, v in enumerate(value)))
     if isinstance(value, OrderedDict) or type(value).__name__ == "defaultdict":
         return _flatten_mapping("dict", None if kind is not OrderedDict else _type_name(kind), value, leaves, path)
+    if isinstance(value, Output):
+        parts = tuple(_flatten(v, leaves, f"{path}.{k}") for k, v in value._fields.items())
+        return Spec("dataclass", value._type, tuple(value._fields), parts)
     if isinstance(value, Mapping):
         return _flatten_mapping("mapping", _type_name(kind), value, leaves, path)
     raise InputError(
@@ -235,13 +239,9 @@ def _flatten_tuple(value: tuple, leaves: list[torch.Tensor], path: str) -> Spec:
     return Spec("namedtuple", _type_name(kind), tuple(names), parts)
 
 
-def _is_pair_cache(value: Any) -> bool:
-    return hasattr(value, "self_attention_cache") and hasattr(value, "cross_attention_cache")
-
-
 def _flatten_cache(value: Any, leaves: list[torch.Tensor], path: str) -> Spec:
-    type_ = _type_name(type(value))
-    if _is_pair_cache(value):
+    type_ = value._type if isinstance(value, Output) else _type_name(type(value))
+    if not hasattr(value, "layers"):
         names = ("self_attention_cache", "cross_attention_cache")
         parts = tuple(_flatten(getattr(value, n), leaves, f"{path}.{n}") for n in names)
         return Spec("cache", type_, names, parts)
@@ -250,17 +250,18 @@ def _flatten_cache(value: Any, leaves: list[torch.Tensor], path: str) -> Spec:
 
 
 def _flatten_layer(layer: Any, leaves: list[torch.Tensor], path: str) -> Spec:
-    name = type(layer).__name__
-    if name not in _LAYERS and not isinstance(layer, Output):
-        raise InputError(f"a cache layer of type {name} is not known", where=path, hint=f"Known: {', '.join(_LAYERS)}.")
+    if _type_name(type(layer)) not in _LAYERS and not isinstance(layer, Output):
+        known = ", ".join(n.rpartition(":")[2] for n in _LAYERS)
+        raise InputError(f"a cache layer of type {type(layer).__name__} is not known", where=path, hint=f"Known: {known}.")
+    type_ = layer._type if isinstance(layer, Output) else _type_name(type(layer))
     window = getattr(layer, "sliding_window", None)
     if layer.keys is None or getattr(layer, "is_initialized", True) is False:
-        return Spec("cache-layer", _type_name(type(layer)), (), (), window)
+        return Spec("cache-layer", type_, (), (), window)
     leaves += [layer.keys, layer.values]
     value: Any = window
     if window is not None and not bool(layer.cumulative_length == layer.keys.shape[-2]):
         value = (window, int(layer.cumulative_length))
-    return Spec("cache-layer", _type_name(type(layer)), ("keys", "values"), (TENSOR, TENSOR), value)
+    return Spec("cache-layer", type_, ("keys", "values"), (TENSOR, TENSOR), value)
 
 
 _SIMPLE = {"bool": bool, "int": int, "float": float, "str": str}
@@ -293,7 +294,7 @@ def _build_constant(spec: Spec, leaves: Iterator[Any]) -> Any:
         return torch.device(value)
     if kind.startswith("enum "):
         found = _loaded(kind[5:], enum.Enum)
-        return value if found is None else found(value)
+        return value if found is None else found._value2member_map_.get(value, value)
     return getattr(torch, value)
 
 
@@ -309,7 +310,7 @@ def _build_mapping(spec: Spec, leaves: Iterator[Any]) -> Any:
     if spec.kind == "dict":
         return OrderedDict(built) if spec.type else built
     kind = _loaded(spec.type, UserDict)
-    return Output(_short(spec), built) if kind is None else kind(built)
+    return Output(str(spec.type), built) if kind is None else kind(built)
 
 
 def _build_namedtuple(spec: Spec, leaves: Iterator[Any]) -> Any:
@@ -324,7 +325,7 @@ def _build_dataclass(spec: Spec, leaves: Iterator[Any]) -> Any:
     values = {k: c._build(leaves) for k, c in zip(spec.keys, spec.children, strict=True)}
     kind = _loaded(spec.type, object)
     if kind is None or not dataclasses.is_dataclass(kind):
-        return Output(_short(spec), values)
+        return Output(str(spec.type), values)
     if issubclass(kind, OrderedDict):
         names = {f.name for f in dataclasses.fields(kind)}
         built = kind(**{k: v for k, v in values.items() if k in names})
@@ -339,28 +340,25 @@ def _build_dataclass(spec: Spec, leaves: Iterator[Any]) -> Any:
 
 def _build_cache(spec: Spec, leaves: Iterator[Any]) -> Any:
     parts = [c._build(leaves) for c in spec.children]
-    kind = _loaded(spec.type, object)
+    kind = _loaded(spec.type, object) if spec.type in _CACHES else None
     if spec.keys:
-        pair = dict(zip(spec.keys, parts, strict=True))
-        return Output(_short(spec), pair) if kind is None else kind(*parts)
-    if kind is None or issubclass(kind, Output):
-        return CacheOutput(_short(spec), {"layers": parts})
+        return CacheOutput(str(spec.type), dict(zip(spec.keys, parts, strict=True))) if kind is None else kind(*parts)
+    if kind is None:
+        return CacheOutput(str(spec.type), {"layers": parts})
     cache = kind()
     cache.layers = parts
-    if any(c.value is not None for c in spec.children) or (parts and spec.children[0].keys):
-        cache.layer_class_to_replicate = type(parts[-1]) if type(parts[-1]).__name__ == "DynamicLayer" else None
     return cache
 
 
 def _build_layer(spec: Spec, leaves: Iterator[Any]) -> Any:
     keys, values = (next(leaves), next(leaves)) if spec.keys else (None, None)
     window, seen = spec.value if isinstance(spec.value, tuple) else (spec.value, None)
-    kind = _loaded(spec.type, object)
-    if kind is None or issubclass(kind, Output):
+    kind = _loaded(spec.type, object) if spec.type in _LAYERS else None
+    if kind is None:
         fields = {"keys": keys, "values": values}
         if window is not None:
             fields |= {"sliding_window": window, "cumulative_length": keys.shape[-2] if seen is None else seen}
-        return Output(_short(spec), fields)
+        return Output(str(spec.type), fields)
     layer = kind() if window is None else kind(sliding_window=window)
     if keys is not None:
         layer.lazy_initialization(keys, values)
@@ -390,10 +388,6 @@ _BUILD = {
 
 def _type_name(kind: type) -> str:
     return f"{kind.__module__}:{kind.__qualname__}"
-
-
-def _short(spec: Spec) -> str:
-    return (spec.type or "Output").rpartition(":")[2].rpartition(".")[2]
 
 
 def _loaded(name: str | None, base: type) -> Any:

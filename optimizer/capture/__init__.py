@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from graphwright import ir
 from graphwright.capture.guard import Guard, covers, key, weights_fingerprint
@@ -57,6 +58,10 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
     Raises:
         InputError: the model itself rejects the inputs, or ``dynamic`` names what does not exist.
     """
+    model = getattr(model, "_orig_mod", model)  # behind torch.compile stands the model itself
+    if any(isinstance(t, UninitializedTensorMixin) for t in [*model.parameters(), *model.buffers()]):
+        raise InputError("the model has parameters without a shape yet (lazy modules)",
+                         hint="Call the model once on an example first.")  # fmt: skip
     leaves, spec = flatten_call(args, kwargs or {})
     storage = {} if storage is None else storage
     said = rehearse(model, leaves, spec)
@@ -93,8 +98,7 @@ def observations(model: nn.Module, said: Rehearsal) -> list[str]:
     """What a user should know about how the model was captured."""
     notes = []
     if model.training:
-        notes.append("the model is in train mode and is captured as that: dropout drops, batch norm uses and updates "
-                     "batch statistics; call model.eval() first for inference")  # fmt: skip
+        notes.append("the model is in train mode and is captured so; call model.eval() first for inference")
     elif any(m.training for m in model.modules()):
         notes.append("parts of the model are in train mode although the model is not")
     hooked = [n or "the model" for n, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
@@ -102,6 +106,9 @@ def observations(model: nn.Module, said: Rehearsal) -> list[str]:
         shown = ", ".join(hooked[:3]) + (f" and {len(hooked) - 3} more" if len(hooked) > 3 else "")
         notes.append(f"forward hooks on {shown} ran while the model was captured: what they compute is part of the "
                      "result, their side effects are not")  # fmt: skip
+    if said.fused_differs:
+        notes.append("torch.nn's fused attention answers otherwise (padded positions become 0) when gradients are off: "
+                     "what is captured is what the model computes with gradients on")  # fmt: skip
     if said.attributes:
         notes.append(f"the model sets {', '.join(said.attributes[:3])} while it runs: the optimized model does not")
     return notes

@@ -218,7 +218,22 @@ class Builder:
                 return self._mutate(old, target, name, args, kwargs)
             except Refused as reason:
                 raise self._refuse(str(reason)) from None
+        if target is aten.batch_norm.default and len(args) > 5 and args[5] and isinstance(args[3], Ref):
+            return self._batch_statistics(old, args)
         return self._op(old, target, args, kwargs)
+
+    def _batch_statistics(self, old: fx.Node, args: tuple[Any, ...]) -> Any:
+        """Batch norm in train mode: the op itself would write the running statistics; here they are written apart."""
+        x, mean, var, momentum = args[0], args[3], args[4], args[6]
+        result = self._op(old, aten.batch_norm.default, (*args[:3], None, None, *args[5:]), {})
+        dims = [d for d in range(self._read(x).meta["val"].ndim) if d != 1]
+        for held, now in ((mean, self.emit(aten.mean.dim, self._read(x), dims)),
+                          (var, self.emit(aten.var.correction, self._read(x), dims, correction=1))):  # fmt: skip
+            was = self._read(held)
+            now = self._like(now, was.meta["val"])
+            change = self.emit(aten.mul.Tensor, self.emit(aten.sub.Tensor, now, was), momentum)
+            functional.write(held, self.emit(aten.add.Tensor, was, change), self.emit)
+        return result
 
     def _refuse(self, what: str) -> CaptureError:
         return CaptureError(what, where=self.where.trace or self.where.path or None)

@@ -125,7 +125,10 @@ class Regions:
     def run(self) -> Found:
         """Never fails: at worst nothing is captured and the twin is the whole model."""
         self._refused("", self.failure)
-        self._descend(self.model, "")
+        try:
+            self._descend(self.model, "")
+        except Exception as error:  # noqa: BLE001 - whatever the user's modules do, the model still runs as it was
+            self.notes.append(f"looking for smaller regions failed: {type(error).__name__}: {error}")
         twin = Twin(self.programs, self.storage)
         root = twin.of(self.model)
         wrong = self._wrong(root)
@@ -248,6 +251,8 @@ class Twin:
             self.pieces.append(piece)
             self.modules[id(module)] = piece
             return piece
+        if isinstance(module, torch.jit.ScriptModule):
+            return module  # cannot be rebuilt in Python; it runs as it is
         twin = object.__new__(type(module))
         if not plain:
             self.modules[id(module)] = twin

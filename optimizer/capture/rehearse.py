@@ -28,6 +28,7 @@ class Rehearsal:
         buffers: buffers that it wrote, with their new values.
         refusal: why the structure could not be described.
         attributes: plain attributes of modules that the run changed, by name.
+        fused_differs: torch.nn's fused inference path gives other outputs.
     """
 
     outputs: list[torch.Tensor] | None
@@ -36,6 +37,7 @@ class Rehearsal:
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)
     refusal: str | None = None
     attributes: tuple[str, ...] = ()
+    fused_differs: bool = False
 
 
 _MISSING = object()
@@ -62,7 +64,21 @@ def rehearse(model: nn.Module, leaves: Sequence[torch.Tensor], spec: Spec) -> Re
             outputs, found = flatten(answer, name="output")
         except InputError as error:
             return Rehearsal(None, None, mine, changed, f"{error.where}: {error.what}", set_)
-        return Rehearsal([t.detach().clone() for t in outputs], found, mine, changed, None, set_)
+        outputs = [t.detach().clone() for t in outputs]
+    return Rehearsal(outputs, found, mine, changed, None, set_, _fused_differs(model, leaves, spec, outputs))
+
+
+def _fused_differs(model: nn.Module, leaves: Sequence[torch.Tensor], spec: Spec, plain: list[torch.Tensor]) -> bool:
+    if model.training or not any(isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoder)) for m in model.modules()):
+        return False
+    args, kwargs = spec.unflatten(clone_sharing(leaves))
+    with untouched(model), torch.no_grad():
+        torch.manual_seed(0)
+        try:
+            fused = flatten(model(*args, **kwargs))[0]
+        except Exception:  # noqa: BLE001 - the fused path alone fails: nothing to compare with
+            return True
+    return any(_differs(a, b) for a, b in zip(fused, plain, strict=False))
 
 
 def rejected(model: nn.Module, leaves: Sequence[torch.Tensor], error: Exception) -> InputError:
