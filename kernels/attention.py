@@ -38,20 +38,20 @@ if numba is not None:
     from numba.extending import intrinsic
 
     @intrinsic
-    def gemm(context, function, transposed, m, n, k, alpha, a, lda, b, ldb, c, ldc):  # noqa: ANN001, ANN201
+    def gemm(context, function, transposed, m, n, k, alpha, a, lda, b, ldb, c, ldc):
         """Fortran's ``sgemm``: ``c = alpha * op(a) @ b``, columns adjacent; ``op`` transposes where ``transposed`` is not 0."""
 
-        def build(ctx, at, sig, args):  # noqa: ANN001, ANN202
+        def build(ctx, at, sig, args):
             function, transposed, m, n, k, alpha, a, lda, b, ldb, c, ldc = args
             char, integer, number = ir.IntType(8), ir.IntType(32), ir.FloatType()
 
-            def by_address(value, kind):  # noqa: ANN001, ANN202
+            def by_address(value, kind):
                 with at.goto_entry_block():
                     slot = at.alloca(kind)
                 at.store(value, slot)
                 return slot
 
-            def whole(value):  # noqa: ANN001, ANN202
+            def whole(value):
                 return by_address(at.trunc(value, integer), integer)
 
             letter = at.select(at.icmp_signed("!=", transposed, transposed.type(0)), char(ord("T")), char(ord("N")))
@@ -84,7 +84,7 @@ def sgemm() -> int:
 _MASK_AT = np.int64(36)
 
 
-def _attention(params):  # noqa: ANN001, ANN202  compiled by Numba
+def _attention(params):  # compiled by Numba
     """Slots: 2 sgemm, 3 b h s t d e group, 10 block, 11 query (address, three strides), 15 key, 19 value, 23 out (address,
     kind, three strides), 28 scratch, 29 floats of it per thread, 30 scale, 31 grid, 35 causal, 36 mask."""
     p, d = i64(params), f64(params)

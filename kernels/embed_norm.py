@@ -25,7 +25,7 @@ _F32, _NEXT = np.int64(KIND[torch.float32]), np.int64(1)
 _FIRST, _TABLE = 21, 6
 
 
-def _embed_norm(params):  # noqa: ANN001, ANN202  compiled by Numba
+def _embed_norm(params):  # compiled by Numba
     """Slots: 2 tables, 3 rows, 4 rows per line, 5 columns, 6 weight, 7 bias, 8 rms, 9 sums, 10 floats, 11 quantized,
     12 its kind, 13 address of the flag for bad indices, 14 eps, 15 grid, 19 and 20 unused; from 21 on each table's six: index address, whether
     int64, strides along lines and in one, table address, its rows."""

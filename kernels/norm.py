@@ -46,7 +46,7 @@ def finish_row(source, columns, rms, eps, weight, bias, normed, quantized, kind,
         store(kind, quantized, columns, normed, inverse, zero, low, high)
 
 
-def _norm(params):  # noqa: ANN001, ANN202  compiled by Numba
+def _norm(params):  # compiled by Numba
     p, d = i64(params), f64(params)
     x, x_kind, x_step, residual, r_kind, r_step = p[2], p[3], p[4], p[5], p[6], p[7]
     weight, bias, columns, rms = p[8], p[9], p[11], p[12] != 0

@@ -23,7 +23,7 @@ from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.common import GRID, grid, not_cpu, pieces
 from graphwright.kernels.numba_cpu import Native, threads_for, unavailable
 from graphwright.kernels.tile import (
-    BYTES, KIND, TILE, add, device, erf, exp, expm1, f32, f64, fetch, i64, load, multiply, real, scratch, share,
+    KIND, TILE, add, device, erf, exp, expm1, f32, f64, fetch, i64, load, multiply, real, scratch, share,
     sigmoid, store, tanh,
 )  # fmt: skip
 from graphwright.ops.lowered import output_format
@@ -108,24 +108,28 @@ def gather(params, slot, position, n, buffer):
     scale, zero = real(d[slot + 2]), real(d[slot + 3])
     size = 4 if kind == 0 else (2 if kind == 1 else 1)
     inner, step = p[5], p[slot + 7]
+    line, i3 = position // inner, position % inner
+    i2, outer = line % p[4], line // p[4]
     done = 0
-    while done < n:
-        at = position + done
-        line, i3 = at // inner, at % inner
-        i2, outer = line % p[4], line // p[4]
-        offset = outer // p[3] * p[slot + 4] + outer % p[3] * p[slot + 5] + i2 * p[slot + 6] + i3 * step
-        run = min(inner - i3, n - done)
-        if run == n:
-            return fetch(kind, address + offset * size, step, n, scale, zero, buffer)
-        load(kind, address + offset * size, step, run, scale, zero, buffer + done * 4)
-        done += run
+    while True:  # divisions are slow: one set per tile, then counting
+        at = address + (outer // p[3] * p[slot + 4] + outer % p[3] * p[slot + 5] + i2 * p[slot + 6] + i3 * step) * size
+        if done == 0 and inner - i3 >= n:
+            return fetch(kind, at, step, n, scale, zero, buffer)
+        while i2 < p[4] and done < n:
+            run = min(inner - i3, n - done)
+            load(kind, at, step, run, scale, zero, buffer + done * 4)
+            at += (p[slot + 6] - i3 * step) * size
+            done, i2, i3 = done + run, i2 + 1, np.int64(0)
+        if done >= n:
+            break
+        i2, outer = np.int64(0), outer + 1
     return buffer
 
 
 _X, _OTHER, _GATE = np.int64(6), np.int64(14), np.int64(22)
 
 
-def _chain(params):  # noqa: ANN001, ANN202  compiled by Numba
+def _chain(params):  # compiled by Numba
     """Slots: 2-5 sizes, 6 x, 14 other, 22 gate, 30 elements, 31 out, 32 its kind, 33 code, 34 a, 35 b, 36 the grid."""
     p, d = i64(params), f64(params)
     a, b, inverse, low, high = real(d[34]), real(d[35]), real(d[36]), real(d[38]), real(d[39])
@@ -136,17 +140,21 @@ def _chain(params):  # noqa: ANN001, ANN202  compiled by Numba
     for tile in range(first, end):
         at = tile * TILE
         n = min(TILE, p[30] - at)
-        y = gather(params, _X, at, n, one)
+        to = p[31] + at * size
+        last = to if kind == 0 else two  # a float result is computed where it belongs
+        untouched = p[14] == 0 and p[22] == 0 and p[33] == 0
+        y = gather(params, _X, at, n, to if kind == 0 and untouched else one)
         if p[14] != 0:
             add(y, gather(params, _OTHER, at, n, two), n, three)
             y = three
-        y = activate(p[33], y, n, a, b, two)
+        y = activate(p[33], y, n, a, b, two if p[22] != 0 else last)
         if p[22] != 0:
             gate = gather(params, _GATE, at, n, one)
-            to = three if y == two else two
-            multiply(y, gate, n, to)
-            y = to
-        store(kind, p[31] + at * size, n, y, inverse, p[37], low, high)
+            last = to if kind == 0 else (three if y == two else two)
+            multiply(y, gate, n, last)
+            y = last
+        if y != to:
+            store(kind, to, n, y, inverse, p[37], low, high)
 
 
 def _with(activate: Any, name: str) -> Any:
@@ -226,10 +234,13 @@ def pointwise(
         second = (other.data_ptr(), KIND[other.dtype], other_scale, other_zero, *strides[1])
     if gate is not None:
         third = (gate.data_ptr(), KIND[gate.dtype], 1.0, 0.0, *strides[-1])
+    points = grid(scale, zero_point, low, high)
+    if activation == "relu" and not out.is_floating_point():  # the same as a lower bound on the result
+        activation, points = "none", (*points[:2], max(points[2], 0), max(points[3], 0))
     native = _SMOOTH if activation in SMOOTH else _SIMPLE
     native(
         threads_for(count), *sizes, *first, *second, *third, count, out.data_ptr(), KIND[out.dtype], CODE[activation],
-        *_scalars(activation, scalars), *grid(scale, zero_point, low, high),
+        *_scalars(activation, scalars), *points,
     )  # fmt: skip
     return out
 

@@ -1,3 +1,4 @@
+# ruff: noqa: FURB136  min() and max() treat NaN otherwise than the conditional expressions here do
 """Max pooling over windows and mean pooling over the whole plane, on channels_last tensors.
 
     y[n, oh, ow, c] = max over taps of x[n, oh * sh - ph + kh * dh, ow * sw - pw + kw * dw, c]
@@ -21,7 +22,7 @@ from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.common import GRID, grid, not_cpu, pieces
 from graphwright.kernels.numba_cpu import Native, openmp, threads_for, unavailable
 from graphwright.kernels.tile import (
-    BYTES, KIND, add, call, device, f32, f64, i8, i64, load, real, scratch, share, store, total, u8,
+    BYTES, KIND, add, call, device, f32, f64, i8, i64, load, real, scratch, share, store, total, u8, u16, widened,
 )  # fmt: skip
 
 _STORABLE = (torch.uint8, torch.int8, torch.float32)
@@ -59,37 +60,44 @@ def lowest_into(kind, n, to):
             b[i] = value
 
 
-def _max_pool(params):  # noqa: ANN001, ANN202  compiled by Numba
+@device
+def copy(source, n, to):
+    """n bytes."""
+    x, y = u8(source), u8(to)
+    for i in range(n):
+        y[i] = x[i]
+
+
+def _max_pool(params):  # compiled by Numba
     """Slots: 2 x, 3 out, 4 kind, 5 element bytes, 6 n c h w, 10 oh ow, 12 kernel, 14 stride, 16 padding, 18 dilation,
-    20 scratch (a row of x per thread)."""
+    20 scratch (two padded rows of x per thread), 21 pixels of a padded row."""
     p = i64(params)
-    kind, size, c, h, w, oh, ow = p[4], p[5], p[7], p[8], p[9], p[10], p[11]
-    me = call(p[0]) if p[0] != 0 else np.int64(0)
-    row = p[20] + me * w * c * size
-    step = p[15]
+    kind, size, c, h, oh, ow, wide = p[4], p[5], p[7], p[8], p[10], p[11], p[21]
+    pixel, row_bytes = c * size, p[9] * c * size
+    row = p[20] + (call(p[0]) if p[0] != 0 else np.int64(0)) * 2 * wide * pixel
+    tops = row + wide * pixel
+    inside = row + p[17] * pixel
+    span = (ow - 1) * p[15] + 1  # outputs at stride 1, of which every p[15]-th is kept
     first, end = share(params, p[6] * oh)
     for line in range(first, end):
+        image = p[2] + line // oh * h * row_bytes
         top = line % oh * p[14] - p[16]
-        lowest_into(kind, w * c, row)
+        lowest_into(kind, wide * c, row)
         for k in range(p[12]):
             at = top + k * p[18]
             if 0 <= at < h:
-                greater_of(kind, p[2] + (line // oh * h + at) * w * c * size, w * c, row)
-        out = p[3] + line * ow * c * size
-        lowest_into(kind, ow * c, out)
-        for k in range(p[13]):
-            left = k * p[19] - p[17]  # column under this tap for the first output
-            skip = (-left + step - 1) // step if left < 0 else np.int64(0)
-            stop = min(ow, (w - 1 - left) // step + 1) if w > left else np.int64(0)
-            if step == 1:
-                if stop > skip:
-                    greater_of(kind, row + (left + skip) * c * size, (stop - skip) * c, out + skip * c * size)
-            else:
-                for o in range(skip, stop):
-                    greater_of(kind, row + (left + o * step) * c * size, c, out + o * c * size)
+                greater_of(kind, image + at * row_bytes, p[9] * c, inside)
+        out = p[3] + line * ow * pixel
+        to = out if p[15] == 1 else tops
+        copy(row, span * pixel, to)
+        for k in range(1, p[13]):
+            greater_of(kind, row + k * p[19] * pixel, span * c, to)
+        if p[15] != 1:
+            for o in range(ow):
+                copy(tops + o * p[15] * pixel, pixel, out + o * pixel)
 
 
-_MAX = Native(_max_pool, "q" * 19)
+_MAX = Native(_max_pool, "q" * 20)
 
 
 def _pooled(size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool) -> int:
@@ -113,9 +121,10 @@ def max_pool2d(
     x = x.contiguous(memory_format=torch.channels_last)
     kind = KIND[x.dtype]
     threads = threads_for(x.numel() * BYTES[kind]) if openmp() is not None else 1
-    rows = torch.empty(threads * w * c, dtype=x.dtype)
+    wide = max(w + padding[1], (ow - 1) * stride[1] + dilation[1] * (kernel[1] - 1) + 1)
+    rows = torch.empty(threads * 2 * wide * c, dtype=x.dtype)
     _MAX(threads, x.data_ptr(), out.data_ptr(), kind, BYTES[kind], n, c, h, w, oh, ow, *kernel, *stride, *padding,
-         *dilation, rows.data_ptr())  # fmt: skip
+         *dilation, rows.data_ptr(), wide)  # fmt: skip
     return out
 
 
@@ -168,7 +177,29 @@ _WIDTH = np.int64(256)
 _ZERO, _NEXT = np.int64(0), np.int64(1)
 
 
-def _mean_pool(params):  # noqa: ANN001, ANN202  compiled by Numba
+@device
+def add_four(kind, address, step, n, to):
+    """``to += `` the sum of four pixels, ``step`` elements apart, n channels each."""
+    y = f32(to)
+    if kind == 0:
+        a = f32(address)
+        for i in range(n):
+            y[i] += (a[i] + a[step + i]) + (a[2 * step + i] + a[3 * step + i])
+    elif kind == 1:
+        h = u16(address)
+        for i in range(n):
+            y[i] += (widened(h[i]) + widened(h[step + i])) + (widened(h[2 * step + i]) + widened(h[3 * step + i]))
+    elif kind == 2:
+        b = u8(address)
+        for i in range(n):
+            y[i] += real(np.int32(b[i]) + np.int32(b[step + i]) + np.int32(b[2 * step + i]) + np.int32(b[3 * step + i]))
+    else:
+        e = i8(address)
+        for i in range(n):
+            y[i] += real(np.int32(e[i]) + np.int32(e[step + i]) + np.int32(e[2 * step + i]) + np.int32(e[3 * step + i]))
+
+
+def _mean_pool(params):  # compiled by Numba
     """Slots: 2 x, 3 kind, 4 element bytes, 5 n c h w, 9 channels_last, 10 out, 11 its kind, 12 its bytes, 13 scale, 14 zero,
     15 grid."""
     p, d = i64(params), f64(params)
@@ -187,7 +218,9 @@ def _mean_pool(params):  # noqa: ANN001, ANN202  compiled by Numba
             for y in range(h):  # one row of the image at a time: a sum of sums rounds less than one long sum
                 at = p[2] + ((image * h + y) * w * c + begin) * size
                 load(kind, at, _NEXT, m, real(1), real(0), line)
-                for x in range(1, w):
+                for x in range(1, w - 3, 4):
+                    add_four(kind, at + x * c * size, c, m, line)
+                for x in range(1 + (w - 1) // 4 * 4, w):
                     load(kind, at + x * c * size, _NEXT, m, real(1), real(0), one)
                     add(line, one, m, line)
                 add(sums, line, m, sums)

@@ -21,7 +21,7 @@ from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.common import not_cpu, pieces, rows_of
 from graphwright.kernels.numba_cpu import Native, threads_for, unavailable
 from graphwright.kernels.tile import (
-    BYTES, KIND, device, exp, f32, f64, i64, largest, load, real, reducing, share, total, u8, wide_scratch,
+    BYTES, KIND, device, exp, f32, f64, fetch, i64, largest, real, reducing, share, u8, wide_scratch,
 )  # fmt: skip
 
 MAX_COLUMNS = 16384
@@ -82,24 +82,26 @@ def mask_row(params, slot, i0, i1, i2):
 _MASK_AT = np.int64(11)
 
 
-def _softmax(params):  # noqa: ANN001, ANN202  compiled by Numba
+def _softmax(params):  # compiled by Numba
     p, d = i64(params), f64(params)
     x, kind, step, out = p[2], p[3], p[4], p[5]
     n1, r, columns, scale, causal = p[7], p[8], p[9], real(d[10]), p[17] != 0
-    buffer = wide_scratch()
+    buffer, other = wide_scratch(), wide_scratch()
     first, end = share(params, p[6] * n1 * r)
+    line, i2 = first // r, first % r
     for row in range(first, end):
-        i2 = row % r
         n = min(i2 + 1, columns) if causal else columns
-        load(kind, x + row * step, _NEXT, n, real(1), real(0), buffer)
-        scale_into(buffer, n, scale, buffer)
+        scale_into(fetch(kind, x + row * step, _NEXT, n, real(1), real(0), other), n, scale, buffer)
         if p[11] != 0:
-            line = row // r
             apply_mask(buffer, n, mask_row(params, _MASK_AT, line // n1, line % n1, i2), p[12], p[16])
         sum_ = exponentials(buffer, n, largest(buffer, n))
         to = out + row * columns * 4
         scale_into(buffer, n, real(1) / sum_, to)
-        fill(to, n, columns, real(0) * sum_)  # NaN beside NaN
+        if n < columns:
+            fill(to, n, columns, real(0) * sum_)  # NaN beside NaN
+        i2 += 1
+        if i2 == r:
+            line, i2 = line + 1, np.int64(0)
 
 
 _NATIVE = Native(_softmax, "qqqq" + "qqqq" + "d" + MASK + "q")
