@@ -14,7 +14,7 @@ from torch import fx
 
 from graphwright.calibrate import missing, observe
 from graphwright.errors import RecipeError, nearest
-from graphwright.ir import Program, op_name, site_of
+from graphwright.ir import Program, args_by_name, op_name, site_of
 from graphwright.manager import Pass, PassResult
 from graphwright.numerics import Lossy
 from graphwright.passes.observers import Grid, Histogram, Rule, grid, rule
@@ -141,8 +141,8 @@ class Quantize(Pass):
 
 def _input_axis(a: Anchor) -> int | None:
     """The axis of an anchor's input over which it sums, from the end; None where this file does not know it."""
-    name = op_name(a.node.target).rpartition(".")[2]
-    if "transpose" in name:
+    name = op_name(a.node.target)
+    if "transpose" in name or args_by_name(a.node).get("transposed"):
         return None
     return -1 if "linear" in name else -(a.weight.meta["val"].ndim - 1) if a.conv else None
 
