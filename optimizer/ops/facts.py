@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 
 from graphwright.ops import axes as spelling
 from graphwright.ops.axes import Axes
@@ -92,7 +93,8 @@ def axes_of(node: fx.Node) -> Axes | None:
     text = found.axes(**given) if callable(found.axes) else found.axes
     if text is None:
         return None
-    return spelling.parse(text, [None if o is None else o.value.shape for o in operands(node)], [r.value.shape for r in results(node)])
+    inputs = [None if o is None else o.value.shape for o in operands(node)]
+    return spelling.parse(text, inputs, [r.value.shape for r in results(node)])
 
 
 def sizes_of(node: fx.Node) -> dict[str, Any]:
@@ -162,8 +164,7 @@ def channel_dim(node: fx.Node, operand: str = "weight") -> int | None:
         return next((k for k, d in enumerate(dims) if set(d.atoms) & found.picked), None)
     if not _contracts(node):
         return None
-    partners = [d for k, d in enumerate(found.inputs) if k != index and d is not None and found.named([d]) & found.summed]
-    reached, foreign = found.named(found.outputs), found.named(partners)
+    reached, foreign = found.named(found.outputs), found.named(_partners(found, index))
     own = [k for k, d in enumerate(dims) if all(a in reached for a in d.atoms) and set(d.atoms) - foreign]
     return own[-1] if own else None
 
@@ -177,9 +178,15 @@ def low_rank_dims(node: fx.Node, operand: str = "weight") -> tuple[tuple[int, ..
     channel = channel_dim(node, operand)
     if at is None or channel is None or not _contracts(node):
         return None
-    _, dims, _ = at
+    found, dims, index = at
     summed = contraction_dims(node, operand)
-    return ((channel,), summed) if set(summed) | {channel} == set(range(len(dims))) and channel not in summed else None
+    shared = set(dims[channel].atoms) & found.named(_partners(found, index))
+    return ((channel,), summed) if {channel, *summed} == set(range(len(dims))) and not shared else None
+
+
+def _partners(axes: Axes, index: int) -> list[spelling.Dims]:
+    """The other operands that an operand is multiplied and summed with."""
+    return [d for k, d in enumerate(axes.inputs) if k != index and d is not None and axes.named([d]) & axes.summed]
 
 
 def _contracts(node: fx.Node) -> bool:
@@ -247,7 +254,7 @@ def aliases(node: fx.Node) -> bool:
         return False
     x, outs = inputs[0].value, results(node)
     if found.name in ("aten.reshape", "aten.flatten", "aten.reshape_as"):
-        return x.is_contiguous()
+        return x.is_contiguous() or not outs[0].value.is_contiguous()  # a copy would be contiguous
     if found.name in ("aten.contiguous", "aten.to", "aten.type_as"):
         y = outs[0].value
         return x.dtype == y.dtype and x.device == y.device and x.stride() == y.stride()
@@ -257,6 +264,8 @@ def aliases(node: fx.Node) -> bool:
 def traffic(node: fx.Node) -> Traffic:
     """What a node reads and writes, in bytes; an op without a row reads and writes every tensor it has."""
     found = row(node.target)
+    if not isinstance(node.target, OpOverload):  # access to a tuple, arithmetic on sizes
+        return Traffic({}, 0)
     if found is None:
         inputs = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
         return Traffic({n.name: size_in_bytes(n.meta["val"]) for n in inputs}, _written(node))
