@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from graphwright.backends import numba_cpu
 from graphwright.backends.base import (
     BF16,
     BF16_LAST,
@@ -243,6 +244,17 @@ def _int8_linear(work: Work, m: Matrix) -> Iterator[Candidate]:
             continue
         build = functools.partial(_build_int8_linear, work, m, q, scale, zero, dtype)
         yield Candidate(f"onednn.int8-{'q' if fmt == Q else 'f32'}", _needs(work, m, Q, NATIVE), (fmt,), "int8", build)
+    finish = numba_cpu.kernel("graphwright.activate_quantize")
+    if finish is not None and work.qparams is not None and m.activation != "none" and m.other is None:
+        # a product with a plain epilogue, then activation and rounding in one pass: oneDNN's own GELU is slow
+        build = functools.partial(_build_split_linear, work, m, q, work.qparams, finish)
+        yield Candidate("onednn.int8-split-q", _needs(work, m, Q, NATIVE), (Q,), "int8", build)
+
+
+def _build_split_linear(work: Work, m: Matrix, q: QParams, out: QParams, finish: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    product = _build_int8_linear(work, replace(m, activation="none", scalars=()), q, 1.0, 0, torch.float32)
+    name, scalars = m.activation, m.scalars
+    return lambda *r: finish(product(*r), None, None, name, scalars, out.scale, out.zero_point, out.low, out.high, out.dtype)
 
 
 def _build_int8_linear(work: Work, m: Matrix, q: QParams, scale: float, zero: int, dtype: torch.dtype) -> Callable[..., Tensor]:

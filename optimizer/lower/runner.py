@@ -66,19 +66,20 @@ class Runner(nn.Module):
             target.copy_(value)
         return tuple(outs[:count])
 
-    @torch.no_grad()
     def forward(self, *leaves: Tensor) -> tuple[Any, ...]:
-        registers = self._start(leaves)
-        for call, reads, writes, frees in self._code:
-            result = call(*[registers[r] for r in reads])
-            if type(writes) is int:
-                registers[writes] = result
-            else:
-                for slot, value in zip(writes, result, strict=True):
-                    registers[slot] = value
-            for slot in frees:
-                registers[slot] = None
-        return self._finish(registers, leaves)
+        # below autograd, each call skips a dispatch; unlike inference mode, results stay ordinary tensors
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            registers = self._start(leaves)
+            for call, reads, writes, frees in self._code:
+                result = call(*[registers[r] for r in reads])
+                if type(writes) is int:
+                    registers[writes] = result
+                else:
+                    for slot, value in zip(writes, result, strict=True):
+                        registers[slot] = value
+                for slot in frees:
+                    registers[slot] = None
+            return self._finish(registers, leaves)
 
     @torch.no_grad()
     def profile(self, leaves: Sequence[Tensor], rounds: int = 5) -> list[float]:
