@@ -43,15 +43,17 @@ class FoldConstants(Pass):
                 result.refuse(site_of(node), reason)
             elif not self.refused(result, node):
                 self._compute(node, inputs, known, result)
+        results: list[fx.Node] = []
         for node in reversed(list(known)):  # what is left to be computed makes its inputs results in their turn
             if all(user in known for user in node.users):
                 continue
-            family = _family(node, known)
-            if reason := self._too_large(node, family):
+            if reason := self._too_large(node, _family(node)):
                 result.refuse(site_of(node), reason)
                 del known[node]
             else:
-                _store(program, node, family, known, result)
+                results.append(node)
+        for node in reversed(results):
+            _store(program, node, _family(node), known[node], result)
         sweep(program, result)
         return result
 
@@ -88,7 +90,7 @@ def _reason(node: fx.Node) -> str | None:
     return None
 
 
-def _family(node: fx.Node, known: dict[fx.Node, Tensor]) -> set[fx.Node]:
+def _family(node: fx.Node) -> set[fx.Node]:
     """``node`` and the ops and constants it is computed from."""
     family, todo = {node}, [node]
     while todo:
@@ -99,10 +101,9 @@ def _family(node: fx.Node, known: dict[fx.Node, Tensor]) -> set[fx.Node]:
     return family
 
 
-def _store(program: Program, node: fx.Node, family: set[fx.Node], known: dict[fx.Node, Tensor], result: PassResult) -> None:
+def _store(program: Program, node: fx.Node, family: set[fx.Node], value: Tensor, result: PassResult) -> None:
     names = [str(n.target) for n in program.graph.nodes if n in family and n.op == "get_attr"]
     sources = [program.tensor(name) for name in names]
-    value = known[node]
     if value.untyped_storage().nbytes() != _bytes(value) or any(_storage(value) == _storage(t) for t in sources):
         value = value.clone()  # a view would keep all of its constant alive
     stem = program.provenance.get(names[0], names)[0] if names else site_of(node).replace("#", "_")

@@ -15,7 +15,7 @@ from torch import fx
 from graphwright import ops
 from graphwright.ir import Program, site_of, sites_of
 from graphwright.manager import Pass, PassResult
-from graphwright.passes._nodes import is_number, is_op, is_tensor, only_user, permutation, renew, same_sizes, sweep, val
+from graphwright.passes._nodes import is_number, is_tensor, only_user, permutation, renew, same_sizes, sweep, val
 
 aten = torch.ops.aten
 
@@ -73,12 +73,10 @@ def _sink(program: Program, permute: fx.Node, chain: list[fx.Node], ends: list[f
     for node in chain:
         node.meta["val"] = program.infer(node)
     last = chain[-1]
-    changed = []
     for end in ends:
         joined = [order[d] for d in permutation(end) or ()]
         yield site_of(end)
         if joined == sorted(joined):
-            changed += list(end.users)
             last.meta["sites"] = tuple(dict.fromkeys([*sites_of(last), *sites_of(end)]))
             end.replace_all_uses_with(last)
             program.graph.erase_node(end)

@@ -115,12 +115,10 @@ def _squared_mean(mean: object, cone: set[fx.Node]) -> fx.Node | str | None:
             return None
         z = source
     else:
-        if is_op(source, "aten.mul") and source.args[0] is source.args[1]:
-            z = source.args[0]
-        elif is_op(source, "aten.square") or (is_op(source, "aten.pow") and source.args[1] == 2):
-            z = source.args[0]
-        else:
+        product = is_op(source, "aten.mul") and source.args[0] is source.args[1]
+        if not (product or is_op(source, "aten.square") or (is_op(source, "aten.pow") and source.args[1] == 2)):
             return None
+        z = source.args[0]
         cone.add(source)
     if not is_tensor(z) or not given.get("keepdim"):
         return None
