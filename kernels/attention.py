@@ -24,7 +24,14 @@ from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.common import GRID, grid, not_cpu, pieces
 from graphwright.kernels.numba_cpu import Native, numba, openmp, unavailable
 from graphwright.kernels.softmax import (
-    MASK, apply_mask, exponentials, fill, mask_row, mask_slots, mask_unfit, scale_into,
+    MASK,
+    apply_mask,
+    exponentials,
+    fill,
+    mask_row,
+    mask_slots,
+    mask_unfit,
+    scale_into,
 )  # fmt: skip
 from graphwright.kernels.tile import KIND, call, f32, f64, i64, largest, real, share, store, total
 

@@ -27,7 +27,7 @@ from graphwright.errors import InternalError
 
 try:
     import numba
-except Exception as problem:  # a broken llvmlite raises OSError, an incompatible NumPy ImportError
+except Exception as problem:  # noqa: BLE001  a broken llvmlite raises OSError, an incompatible NumPy ImportError
     numba = None
     _IMPORT_PROBLEM = f"{type(problem).__name__}: {problem}"
 
@@ -144,7 +144,7 @@ def _compile(body: Callable[[int], None]) -> Any:
             numba.config.CACHE_DIR = str(folder)  # read when the function is decorated; other users of Numba keep theirs
             try:
                 return numba.cfunc(signature, cache=True, **options)(body)
-            except Exception:  # noqa: BLE001  an unreadable or unwritable entry, whatever Numba raises for it: compile anew
+            except Exception:  # noqa: BLE001, S110  an unusable cache entry, whatever Numba raises for it: compile anew
                 pass
             finally:
                 numba.config.CACHE_DIR = before

@@ -1,3 +1,4 @@
+# ruff: noqa: FURB136  min() and max() treat NaN otherwise than the conditional expressions here do
 """Elementwise chains in one pass: add, activation, gate, and conversion between float and quantized.
 
     y = activation(real(x) + real(other)) * gate;   q = clamp(round(y / scale) + zero_point, low, high)
@@ -23,8 +24,25 @@ from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.common import GRID, grid, not_cpu, pieces
 from graphwright.kernels.numba_cpu import Native, threads_for, unavailable
 from graphwright.kernels.tile import (
-    KIND, TILE, add, device, erf, exp, expm1, f32, f64, fetch, i64, load, multiply, real, scratch, share,
-    sigmoid, store, tanh,
+    KIND,
+    TILE,
+    add,
+    device,
+    erf,
+    exp,
+    expm1,
+    f32,
+    f64,
+    fetch,
+    i64,
+    load,
+    multiply,
+    real,
+    scratch,
+    share,
+    sigmoid,
+    store,
+    tanh,
 )  # fmt: skip
 from graphwright.ops.lowered import output_format
 
@@ -129,7 +147,7 @@ def gather(params, slot, position, n, buffer):
 _X, _OTHER, _GATE = np.int64(6), np.int64(14), np.int64(22)
 
 
-def _chain(params):  # compiled by Numba
+def _chain(params):  # compiled by Numba, with ``activate`` put in by ``_with``
     """Slots: 2-5 sizes, 6 x, 14 other, 22 gate, 30 elements, 31 out, 32 its kind, 33 code, 34 a, 35 b, 36 the grid."""
     p, d = i64(params), f64(params)
     a, b, inverse, low, high = real(d[34]), real(d[35]), real(d[36]), real(d[38]), real(d[39])
@@ -147,7 +165,7 @@ def _chain(params):  # compiled by Numba
         if p[14] != 0:
             add(y, gather(params, _OTHER, at, n, two), n, three)
             y = three
-        y = activate(p[33], y, n, a, b, two if p[22] != 0 else last)
+        y = activate(p[33], y, n, a, b, two if p[22] != 0 else last)  # noqa: F821
         if p[22] != 0:
             gate = gather(params, _GATE, at, n, one)
             last = to if kind == 0 else (three if y == two else two)
@@ -218,8 +236,11 @@ def pointwise(
 ) -> Tensor:  # fmt: skip
     """What the rows below have in common; floats carry scale 1 and zero point 0."""
     plain = x.is_contiguous()
-    layout = torch.contiguous_format if plain else output_format(x)
-    out = torch.empty(x.shape, dtype=dtype or torch.float32, memory_format=layout)
+    kind = dtype or torch.float32
+    if plain:  # empty_like takes half the time of empty
+        out = torch.empty_like(x, dtype=kind, memory_format=torch.contiguous_format)
+    else:
+        out = torch.empty(x.shape, dtype=kind, memory_format=output_format(x))
     count = out.numel()
     if not count:
         return out
@@ -259,9 +280,8 @@ def unfit(x: Tensor, inputs: Sequence[Tensor | None], activation: str, dtype: to
             continue
         if t.dtype not in KIND:
             return f"input of {t.dtype}; there are {', '.join(map(str, KIND))}"
-        if t.shape != x.shape:
-            if t.ndim > x.ndim or any(n not in (1, m) for n, m in zip(t.shape[::-1], x.shape[::-1], strict=False)):
-                return f"an operand of shape {tuple(t.shape)} does not broadcast to x's {tuple(x.shape)}"
+        if t.ndim > x.ndim or any(n not in (1, m) for n, m in zip(t.shape[::-1], x.shape[::-1], strict=False)):
+            return f"an operand of shape {tuple(t.shape)} does not broadcast to x's {tuple(x.shape)}"
         strides.append(tuple(map(int, _strides(t, x))))
     shape = tuple(map(int, x.shape))
     out = torch.empty(shape, device="meta").to(memory_format=output_format(x)).stride()

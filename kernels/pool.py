@@ -22,7 +22,24 @@ from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.common import GRID, grid, not_cpu, pieces
 from graphwright.kernels.numba_cpu import Native, openmp, threads_for, unavailable
 from graphwright.kernels.tile import (
-    BYTES, KIND, add, call, device, f32, f64, i8, i64, load, real, scratch, share, store, total, u8, u16, widened,
+    BYTES,
+    KIND,
+    add,
+    call,
+    device,
+    f32,
+    f64,
+    i8,
+    i64,
+    load,
+    real,
+    scratch,
+    share,
+    store,
+    total,
+    u8,
+    u16,
+    widened,
 )  # fmt: skip
 
 _STORABLE = (torch.uint8, torch.int8, torch.float32)

@@ -21,7 +21,20 @@ from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.common import not_cpu, pieces, rows_of
 from graphwright.kernels.numba_cpu import Native, threads_for, unavailable
 from graphwright.kernels.tile import (
-    BYTES, KIND, device, exp, f32, f64, fetch, i64, largest, real, reducing, share, u8, wide_scratch,
+    BYTES,
+    KIND,
+    device,
+    exp,
+    f32,
+    f64,
+    fetch,
+    i64,
+    largest,
+    real,
+    reducing,
+    share,
+    u8,
+    wide_scratch,
 )  # fmt: skip
 
 MAX_COLUMNS = 16384
