@@ -13,7 +13,6 @@ advises, with no tuning beyond it. Every one takes the number of threads that to
 from __future__ import annotations
 
 import importlib
-import inspect
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
@@ -283,29 +282,23 @@ class Graphwright(Peer):
         return _Optimized(gw.optimize(model, inputs, self.recipe, **data))
 
     def details(self, run: Runner) -> dict[str, Any]:
-        """The share of time per backend where the report states it, and whether the result was kept or declined."""
-        report = getattr(getattr(run, "model", None), "report", None)
-        return _plain({name: getattr(report, name) for name in ("backend_share", "speedup", "kept", "size_mb")
-                       if not inspect.ismethod(getattr(report, name, None)) and hasattr(report, name)})
+        """The verdict of its own side-by-side timing, the share of time per backend, ops per decision, phases."""
+        assert isinstance(run, _Optimized)
+        report = run.model.report
+        return {"verdict": report.verdict, "own_speedup": report.speedup, "decisions": report.decisions(),
+                "backend_shares": {name: round(share, 4) for name, share in report.backend_shares().items()},
+                "seconds": {name: round(seconds, 3) for name, seconds in report.seconds.items()}}
 
 
 class _Optimized:
     """A callable that keeps the optimized model within reach of `details`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
 
     def __call__(self, inputs: Inputs) -> object:
         with torch.no_grad():
             return call(self.model, inputs)
-
-
-def _plain(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Only what JSON can hold."""
-    simple = (str, int, float, bool, type(None))
-    return {key: dict(value) if isinstance(value, Mapping) else value for key, value in facts.items()
-            if isinstance(value, simple) or (isinstance(value, Mapping)
-                                             and all(isinstance(v, simple) for v in value.values()))}
 
 
 PEERS: tuple[Peer, ...] = (

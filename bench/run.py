@@ -99,7 +99,8 @@ def _seated(entry: models.Entry, peer: peers.Peer, settings: Settings, reference
     row |= asdict(seat.prepare())
     if row["status"] == "ok":
         try:
-            row["sqnr_db"], wrong = results.check(reference, seat.outputs(), row["floor_db"])
+            worst, wrong = results.check(reference, seat.outputs(), row["floor_db"])
+            row["sqnr_db"] = round(worst, 2)
             row |= {"status": "wrong", "reason": wrong} if wrong else {}
         except Exception as error:  # noqa: BLE001 - a peer may raise anything
             row |= {"status": "failed", "reason": peers.first_line(error)}

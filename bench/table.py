@@ -47,11 +47,16 @@ def _heading(record: dict[str, Any]) -> str:
 
 def _model(model: dict[str, Any]) -> str:
     timed = [peer for peer in model["peers"] if peer["status"] == "ok"]
+    notes = [f"- {peer['peer']}: time by backend: {_shares(peer)}" for peer in timed if peer["details"].get("backend_shares")]
     untimed = [f"- {peer['peer']}: {peer['status']}: {peer['reason']}" for peer in model["peers"] if peer not in timed]
     parts = [f"**{model['model']}**: {model['description']}, {model['parameters'] / 1e6:.1f} M parameters"]
     if timed:
         parts.append(_markdown(HEADER, [_row(peer) for peer in timed]))
-    return "\n\n".join(parts + (["\n".join(untimed)] if untimed else []))
+    return "\n\n".join(parts + (["\n".join(notes + untimed)] if notes or untimed else []))
+
+
+def _shares(peer: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {share:.0%}" for name, share in peer["details"]["backend_shares"].items())
 
 
 def _row(peer: dict[str, Any]) -> list[str]:

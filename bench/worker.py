@@ -90,7 +90,7 @@ class LocalSeat:
             return Prepared("failed", peers.first_line(error))
         self.run = run
         _, peak = _memory_mb()
-        return Prepared("ok", None, elapsed, before, peak, self.peer.details(run))
+        return Prepared("ok", None, round(elapsed, 4), before, peak, self._details(run))
 
     def outputs(self) -> Outputs:
         """The outputs for each of the entry's check inputs."""
@@ -117,6 +117,12 @@ class LocalSeat:
         """Drop the prepared model."""
         self.run = None
         gc.collect()
+
+    def _details(self, run: peers.Runner) -> dict[str, Any]:
+        try:
+            return self.peer.details(run)
+        except Exception as error:  # noqa: BLE001 - facts on the side must not cost a peer its place
+            return {"error": peers.first_line(error)}
 
     def _ready(self) -> peers.Runner:
         if self.run is None:
