@@ -218,9 +218,21 @@ class Builder:
                 return self._mutate(old, target, name, args, kwargs)
             except Refused as reason:
                 raise self._refuse(str(reason)) from None
+        if target in (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims):
+            return self._squeeze(old, target, args)
         if target is aten.batch_norm.default and len(args) > 5 and args[5] and isinstance(args[3], Ref):
             return self._batch_statistics(old, args)
         return self._op(old, target, args, kwargs)
+
+    def _squeeze(self, old: fx.Node, target: OpOverload, args: tuple[Any, ...]) -> Any:
+        """Squeeze the dimensions that are 1 for certain, whatever the sizes that vary turn out to be in a call."""
+        shape = self._read(args[0]).meta["val"].shape
+        if all(isinstance(s, int) for s in shape):
+            return self._op(old, target, args, {})
+        asked = args[1] if len(args) > 1 else range(len(shape))
+        asked = [asked] if isinstance(asked, int) else asked
+        dims = [d % len(shape) for d in asked if isinstance(shape[d], int) and shape[d] == 1]
+        return self._op(old, aten.squeeze.dims, (args[0], dims), {})
 
     def _batch_statistics(self, old: fx.Node, args: tuple[Any, ...]) -> Any:
         """Batch norm in train mode: the op itself would write the running statistics; here they are written apart."""

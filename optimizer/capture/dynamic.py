@@ -6,6 +6,7 @@ Where torch.export, or the model itself, does not allow a group to vary, the gro
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -193,6 +194,7 @@ def spans(placeholders: Sequence[fx.Node], groups: Sequence[Group]) -> dict[str,
     hints = {s: int(hint(s)) for s in symbols}
     found = {}
     single: dict[Any, list[Any]] = {s: [] for s in symbols}
+    joint = []
     for guard in env.guards:
         expression = env.simplify(guard.expr)
         free = expression.free_symbols
@@ -200,8 +202,8 @@ def spans(placeholders: Sequence[fx.Node], groups: Sequence[Group]) -> dict[str,
             continue
         if len(free) == 1:
             single[next(iter(free))].append(expression)
-        elif not _always(expression, hints):
-            raise Inexpressible(str(guard.expr))
+        else:
+            joint.append(expression)
     for symbol in symbols:
         bounds = env.bound_sympy(symbol)
         low, high = _bound(bounds.lower, 0), _bound(bounds.upper, None)
@@ -209,6 +211,9 @@ def spans(placeholders: Sequence[fx.Node], groups: Sequence[Group]) -> dict[str,
         low = max([low or 0, 2 if not own else 1, *(lo for lo, _ in own if lo)])
         highs = [h for h in (high, *(h for _, h in own)) if h is not None and h < _HUGE]
         found[str(symbol)] = _fit(symbol, single[symbol], hints[symbol], low, min(highs, default=None))
+    for expression in joint:
+        if not _always(expression, found):
+            raise Inexpressible(f"the model's code holds for sizes with {expression} alone")
     return dict(sorted(found.items()))
 
 
@@ -240,14 +245,17 @@ def _fit(symbol: Any, guards: Sequence[Any], hint: int, low: int, high: int | No
     return ir.Span(bottom, top, step)
 
 
-def _always(expression: Any, hints: Mapping[Any, int]) -> bool:
-    """Whether a guard on several sizes holds for all sizes one meets: checked on a grid of small and large ones."""
-    import itertools
-
+def _always(expression: Any, found: Mapping[str, ir.Span]) -> bool:
+    """Whether a guard on several sizes holds for all sizes within their spans: checked on a grid, small and large."""
     free = sorted(expression.free_symbols, key=str)
-    values = [sorted({1, 2, 3, 4, 5, 7, 8, 16, 33, 128, 1000, hints.get(s, 2)}) for s in free]
-    if len(free) > 3:
+    if len(free) > 3 or not all(str(s) in found for s in free):
         return False
+    values = []
+    for symbol in free:
+        span = found[str(symbol)]
+        start = -(-max(span.low, 1) // span.multiple) * span.multiple
+        tried = [start + k * span.multiple for k in (0, 1, 2, 3, 4, 6, 7, 15, 32, 127, 1000)]
+        values.append([v for v in tried if span.high is None or v <= span.high])
     return all(bool(expression.subs(dict(zip(free, v, strict=True)))) for v in itertools.product(*values))
 
 

@@ -220,7 +220,7 @@ for _gone in ("matrix_H", "adjoint"):  # conjugating views of complex numbers: r
 # -- functional twins of ops that write -------------------------------------------------------------------------------
 
 #: Ops that change what a tensor looks like, not what it holds: the value is a new view of the same memory.
-METADATA = frozenset("unsqueeze_ squeeze_ transpose_ t_ swapaxes_ swapdims_ detach_ as_strided_".split())
+METADATA = frozenset(["unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "detach_", "as_strided_"])
 
 
 def written(target: OpOverload) -> list[int]:

@@ -92,10 +92,14 @@ class Whole:
 
     def _grown(self, plan: Plan) -> list[torch.Tensor]:
         """The example with every varying size of 1 doubled: torch.export would take 1 for a constant."""
-        leaves, seen = list(self.leaves), set()
-        for k, leaf in enumerate(leaves):  # one tensor passed twice would be captured as one input
-            leaves[k] = leaf if id(leaf) not in seen else leaf.detach().clone()
-            seen.add(id(leaf))
+        leaves, seen = [leaf.detach() for leaf in self.leaves], set()  # torch.export leaves marks on what it is given
+        for k, leaf in enumerate(leaves):
+            place = leaf.untyped_storage().data_ptr() if leaf.layout is torch.strided else id(leaf)
+            if place in seen:  # one tensor passed twice would be captured as one input
+                leaves[k] = leaf = leaf.clone()
+            seen.add(place)
+            if leaf.layout is torch.strided and not leaf.is_contiguous() and not _dense(leaf):
+                leaves[k] = leaf.contiguous()  # strides of a slice would be sizes of their own
         for group in plan.groups:
             if group.size == 1:
                 for k, d in group.members:
@@ -146,6 +150,17 @@ class Whole:
                 more = f" and {len(places) - 3} more" if len(places) > 3 else ""
                 self.notes.append(f"{group.kind} is fixed at {group.size} ({shown}{more}): the model's code depends on it")
         return program
+
+
+def _dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill one block of memory, in whatever order of dimensions."""
+    order = sorted(range(tensor.ndim), key=lambda d: tensor.stride(d))
+    expected = 1
+    for d in order:
+        if tensor.shape[d] > 1 and tensor.stride(d) != expected:
+            return False
+        expected *= tensor.shape[d]
+    return True
 
 
 def _symbol(program: ir.Program, group: Group) -> str | None:

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from graphwright.capture import Guard, capture
 from graphwright.structure import flatten, flatten_call
-from torch import nn
 
 
 class Fn(nn.Module):

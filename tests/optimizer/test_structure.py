@@ -10,11 +10,12 @@ import typing
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from graphwright.errors import InputError, LoadError
 from graphwright.output import CacheOutput, NamedOutput, Output
 from graphwright.structure import Spec, flatten, flatten_call
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 class Pair(typing.NamedTuple):
@@ -62,7 +63,7 @@ def same(a, b):
         for f in dataclasses.fields(a):
             same(getattr(a, f.name), getattr(b, f.name))
     else:
-        assert a == b or a != a
+        assert a == b
 
 
 leaf = st.sampled_from([None, True, 1, 1.5, float("inf"), "x", torch.float16, torch.device("cpu"), Mode.SUM]) | st.builds(
@@ -80,7 +81,7 @@ value = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(value)
 def test_round_trip(nested):
     leaves, spec = flatten(nested)
