@@ -139,7 +139,7 @@ def renew(program: Program, start: Iterable[fx.Node]) -> None:
         stale.discard(node)
         try:
             found = program.infer(node)
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             if not is_op(node, "aten.view"):
                 raise
             node.target = torch.ops.aten.reshape.default
