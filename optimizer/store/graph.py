@@ -2,7 +2,7 @@
 
 A file may name the rows of the op table, other pure ops of ATen and of Graphwright, and the scalar functions on sizes.
 Python is never imported or evaluated by a file's word; names that end up in generated code are checked letter by letter.
-Metadata is inferred anew on fake tensors, and has to agree with what the file says.
+Metadata is rebuilt, and what the file says of it is checked by running every op without memory (``infer``).
 """
 
 from __future__ import annotations
@@ -20,24 +20,17 @@ from torch._ops import OpOverload
 from graphwright import ops
 from graphwright.errors import LoadError, SaveError
 from graphwright.ir import SCALAR_FUNCTIONS, Mutation, Program, Signature, normalise, op_name
+from graphwright.store.infer import Rehearsal
 from graphwright.store.reading import Record, bad, want, want_int, want_strings
 from graphwright.store.symbols import Scope, describe_symbols, rebuild_symbols
-from graphwright.store.tensors import Place, read_device
-from graphwright.store.values import agrees, build_value, decode_arg, encode_arg, encode_value
+from graphwright.store.tensors import Place, dtype_name, read_device
+from graphwright.store.values import build_value, decode_arg, encode_arg, encode_value
 from graphwright.structure import Spec
 
 #: Ops of ATen that read files or print, and so have no place in a file that anybody may have written.
 _DENIED = {"aten::from_file", "aten::_print"}
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _TENSOR_NAME = re.compile(r"[\w\-:#@+/ ]+(\.[\w\-:#@+/ ]+)*\Z")
-#: How many tensors an op gives, from its arguments by name: not to be left to a file's word.
-_COUNTS: dict[str, Callable[[Mapping[str, Any]], int]] = {
-    "aten::unbind": lambda a: a["self"].shape[a["dim"]],
-    **dict.fromkeys(("aten::split", "aten::unsafe_split"),
-                    lambda a: -(-a["self"].shape[a["dim"]] // a["split_size"]) if type(a.get("split_size")) is int else 0),
-    **dict.fromkeys(("aten::chunk", "aten::unsafe_chunk"), lambda a: a["chunks"]),
-    **{f"aten::{n}": lambda a: a["sections"] if type(a.get("sections")) is int else 0 for n in ("tensor_split", "hsplit", "vsplit", "dsplit")},
-}  # fmt: skip
 
 
 def permitted(target: Any) -> str | None:
@@ -194,8 +187,9 @@ def read_program(data: Any, run_sizes: Mapping[str, int], where: str) -> Draft:
             bad(f"{where}, tensor {name!r}", f"it cannot be the same as {same[:80]!r}")
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
+    rehearsal = Rehearsal(scope)
     for k, entry in enumerate(record.get("nodes", list)):
-        _read_node(entry, graph, nodes, tensors, scope, f"{where}, node {k}")
+        _read_node(entry, graph, nodes, tensors, rehearsal, f"{where}, node {k}")
     results = tuple(decode_arg(r, nodes, f"{where}, output {k}") for k, r in enumerate(record.get("results", list)))
     graph.output(results)
     signature = Signature(*(_read_spec(record.raw(k)) for k in ("inputs", "outputs")),
@@ -228,7 +222,7 @@ def _read_tensor(name: str, data: Any, sizes: Mapping[str, int], where: str) -> 
     return place, kind == "parameter", grad, same if same is None else want(same, str, where)
 
 
-def _read_node(entry: Any, graph: fx.Graph, nodes: dict[str, fx.Node], tensors: Mapping[str, Any], scope: Scope,
+def _read_node(entry: Any, graph: fx.Graph, nodes: dict[str, fx.Node], tensors: Mapping[str, Any], rehearsal: Rehearsal,
                where: str) -> None:  # fmt: skip
     kind = want(entry, dict, where).get("op")
     shapes = {"input": "name op value", "tensor": "name op tensor", "call": "name op target args kwargs value sites trace"}
@@ -240,23 +234,23 @@ def _read_node(entry: Any, graph: fx.Graph, nodes: dict[str, fx.Node], tensors: 
         bad(where, f"an unusable name {name[:60]!r}")
     if kind == "input":
         node = graph.create_node("placeholder", name, (), {}, name=name)
-        node.meta["val"] = build_value(record.raw("value"), scope, where)
+        rehearsal.give(node, build_value(record.raw("value"), rehearsal.scope, where))
     elif kind == "tensor":
         target = record.get("tensor", str)
         if target not in tensors:
             bad(where, f"its tensor {target[:80]!r} is not in the file")
         node = graph.create_node("get_attr", target, (), {}, name=name)
         place = tensors[target][0]
-        with scope.mode:
-            node.meta["val"] = torch.empty_strided(place.shape, place.stride, dtype=place.dtype, device=place.device)
+        rehearsal.give(node, rehearsal.scope.fake(place.shape, place.stride, dtype_name(place.dtype), place.device))
     else:
-        node = _read_call(record, name, graph, nodes, scope)
+        node = _read_call(record, name, graph, nodes, rehearsal)
     if node.name != name:
         bad(where, f"an unusable name {name[:60]!r}")
     nodes[name] = node
 
 
-def _read_call(record: Record, name: str, graph: fx.Graph, nodes: Mapping[str, fx.Node], scope: Scope) -> fx.Node:
+def _read_call(record: Record, name: str, graph: fx.Graph, nodes: Mapping[str, fx.Node],
+               rehearsal: Rehearsal) -> fx.Node:  # fmt: skip
     where = f"{record.where} ({name})"
     target = find_call(record.get("target", str), where)
     args = tuple(decode_arg(a, nodes, where) for a in record.get("args", list))
@@ -266,61 +260,11 @@ def _read_call(record: Record, name: str, graph: fx.Graph, nodes: Mapping[str, f
     if not isinstance(target, OpOverload) and kwargs:
         bad(where, "a scalar function takes no keyword arguments")
     node = graph.create_node("call_function", target, args, kwargs, name=name)
-    node.meta["val"] = _infer(node, record.raw("value"), scope, where)
+    rehearsal.call(node, record.raw("value"), where)
     node.meta["sites"] = record.strings("sites")
     if record.raw("trace") is not None:
         node.meta["trace"] = decode_arg(record.raw("trace"), {}, where)
     return node
-
-
-def _infer(node: fx.Node, said: Any, scope: Scope, where: str) -> Any:
-    """What the node gives, on fake tensors; for an op that fakes cannot run, what the file says."""
-    target = node.target
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    if isinstance(target, OpOverload):
-        _check_count(target, args, kwargs, said, where)
-    else:
-        _check_scalars(op_name(target), args, where)
-    try:
-        with scope.mode, torch.no_grad():
-            found = target(*args, **kwargs)  # type: ignore[operator]
-    except Exception as error:
-        if not isinstance(target, OpOverload) or ops.row(target) is not None:
-            raise LoadError(f"{where}: {op_name(target)} does not take what the file gives it ({_line(error)})") from error
-        return build_value(said, scope, where)
-    if type(found) is int:
-        want_int(found, where)
-    if not agrees(said, found, scope):
-        bad(where, f"{op_name(target)} gives another shape or type than the file says")
-    return found
-
-
-def _check_count(target: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any], said: Any, where: str) -> None:
-    """Some ops give as many tensors as a size says: look before they do."""
-    count = _COUNTS.get(target._schema.name)
-    if count is not None:
-        names = (a.name for a in target._schema.arguments)
-        given = said.get("list", said.get("tuple")) if isinstance(said, dict) else None
-        if type(given) is not list or count({**dict(zip(names, args, strict=False)), **kwargs}) > len(given):
-            bad(where, f"{op_name(target)} gives another number of tensors than the file says")
-
-
-def _check_scalars(name: str, args: tuple[Any, ...], where: str) -> None:
-    """Scalar functions compute with numbers; repeated lists and towers of powers are nobody's sizes."""
-    numbers = (bool, int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
-    if name == "operator.getitem":
-        if len(args) != 2 or not isinstance(args[0], (tuple, list)) or type(args[1]) is not int:
-            bad(where, "getitem takes an element of several by its number")
-        return
-    flat = [v for a in args for v in (a if isinstance(a, (tuple, list)) and name == "torch.sym_sum" else [a])]
-    if not all(isinstance(v, numbers) for v in flat):
-        bad(where, f"{name} takes numbers")
-    if name == "operator.pow" and not (len(args) == 2 and type(args[1]) in (int, float) and abs(args[1]) <= 8):
-        bad(where, "a power that no size is made of")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _read_mutations(items: list[Any], tensors: Mapping[str, Any], nodes: Mapping[str, fx.Node], results: tuple[Any, ...],

@@ -6,7 +6,7 @@ Nothing is ever parsed from source text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.utils._sympy.value_ranges import ValueRanges
 from graphwright.errors import SaveError
 from graphwright.ir import Program, Span
 from graphwright.store.reading import INT_MAX, Record, bad, want, want_int
+from graphwright.store.tensors import DTYPES
 
 _SYMPY = ("Add", "Mul", "Pow", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not")
 _TORCH = ("FloorDiv", "ModularIndexing", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv", "IntTrueDiv",
@@ -83,6 +84,17 @@ def decode(data: Any, names: Mapping[str, sympy.Symbol], where: str, depth: int 
     return FUNCTIONS[head](*args)
 
 
+def _mentioned(data: Any) -> set[Any]:
+    """Names of the symbols in an expression's JSON; "opaque" and what is ill-formed counts as an unknown one."""
+    if type(data) is int:
+        return set()
+    if type(data) is not list or not data or data == ["opaque"]:
+        return {None}
+    if data[0] == "sym":
+        return {data[1] if len(data) == 2 and type(data[1]) is str else None}
+    return {s for d in data[1:] for s in _mentioned(d)}
+
+
 # -- shape environments ----------------------------------------------------------------------------------------------
 
 
@@ -101,21 +113,41 @@ class Scope:
     symbols: dict[str, sympy.Symbol] = field(default_factory=dict)
     hints: dict[sympy.Symbol, sympy.Integer] = field(default_factory=dict)
     spans: dict[str, Span] = field(default_factory=dict)
+    _numbers: dict[str, int | None] = field(default_factory=dict)
 
     @property
     def env(self) -> ShapeEnv:
         return self.mode.shape_env
 
-    def size(self, data: Any, where: str) -> int | torch.SymInt:
+    def size(self, data: Any, where: str, low: int = 0) -> int | torch.SymInt:
         """A size from its JSON: an integer, or a symbolic one in this program's environment."""
         if type(data) is int:
-            return want_int(data, where, 0)
+            return want_int(data, where, low)
         expr = decode(data, self.symbols, where)
-        known = expr.xreplace(self.hints)
-        hint = int(known) if known.is_Integer else None
-        if hint is not None and not 0 <= hint <= INT_MAX:
-            bad(where, f"a size of {str(hint)[:24]}")
-        return self.env.create_symintnode(expr, hint=hint)
+        return self.env.create_symintnode(expr, hint=self._known(expr, where, low))
+
+    def at_capture(self, data: Any, where: str) -> int | None:
+        """What a size was when the model was captured; None where that is unknown."""
+        if type(data) is int:
+            return want_int(data, where)
+        if type(data) is not list or any(s not in self.symbols for s in _mentioned(data)):
+            return None
+        key = repr(data)
+        if key not in self._numbers:
+            self._numbers[key] = self._known(decode(data, self.symbols, where), where, -INT_MAX)
+        return self._numbers[key]
+
+    def _known(self, expr: sympy.Expr, where: str, low: int) -> int | None:
+        value = expr.xreplace(self.hints)
+        number = int(value) if value.is_Integer else None
+        if number is not None and not low <= number <= INT_MAX:
+            bad(where, f"a size of {str(number)[:24]}")
+        return number
+
+    def fake(self, shape: Sequence[int], stride: Sequence[int], dtype: str, device: str = "cpu") -> torch.Tensor:
+        """A fake tensor of fixed sizes."""
+        bare = torch.empty_strided(shape, stride, dtype=DTYPES[dtype], device="meta")
+        return self.mode.fake_tensor_converter.from_meta_and_device(self.mode, bare, torch.device(device))
 
     def names(self) -> dict[sympy.Symbol, str]:
         """What the rebuilt symbols are called in the file."""

@@ -198,17 +198,17 @@ def build_value(data: Any, scope: Scope, where: str) -> Any:
             items = [build_value(v, scope, where) for v in want(value, list, where)]
             return tuple(items) if kind == "tuple" else items
         if kind == "symint":
-            return _sizes([value], scope, where)[0]
+            return _sizes([value], scope, where, low=-INT_MAX)[0]
     return decode_arg(data, {}, where)
 
 
-def _sizes(items: list[Any], scope: Scope, where: str) -> list[Any]:
+def _sizes(items: list[Any], scope: Scope, where: str, low: int = 0) -> list[Any]:
     if len(items) > 64:
         bad(where, f"{len(items)} axes")
     for item in items:
         if _unbound(item, scope):
             scope.symbols[item[1]] = scope.env.create_unbacked_symint().node.expr
-    return [scope.size(item, where) for item in items]
+    return [scope.size(item, where, low) for item in items]
 
 
 def _unbound(size: Any, scope: Scope) -> bool:
@@ -243,5 +243,5 @@ def _size_agrees(data: Any, size: Any, scope: Scope) -> bool:
         scope.symbols[data[1]] = size.node.expr
     if encode(size.node.expr, scope.names()) == data:
         return True
-    said, found = scope.size(data, "a size"), size  # spelled in another way: the values at capture decide
+    said, found = scope.size(data, "a size", -INT_MAX), size  # spelled in another way: the values at capture decide
     return isinstance(said, torch.SymInt) and said.node.hint is not None and said.node.hint == found.node.hint
