@@ -147,6 +147,7 @@ def task(*, batch: int = 100, calibration_images: int = 500, progress: Callable[
         calibration=calibration,
         evaluate=evaluate,
         metric="top-1 accuracy (%)",
+        digits=2,
         higher_is_better=True,
         sources=(WEIGHTS, IMAGES),
     )

@@ -113,6 +113,7 @@ def task(
         calibration=calibration,
         evaluate=evaluate,
         metric="Pearson with human similarity",
+        digits=4,
         higher_is_better=True,
         sources=(WEIGHTS, TEXTS),
     )

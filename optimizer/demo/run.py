@@ -83,7 +83,11 @@ class DemoResult:
         row("latency, p95", lambda c: f"{c.timing.p95:.2f} ms")
         row("speed", lambda c: "1.00 x" if c is first else f"{first.timing.median / c.timing.median:.2f} x")
         row("size on disk", lambda c: f"{c.megabytes:.2f} MB")
-        row(self.task.metric, lambda c: f"{c.score:.4f}" + ("" if c is first else f" ({c.score - first.score:+.4f})"))
+        digits = self.task.digits
+        row(
+            self.task.metric,
+            lambda c: f"{c.score:.{digits}f}" + ("" if c is first else f" ({c.score - first.score:+.{digits}f})"),
+        )
         row("what was done", lambda c: "\n".join(c.done))
         row("loaded again", lambda c: {True: "same bits", False: "DIFFERS", None: ""}[c.same_bits])
         row("saved file", lambda c: str(c.saved or ""))

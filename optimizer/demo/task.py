@@ -24,6 +24,7 @@ class DemoTask:
         calibration: inputs like `example_inputs`; none of them is scored by `evaluate`.
         evaluate: score of a model that is called like `model`.
         metric: what `evaluate` returns.
+        digits: how many of its digits behind the point mean something.
         higher_is_better: direction of the metric.
         sources: the packages that weights and data came from.
     """
@@ -35,5 +36,6 @@ class DemoTask:
     calibration: Sequence[Any]
     evaluate: Callable[[nn.Module], float]
     metric: str
+    digits: int
     higher_is_better: bool
     sources: tuple[Asset, ...]
