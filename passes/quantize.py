@@ -18,7 +18,16 @@ from graphwright.ir import Program, args_by_name, op_name, site_of
 from graphwright.manager import Pass, PassResult
 from graphwright.numerics import Lossy
 from graphwright.passes.observers import Grid, Histogram, Rule, grid, rule
-from graphwright.passes.quantize_plan import Anchor, Plan, find_anchor, float_inputs, groups, is_matrix_op, plan
+from graphwright.passes.quantize_plan import (
+    Anchor,
+    Plan,
+    find_anchor,
+    float_inputs,
+    groups,
+    is_matrix_op,
+    pair_of,
+    plan,
+)
 from graphwright.passes.quantize_weights import ChannelMean
 from graphwright.passes.quantize_write import Writer, site_errors
 
@@ -183,6 +192,10 @@ class _Ranges:
         """A grid per value; those that share are given the same object."""
         grids: dict[fx.Node, Grid] = {}
         for members in groups(found.values, (p for p in found.shared if self._may_share(*p))):
+            there = next((p for m in members if (p := pair_of(m)) is not None), None)
+            if there is not None:  # an earlier run decided
+                grids.update(dict.fromkeys(members, Grid(*there[0].args[1:])))  # type: ignore[arg-type]
+                continue
             watched = [m for m in members if m in self.seen] or members
             seen = _merged(self.of(m) for m in watched)
             auto = "mse" if all(m in found.conv for m in members) else "min-max"

@@ -14,7 +14,7 @@ from graphwright.calibrate import observe
 from graphwright.ir import Program, arg, args_by_name, set_arg, site_of, sites_of
 from graphwright.numerics import sqnr_db
 from graphwright.passes.observers import Grid
-from graphwright.passes.quantize_plan import Anchor, Plan
+from graphwright.passes.quantize_plan import Anchor, Plan, pair_of
 from graphwright.passes.quantize_weights import ChannelMean, Int8Weight, mean_error, quantize_weight
 
 _OPS = torch.ops.graphwright
@@ -54,7 +54,10 @@ class Writer:
             node.kwargs = fx.node.map_arg(node.kwargs, lambda n: pairs.get(n, n))
 
     def _pair(self, value: fx.Node, g: Grid) -> fx.Node:
-        """The dequantized value behind a new pair."""
+        """The dequantized value behind a new pair, or behind the one that is there."""
+        there = pair_of(value)
+        if there is not None:
+            return there[1]
         sites = sites_of(value) or sites_of(next(iter(value.users)))
         with self._after(value):
             q = self.program.call(_OPS.quantize.default, value, g.scale, g.zero_point, g.low, g.high, g.dtype, sites=sites)

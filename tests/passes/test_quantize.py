@@ -300,6 +300,17 @@ def test_include_exclude_and_second_run(fused: Prepare, run: Any) -> None:
     assert again.text() == after.text()
 
 
+def test_several_runs_with_their_own_options_agree_on_values(fused: Prepare, run: Any) -> None:
+    program = fused(Small(), torch.randn(4, 3, 16, 16))
+    whole, _ = run(program, Quantize(observer="min-max"))
+    after, result = run(program, Quantize(observer="min-max", exclude=("conv1",)), Quantize(observer="mse", include=("conv1",)))
+    assert [s for s, _ in result.changes] == ["conv1"]
+    assert set(pairs(after)) == set(pairs(whole))
+    stem = node(after, "aten.max_pool2d")
+    assert pairs(after)[stem.name] == pairs(whole)[stem.name], "the value has one pair, the first run's"
+    assert all(behind_pair(n.args[0]) for n in after.nodes if op_name(n.target) in ("graphwright.conv", "graphwright.linear"))
+
+
 def test_missing_calibration_and_wrong_options(captured: Any) -> None:
     program = captured(nn.Linear(4, 3), torch.randn(2, 4))
     with pytest.raises(CalibrationError, match="needs calibration data"):
