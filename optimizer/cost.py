@@ -74,7 +74,9 @@ def cost(node: fx.Node, sizes: Mapping[str, int] | None = None) -> Cost:
         return Cost()
     traffic = facts.traffic(node)
     read = {name: number(size, sizes) for name, size in traffic.read.items()}
-    held = {o.name for o in facts.operands(node) if o is not None and o.node is not None and _root(o.node).op == "get_attr"}
+    held = {
+        o.name for o in facts.operands(node) if o is not None and o.node is not None and _root(o.node).op == "get_attr"
+    }
     parameters = sum(size for name, size in read.items() if name in held)
     return Cost(number(facts.flops(node), sizes), sum(read.values()), number(traffic.written, sizes), parameters)
 

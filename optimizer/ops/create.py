@@ -16,7 +16,9 @@ def _zero(args: Any, out: Any) -> int:
     return 0
 
 
-def _create(name: str, body: Any, summary: str, overloads: Sequence[str] = ("default",), traits: Sequence[str] = ()) -> None:
+def _create(
+    name: str, body: Any, summary: str, overloads: Sequence[str] = ("default",), traits: Sequence[str] = ()
+) -> None:
     op(f"aten.{name}", axes=None, traits=traits, flops=_zero, overloads=overloads)(described(body, summary))
 
 
@@ -40,7 +42,11 @@ _create("full", lambda size, fill_value, **o: torch.full(list(size), fill_value,
 _create("scalar_tensor", lambda s, **o: _filled([], s, o), "A number as a tensor.")
 _create("new_zeros", lambda x, size, **o: _filled(size, 0, _like(x, o)), "Zeros of another tensor's kind.")
 _create("new_ones", lambda x, size, **o: _filled(size, 1, _like(x, o)), "Ones of another tensor's kind.")
-_create("new_full", lambda x, size, value, **o: _filled(size, value, _like(x, o)), "One number everywhere, of another tensor's kind.")
+_create(
+    "new_full",
+    lambda x, size, value, **o: _filled(size, value, _like(x, o)),
+    "One number everywhere, of another tensor's kind.",
+)
 
 
 def _strided_like(x: Tensor, value: Any, options: dict[str, Any]) -> Tensor:
@@ -50,9 +56,19 @@ def _strided_like(x: Tensor, value: Any, options: dict[str, Any]) -> Tensor:
 _create("zeros_like", lambda x, **o: _strided_like(x, 0, o), "Zeros in another tensor's shape.")
 _create("ones_like", lambda x, **o: _strided_like(x, 1, o), "Ones in another tensor's shape.")
 _create("full_like", lambda x, value, **o: _strided_like(x, value, o), "One number in another tensor's shape.")
-_create("fill", lambda x, value: torch.where(torch.zeros_like(x, dtype=torch.bool), x, torch.as_tensor(value, dtype=x.dtype, device=x.device)),
-        "One number in another tensor's shape.", ("Scalar", "Tensor"))  # fmt: skip
-_create("copy", lambda x, src, non_blocking=False: torch.broadcast_to(src, x.shape).to(x.dtype, copy=True), "src in the shape, dtype and layout of self.")
+_create(
+    "fill",
+    lambda x, value: torch.where(
+        torch.zeros_like(x, dtype=torch.bool), x, torch.as_tensor(value, dtype=x.dtype, device=x.device)
+    ),
+    "One number in another tensor's shape.",
+    ("Scalar", "Tensor"),
+)
+_create(
+    "copy",
+    lambda x, src, non_blocking=False: torch.broadcast_to(src, x.shape).to(x.dtype, copy=True),
+    "src in the shape, dtype and layout of self.",
+)
 
 
 def _arange(start: Any, end: Any, step: Any, options: dict[str, Any]) -> Tensor:
@@ -62,7 +78,12 @@ def _arange(start: Any, end: Any, step: Any, options: dict[str, Any]) -> Tensor:
 
 _create("arange", lambda end, **o: _arange(0, end, 1, o), "0, 1, ... below end.")
 _create("arange", lambda start, end, **o: _arange(start, end, 1, o), "start, start + 1, ... below end.", ("start",))
-_create("arange", lambda start, end, step=1, **o: _arange(start, end, step, o), "start, start + step, ... before end.", ("start_step",))
+_create(
+    "arange",
+    lambda start, end, step=1, **o: _arange(start, end, step, o),
+    "start, start + step, ... before end.",
+    ("start_step",),
+)
 
 
 def _linspace(start: Any, end: Any, steps: int, **options: Any) -> Tensor:
@@ -94,16 +115,63 @@ def _hann(size: int, periodic: bool, options: dict[str, Any]) -> Tensor:
 
 # -- memory as it comes, random numbers ------------------------------------------------------------------------------
 
-_create("empty", lambda size, *, memory_format=None, **o: torch.empty(list(size), **_where(o)), "Memory as it comes.", ("memory_format",), (RANDOM,))
-_create("new_empty", lambda x, size, **o: torch.empty(list(size), **_like(x, o)), "Memory as it comes, of another tensor's kind.", traits=(RANDOM,))
-_create("empty_like", lambda x, **o: torch.empty_like(x, memory_format=o.get("memory_format"), **_where(o)), "Memory in another tensor's shape.", traits=(RANDOM,))
-_create("rand", lambda size, **o: torch.rand(list(size), **_where(o)), "Uniform random numbers below 1.", traits=(RANDOM,))
+_create(
+    "empty",
+    lambda size, *, memory_format=None, **o: torch.empty(list(size), **_where(o)),
+    "Memory as it comes.",
+    ("memory_format",),
+    (RANDOM,),
+)
+_create(
+    "new_empty",
+    lambda x, size, **o: torch.empty(list(size), **_like(x, o)),
+    "Memory as it comes, of another tensor's kind.",
+    traits=(RANDOM,),
+)
+_create(
+    "empty_like",
+    lambda x, **o: torch.empty_like(x, memory_format=o.get("memory_format"), **_where(o)),
+    "Memory in another tensor's shape.",
+    traits=(RANDOM,),
+)
+_create(
+    "rand", lambda size, **o: torch.rand(list(size), **_where(o)), "Uniform random numbers below 1.", traits=(RANDOM,)
+)
 _create("randn", lambda size, **o: torch.randn(list(size), **_where(o)), "Normal random numbers.", traits=(RANDOM,))
-_create("rand_like", lambda x, **o: torch.rand_like(x, **_where(o)), "Uniform random numbers in another tensor's shape.", traits=(RANDOM, LAYOUT_FREE))
-_create("randn_like", lambda x, **o: torch.randn_like(x, **_where(o)), "Normal random numbers in another tensor's shape.", traits=(RANDOM, LAYOUT_FREE))
-_create("randint", lambda high, size, **o: torch.randint(high, list(size), **({"dtype": torch.int64} | _where(o))), "Random integers below high.", traits=(RANDOM,))
-_create("randint", lambda low, high, size, **o: torch.randint(low, high, list(size), **({"dtype": torch.int64} | _where(o))),
-        "Random integers from low, below high.", ("low",), (RANDOM,))  # fmt: skip
-_create("bernoulli", lambda x, *, generator=None: torch.bernoulli(x, generator=generator), "1 with probability x, else 0.", traits=(RANDOM,))
-_create("multinomial", lambda x, n, replacement=False, *, generator=None: torch.multinomial(x, n, replacement, generator=generator),
-        "Indices drawn with the probabilities x.", traits=(RANDOM,))  # fmt: skip
+_create(
+    "rand_like",
+    lambda x, **o: torch.rand_like(x, **_where(o)),
+    "Uniform random numbers in another tensor's shape.",
+    traits=(RANDOM, LAYOUT_FREE),
+)
+_create(
+    "randn_like",
+    lambda x, **o: torch.randn_like(x, **_where(o)),
+    "Normal random numbers in another tensor's shape.",
+    traits=(RANDOM, LAYOUT_FREE),
+)
+_create(
+    "randint",
+    lambda high, size, **o: torch.randint(high, list(size), **({"dtype": torch.int64} | _where(o))),
+    "Random integers below high.",
+    traits=(RANDOM,),
+)
+_create(
+    "randint",
+    lambda low, high, size, **o: torch.randint(low, high, list(size), **({"dtype": torch.int64} | _where(o))),
+    "Random integers from low, below high.",
+    ("low",),
+    (RANDOM,),
+)
+_create(
+    "bernoulli",
+    lambda x, *, generator=None: torch.bernoulli(x, generator=generator),
+    "1 with probability x, else 0.",
+    traits=(RANDOM,),
+)
+_create(
+    "multinomial",
+    lambda x, n, replacement=False, *, generator=None: torch.multinomial(x, n, replacement, generator=generator),
+    "Indices drawn with the probabilities x.",
+    traits=(RANDOM,),
+)

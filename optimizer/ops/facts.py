@@ -250,7 +250,12 @@ def aliases(node: fx.Node) -> bool:
     """Whether a node gives another look at its first operand's memory, without moving anything."""
     found = row(node.target)
     inputs = operands(node)
-    if found is None or not inputs or inputs[0] is None or not any(r.alias_info for r in found.overload._schema.returns):
+    if (
+        found is None
+        or not inputs
+        or inputs[0] is None
+        or not any(r.alias_info for r in found.overload._schema.returns)
+    ):
         return False
     x, outs = inputs[0].value, results(node)
     if found.name in ("aten.reshape", "aten.flatten", "aten.reshape_as"):

@@ -42,7 +42,9 @@ def _dft(x: Tensor, count: Any, inverse: bool, norm: str | None) -> Tensor:
     at = torch.arange(n, device=x.device)
     turns = torch.outer(at, torch.arange(count, device=x.device)) % n
     angle = turns.to(torch.float64) * (2 * math.pi / n) * (1 if inverse else -1)
-    matrix = torch.polar(torch.ones_like(angle), angle).to(torch.complex128 if work == torch.float64 else torch.complex64)
+    matrix = torch.polar(torch.ones_like(angle), angle).to(
+        torch.complex128 if work == torch.float64 else torch.complex64
+    )
     return torch.matmul(x.to(matrix.dtype), matrix) * _scale(n, norm, inverse)
 
 

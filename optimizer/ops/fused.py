@@ -56,7 +56,8 @@ def _numbers(*names: str, **wanted: Any) -> Callable[[Args], tuple[float, ...] |
     def take(args: Args) -> tuple[float, ...] | None:
         found = [args.get(name) for name in names]
         plain = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in found)
-        return tuple(map(float, found)) if plain and _when(**wanted)(args) is not None else None  # type: ignore[arg-type]
+        fits = plain and _when(**wanted)(args) is not None
+        return tuple(map(float, found)) if fits else None  # type: ignore[arg-type]
 
     return take
 
@@ -94,7 +95,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "elu": Activation(F.elu, {"aten.elu": _numbers("alpha", scale=1, input_scale=1)}, lambda alpha: {"alpha": alpha}),
     "selu": Activation(F.selu, {
         "aten.selu": _plain,
-        "aten.elu": lambda a: () if (a.get("alpha"), a.get("scale")) == _SELU and a.get("input_scale", 1) == 1 else None,
+        "aten.elu": _when(alpha=_SELU[0], scale=_SELU[1], input_scale=1),
     }),
     "mish": Activation(F.mish, {"aten.mish": _plain}),
     "softplus": Activation(
@@ -159,7 +160,7 @@ def _conv_axes(**args: Any) -> str:
     left, result = plain.split(" -> ")
     words = re.findall(r"\(.*?\)|\S+", result)
     other = args["other"]
-    return f"{left}, {' '.join(words[len(words) - (0 if other is None else other.ndim):])} -> {result}"
+    return f"{left}, {' '.join(words[len(words) - (0 if other is None else other.ndim) :])} -> {result}"
 
 
 @op("graphwright.conv", axes=_conv_axes, traits={CONTRACTION})
@@ -264,9 +265,7 @@ def quantize_channel(
 
 
 @op("graphwright.dequantize_channel", axes=_channel_axes, traits={QUANT, CAST})
-def dequantize_channel(
-    q: Tensor, scales: Tensor, zero_points: Tensor | None, axis: int, dtype: torch.dtype
-) -> Tensor:
+def dequantize_channel(q: Tensor, scales: Tensor, zero_points: Tensor | None, axis: int, dtype: torch.dtype) -> Tensor:
     """Back from a scale per channel: ``(q - zero_points) * scales`` along ``axis`` as ``dtype``, same shape."""
     work = _real_dtype(q, dtype)
     shifted = q.to(work)

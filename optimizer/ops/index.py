@@ -99,7 +99,9 @@ def scatter_add(self: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
 
 
 @op("aten.scatter_reduce", axes=None, overloads=("two",))
-def scatter_reduce(self: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True) -> Tensor:
+def scatter_reduce(
+    self: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
     """As scatter, what meets being summed, multiplied, averaged, or its extreme taken."""
     return torch.scatter_reduce(self, dim, index, src, reduce, include_self=include_self)
 

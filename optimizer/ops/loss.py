@@ -53,8 +53,9 @@ def binary_cross_entropy(self: Tensor, target: Tensor, weight: Tensor | None = N
 
 
 @op("aten.binary_cross_entropy_with_logits")
-def binary_cross_entropy_with_logits(self: Tensor, target: Tensor, weight: Tensor | None = None,
-                                     pos_weight: Tensor | None = None, reduction: int = 1) -> Tensor:  # fmt: skip
+def binary_cross_entropy_with_logits(
+    self: Tensor, target: Tensor, weight: Tensor | None = None, pos_weight: Tensor | None = None, reduction: int = 1
+) -> Tensor:
     """Cross entropy of logits of two classes."""
     zero = torch.zeros_like(self)
     log, log_rest = -torch.logaddexp(zero, -self), -torch.logaddexp(zero, self)
@@ -81,14 +82,22 @@ def _of_classes(log: Tensor, target: Tensor, weight: Tensor | None, reduction: i
 
 
 @op("aten.nll_loss_nd")
-def nll_loss(self: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1, ignore_index: Any = -100) -> Tensor:
+def nll_loss(
+    self: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1, ignore_index: Any = -100
+) -> Tensor:
     """Negative log likelihood of classes, from their log probabilities on axis 1."""
     return _of_classes(self, target, weight, reduction, ignore_index)
 
 
 @op("aten.cross_entropy_loss")
-def cross_entropy(self: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1,
-                  ignore_index: Any = -100, label_smoothing: float = 0.0) -> Tensor:  # fmt: skip
+def cross_entropy(
+    self: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: Any = -100,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """Cross entropy of logits on axis 1, with classes by index or as probabilities."""
     at = 1 if self.ndim > 1 else 0
     log = torch.log_softmax(self, at)
@@ -100,5 +109,11 @@ def cross_entropy(self: Tensor, target: Tensor, weight: Tensor | None = None, re
         shape = [-1 if k == at else 1 for k in range(self.ndim)]
         loss = -torch.sum(log * smooth * (1 if weight is None else weight.reshape(shape)), at)
         return torch.sum(loss) / (self.numel() / count) if reduction == 1 else _reduce(loss, reduction)
-    return torch.nn.functional.cross_entropy(self, target, weight, ignore_index=int(ignore_index),
-                                             reduction=("none", "mean", "sum")[reduction], label_smoothing=label_smoothing)  # fmt: skip
+    return torch.nn.functional.cross_entropy(
+        self,
+        target,
+        weight,
+        ignore_index=int(ignore_index),
+        reduction=("none", "mean", "sum")[reduction],
+        label_smoothing=label_smoothing,
+    )

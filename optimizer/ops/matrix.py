@@ -210,7 +210,7 @@ def _conv(input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padd
 
 def _conv_transpose(input: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0,
                     output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Tensor:  # fmt: skip
-    """Transposed convolution: ``input [n, g*i, *s]``, ``weight [g*i, o, *k]``; zeros are put between, then it convolves."""
+    """Transposed convolution: ``input [n, g*i, *s]``, ``weight [g*i, o, *k]``; zeros go between."""
     spatial = weight.ndim - 2
     batched = input.ndim == spatial + 2
     x = input if batched else input.unsqueeze(0)

@@ -108,7 +108,7 @@ def _batch_axes(**args: Any) -> str:
 def batch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor | None,
                running_var: Tensor | None, training: bool, momentum: float, eps: float,
                cudnn_enabled: bool) -> Tensor:  # fmt: skip
-    """Batch norm: per channel, with the running statistics, or in training the batch's (running ones stay unchanged here)."""
+    """Batch norm: per channel, with the running statistics, or in training the batch's; changes none."""
     x = _wide(input)
     if training or running_mean is None or running_var is None:
         y, _, _ = _standard(x, [0, *range(2, x.ndim)], eps)
@@ -118,9 +118,15 @@ def batch_norm(input: Tensor, weight: Tensor | None, bias: Tensor | None, runnin
     return _affine(y, _per_channel(weight, x), _per_channel(bias, x), input.dtype)
 
 
-@op("aten._native_batch_norm_legit_functional", axes=lambda **args: f"{_batch_axes(**args)}, {'c, c' if args['training'] else '0, 0'}, c, c", traits={NORM})
-def batch_norm_functional(input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor,
-                          running_var: Tensor, training: bool, momentum: float, eps: float) -> tuple[Tensor, ...]:  # fmt: skip
+@op(
+    "aten._native_batch_norm_legit_functional",
+    axes=lambda **args: f"{_batch_axes(**args)}, {'c, c' if args['training'] else '0, 0'}, c, c",
+    traits={NORM},
+)
+def batch_norm_functional(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, running_mean: Tensor, running_var: Tensor,
+    training: bool, momentum: float, eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Batch norm that gives new running statistics: result, mean, 1 / deviation, running mean, running variance."""
     y = batch_norm(input, weight, bias, running_mean, running_var, training, momentum, eps, False)
     if not training:
@@ -204,7 +210,7 @@ def _attention_axes(**args: Any) -> str:
     query, key, mask = args["query"], args["key"], args["attn_mask"]
     masked = "" if mask is None else "* q k" if mask.ndim > 1 else "k"
     if args["enable_gqa"] and query.ndim > 2 and query.shape[-3] != key.shape[-3]:
-        masked = "" if mask is None else " ".join(["*"] * (mask.ndim > 3) + ["(h r)", "q", "k"][-min(mask.ndim, 3):])
+        masked = "" if mask is None else " ".join(["*"] * (mask.ndim > 3) + ["(h r)", "q", "k"][-min(mask.ndim, 3) :])
         masked = masked.replace("(h r)", "1") if mask is not None and mask.ndim > 2 and mask.shape[-3] == 1 else masked
         return f"* (h r) q d, * h k d, * h k e, {masked} -> * (h r) q e"
     return f"* q d, * k d, * k e, {masked} -> * q e"

@@ -119,7 +119,9 @@ def _clamp(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
     return x if max is None else torch.where(x > max, torch.as_tensor(max, dtype=x.dtype, device=x.device), x)
 
 
-def _nan_to_num(x: Tensor, nan: float | None = None, posinf: float | None = None, neginf: float | None = None) -> Tensor:
+def _nan_to_num(
+    x: Tensor, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
+) -> Tensor:
     if not x.is_floating_point():
         return x.clone()
     limits = torch.finfo(x.dtype)
@@ -134,17 +136,28 @@ def _softplus(x: Tensor, beta: Any = 1, threshold: Any = 20) -> Tensor:
 
 _unary("gelu", "x * Phi(x), or its tanh approximation.", _gelu)
 _unary("elu", "x above 0, alpha * (exp(x) - 1) below.", _elu)
-_unary("selu", "Scaled ELU that keeps mean and variance.",
-       lambda x: _elu(x, 1.6732632423543772848170429916717, 1.0507009873554804934193349852946))  # fmt: skip
+_unary(
+    "selu",
+    "Scaled ELU that keeps mean and variance.",
+    lambda x: _elu(x, 1.6732632423543772848170429916717, 1.0507009873554804934193349852946),
+)
 _unary("celu", "x above 0, alpha * (exp(x / alpha) - 1) below.", lambda x, alpha=1.0: _elu(x, alpha, 1, 1 / alpha))
 _unary("leaky_relu", "x above 0, slope * x below.", lambda x, slope=0.01: torch.where(x > 0, x, x * slope))
 _unary("hardtanh", "x between two numbers.", lambda x, low=-1, high=1: torch.clamp(x, low, high).to(x.dtype))
-_unary("threshold", "x above the threshold, else a value.",
-       lambda x, threshold, value: torch.where(x <= threshold, value, x).to(x.dtype))  # fmt: skip
+_unary(
+    "threshold",
+    "x above the threshold, else a value.",
+    lambda x, threshold, value: torch.where(x <= threshold, value, x).to(x.dtype),
+)
 _unary("softplus", "log(1 + exp(beta * x)) / beta; x itself past the threshold.", _softplus)
-_unary("hardshrink", "0 between -lambd and lambd, else x.", lambda x, lambd=0.5: torch.where(torch.abs(x) <= lambd, 0, x))
-_unary("softshrink", "x moved towards 0 by lambd, 0 within.",
-       lambda x, lambd=0.5: torch.sign(x) * torch.clamp(torch.abs(x) - lambd, min=0))  # fmt: skip
+_unary(
+    "hardshrink", "0 between -lambd and lambd, else x.", lambda x, lambd=0.5: torch.where(torch.abs(x) <= lambd, 0, x)
+)
+_unary(
+    "softshrink",
+    "x moved towards 0 by lambd, 0 within.",
+    lambda x, lambd=0.5: torch.sign(x) * torch.clamp(torch.abs(x) - lambd, min=0),
+)
 _unary("clamp", "x between bounds.", _clamp)
 _unary("clip", "x between bounds.", lambda x, min=None, max=None: _clamp(x, min, max))
 _unary("clamp_min", "x, at least min.", lambda x, min: _clamp(x, min))
@@ -162,8 +175,14 @@ def power_of(self: Any, exponent: Tensor) -> Tensor:
 # -- two and three arguments -----------------------------------------------------------------------------------------
 
 
-def _binary(name: str, summary: str, body: Body, tensor: str = "Tensor", scalar: str | None = "Scalar",
-            commutative: bool = False) -> None:  # fmt: skip
+def _binary(
+    name: str,
+    summary: str,
+    body: Body,
+    tensor: str = "Tensor",
+    scalar: str | None = "Scalar",
+    commutative: bool = False,
+) -> None:
     """A row for two tensors and, under its own overload, one for a tensor and a number."""
     body = described(body, summary)
     traits = _TRAITS | {COMMUTATIVE} if commutative else _TRAITS
@@ -189,7 +208,9 @@ _binary("mul", "Product.", lambda a, b: a * b, commutative=True)
 _binary("div", "True quotient.", _divide)
 _binary("div", "Quotient, rounded: None, floor or trunc.", _divide, "Tensor_mode", "Scalar_mode")
 _binary("true_divide", "True quotient.", _divide)
-_binary("floor_divide", "Quotient, rounded down.", lambda a, b: torch.div(a, b, rounding_mode="floor"), "default", "Scalar")
+_binary(
+    "floor_divide", "Quotient, rounded down.", lambda a, b: torch.div(a, b, rounding_mode="floor"), "default", "Scalar"
+)
 _binary("remainder", "Remainder with the sign of the divisor.", _remainder)
 _binary("fmod", "Remainder with the sign of the dividend.", lambda a, b: a - torch.div(a, b, rounding_mode="trunc") * b)
 _binary("pow", "self to the power of exponent.", lambda a, b: torch.pow(a, b), "Tensor_Tensor", None)
@@ -202,8 +223,14 @@ _binary("fmin", "The smaller; NaN loses.", torch.fmin, "default", None, commutat
 _binary("atan2", "Angle of the point (other, self).", torch.atan2, "default", None)
 _binary("hypot", "Length of the hypotenuse.", lambda a, b: torch.sqrt(a * a + b * b), "default", None, commutative=True)
 _binary("copysign", "self with the sign of other.", torch.copysign)
-_binary("logaddexp", "log(exp(self) + exp(other)).", lambda a, b: torch.maximum(a, b) + torch.log1p(torch.exp(-torch.abs(a - b))),
-        "default", None, commutative=True)  # fmt: skip
+_binary(
+    "logaddexp",
+    "log(exp(self) + exp(other)).",
+    lambda a, b: torch.maximum(a, b) + torch.log1p(torch.exp(-torch.abs(a - b))),
+    "default",
+    None,
+    commutative=True,
+)
 _binary("eq", "Whether equal.", lambda a, b: a == b, commutative=True)
 _binary("ne", "Whether different.", lambda a, b: a != b, commutative=True)
 _binary("lt", "Whether less.", lambda a, b: a < b)
@@ -212,7 +239,9 @@ _binary("gt", "Whether greater.", lambda a, b: a > b)
 _binary("ge", "Whether greater or equal.", lambda a, b: a >= b)
 _binary("logical_and", "Whether both are nonzero.", lambda a, b: (a != 0) & (b != 0), "default", None, commutative=True)
 _binary("logical_or", "Whether one is nonzero.", lambda a, b: (a != 0) | (b != 0), "default", None, commutative=True)
-_binary("logical_xor", "Whether just one is nonzero.", lambda a, b: (a != 0) ^ (b != 0), "default", None, commutative=True)
+_binary(
+    "logical_xor", "Whether just one is nonzero.", lambda a, b: (a != 0) ^ (b != 0), "default", None, commutative=True
+)
 for _name in ("bitwise_and", "__and__"):
     _binary(_name, "Bits set in both.", lambda a, b: a & b, commutative=True)
 for _name in ("bitwise_or", "__or__"):
@@ -220,15 +249,34 @@ for _name in ("bitwise_or", "__or__"):
 for _name in ("bitwise_xor", "__xor__"):
     _binary(_name, "Bits set in just one.", lambda a, b: a ^ b, commutative=True)
 _binary("bitwise_left_shift", "Bits moved up.", lambda a, b: a * 2**b, scalar="Tensor_Scalar")
-_binary("bitwise_right_shift", "Bits moved down.", lambda a, b: torch.div(a, 2**b, rounding_mode="floor"),
-        scalar="Tensor_Scalar")  # fmt: skip
-_binary("polar", "Complex numbers from length and angle.",
-        lambda r, t: torch.complex(r * torch.cos(t), r * torch.sin(t)), "default", None)  # fmt: skip
-_binary("complex", "Complex numbers from their parts.",
-        lambda re, im: torch.view_as_complex(torch.stack(torch.broadcast_tensors(re, im), -1)), "default", None)  # fmt: skip
+_binary(
+    "bitwise_right_shift",
+    "Bits moved down.",
+    lambda a, b: torch.div(a, 2**b, rounding_mode="floor"),
+    scalar="Tensor_Scalar",
+)
+_binary(
+    "polar",
+    "Complex numbers from length and angle.",
+    lambda r, t: torch.complex(r * torch.cos(t), r * torch.sin(t)),
+    "default",
+    None,
+)
+_binary(
+    "complex",
+    "Complex numbers from their parts.",
+    lambda re, im: torch.view_as_complex(torch.stack(torch.broadcast_tensors(re, im), -1)),
+    "default",
+    None,
+)
 _binary("lerp", "self + weight * (end - self), for a number.", lambda a, b, w: a + w * (b - a), "Scalar", None)
-_binary("isclose", "Whether equal within tolerances.",
-        lambda a, b, rtol=1e-5, atol=1e-8, equal_nan=False: torch.isclose(a, b, rtol, atol, equal_nan), "default", None)  # fmt: skip
+_binary(
+    "isclose",
+    "Whether equal within tolerances.",
+    lambda a, b, rtol=1e-5, atol=1e-8, equal_nan=False: torch.isclose(a, b, rtol, atol, equal_nan),
+    "default",
+    None,
+)
 
 
 @op("aten.lerp", axes="*, *, * -> *", traits=_TRAITS, overloads=("Tensor",))
@@ -281,7 +329,9 @@ def prelu(self: Tensor, weight: Tensor) -> Tensor:
 
 
 @op("aten.rrelu", axes="* -> *", traits={ELEMENTWISE, RANDOM})
-def rrelu(self: Tensor, lower: Any = 1 / 8, upper: Any = 1 / 3, training: bool = False, generator: Any = None) -> Tensor:
+def rrelu(
+    self: Tensor, lower: Any = 1 / 8, upper: Any = 1 / 3, training: bool = False, generator: Any = None
+) -> Tensor:
     """Leaky ReLU with the mean slope; in training with a random one."""
     if training:
         return torch.rrelu(self, lower, upper, True)

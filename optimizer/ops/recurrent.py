@@ -48,7 +48,7 @@ def _simple_step(function: Callable[[Tensor], Tensor]) -> Callable[..., State]:
 
 def _run(step: Callable[..., State], input: Tensor, hx: State, params: Weights, has_biases: bool, num_layers: int,
          dropout: float, train: bool, bidirectional: bool, batch_first: bool) -> tuple[Tensor, ...]:  # fmt: skip
-    """Every layer and direction over every time step: ``[t, b, i]`` to ``[t, b, d*h]`` and the last states ``[l*d, b, h]``."""
+    """Every layer, direction and time step: ``[t, b, i]`` to ``[t, b, d*h]`` and the last states ``[l*d, b, h]``."""
     x = input.transpose(0, 1) if batch_first else input
     directions = 2 if bidirectional else 1
     each = len(params) // (num_layers * directions)
@@ -84,7 +84,9 @@ def _one_state(step: Callable[..., State]) -> Callable[..., Any]:
 def lstm(input: Tensor, hx: Sequence[Tensor], params: Weights, has_biases: bool, num_layers: int, dropout: float,
          train: bool, bidirectional: bool, batch_first: bool) -> tuple[Tensor, ...]:  # fmt: skip
     """LSTM: every step's output, the last hidden and the last cell state."""
-    return _run(_lstm_step, input, tuple(hx), params, has_biases, num_layers, dropout, train, bidirectional, batch_first)
+    return _run(
+        _lstm_step, input, tuple(hx), params, has_biases, num_layers, dropout, train, bidirectional, batch_first
+    )
 
 
 for _name, _step, _summary in (

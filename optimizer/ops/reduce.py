@@ -71,7 +71,9 @@ def _mean(self: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.
 
 
 def _reducer(name: str, body: Any, overloads: Sequence[str], summary: str = "", axes: Any = _axes) -> None:
-    op(f"aten.{name}", axes=axes, traits={REDUCTION}, overloads=overloads)(described(body, summary) if summary else body)
+    op(f"aten.{name}", axes=axes, traits={REDUCTION}, overloads=overloads)(
+        described(body, summary) if summary else body
+    )
 
 
 _reducer("sum", _sum, ("dim_IntList",))
@@ -104,10 +106,19 @@ def _by_flag(body: Any) -> Any:
 for _name, _body in (("var", _variance), ("std", _deviation)):
     _reducer(_name, _body, ("correction",))
     _reducer(_name, _by_flag(_body), ("dim",), _body.__doc__ or "")
-    _reducer(_name, lambda x, unbiased=True, body=_body: body(x, correction=int(unbiased)), ("default",), _body.__doc__ or "")
-_reducer("var_mean", lambda x, dim=None, *, correction=None, keepdim=False: (
-    _variance(x, dim, correction=correction, keepdim=keepdim), _mean(x, _listed(dim, x.ndim), keepdim)),
-    ("correction",), "Variance and mean over axes.", _two)  # fmt: skip
+    _reducer(
+        _name, lambda x, unbiased=True, body=_body: body(x, correction=int(unbiased)), ("default",), _body.__doc__ or ""
+    )
+_reducer(
+    "var_mean",
+    lambda x, dim=None, *, correction=None, keepdim=False: (
+        _variance(x, dim, correction=correction, keepdim=keepdim),
+        _mean(x, _listed(dim, x.ndim), keepdim),
+    ),
+    ("correction",),
+    "Variance and mean over axes.",
+    _two,
+)
 
 
 def _vector_norm(self: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
@@ -128,8 +139,12 @@ def _norm(self: Tensor, p: Any = 2, dim: Any = None, keepdim: bool = False, *, d
 
 _reducer("linalg_vector_norm", _vector_norm, ("default",))
 _reducer("norm", _norm, ("ScalarOpt_dim", "Scalar"))
-_reducer("norm", lambda x, p, dim, keepdim=False, *, dtype: _norm(x, p, dim, keepdim, dtype=dtype),
-         ("ScalarOpt_dim_dtype",), "Norm over axes in another dtype.")  # fmt: skip
+_reducer(
+    "norm",
+    lambda x, p, dim, keepdim=False, *, dtype: _norm(x, p, dim, keepdim, dtype=dtype),
+    ("ScalarOpt_dim_dtype",),
+    "Norm over axes in another dtype.",
+)
 
 
 def _cosine_axes(**args: Any) -> str:
@@ -159,29 +174,81 @@ _reducer("logsumexp", _logsumexp, ("default",))
 
 # -- extremes, products, truth ---------------------------------------------------------------------------------------
 
-_reducer("amax", lambda x, dim=(), keepdim=False: torch.amax(x, _listed(dim, x.ndim), keepdim), ("default",), "Maximum over axes.")
-_reducer("amin", lambda x, dim=(), keepdim=False: torch.amin(x, _listed(dim, x.ndim), keepdim), ("default",), "Minimum over axes.")
+_reducer(
+    "amax",
+    lambda x, dim=(), keepdim=False: torch.amax(x, _listed(dim, x.ndim), keepdim),
+    ("default",),
+    "Maximum over axes.",
+)
+_reducer(
+    "amin",
+    lambda x, dim=(), keepdim=False: torch.amin(x, _listed(dim, x.ndim), keepdim),
+    ("default",),
+    "Minimum over axes.",
+)
 _reducer("max", lambda x: torch.amax(x, _listed(None, x.ndim)), ("default",), "Greatest element.")
 _reducer("min", lambda x: torch.amin(x, _listed(None, x.ndim)), ("default",), "Least element.")
-_reducer("max", lambda x, dim, keepdim=False: tuple(torch.max(x, dim, keepdim)), ("dim",), "Maximum and where it is.", _two)
-_reducer("min", lambda x, dim, keepdim=False: tuple(torch.min(x, dim, keepdim)), ("dim",), "Minimum and where it is.", _two)
+_reducer(
+    "max", lambda x, dim, keepdim=False: tuple(torch.max(x, dim, keepdim)), ("dim",), "Maximum and where it is.", _two
+)
+_reducer(
+    "min", lambda x, dim, keepdim=False: tuple(torch.min(x, dim, keepdim)), ("dim",), "Minimum and where it is.", _two
+)
 _reducer("argmax", torch.argmax, ("default",), "Where the maximum is, along an axis or among all elements.")
 _reducer("argmin", torch.argmin, ("default",), "Where the minimum is, along an axis or among all elements.")
 _reducer("prod", lambda x, *, dtype=None: torch.prod(x, dtype=dtype), ("default",), "Product of all elements.")
-_reducer("prod", lambda x, dim, keepdim=False, *, dtype=None: torch.prod(x, dim, keepdim, dtype=dtype), ("dim_int",), "Product over an axis.")
+_reducer(
+    "prod",
+    lambda x, dim, keepdim=False, *, dtype=None: torch.prod(x, dim, keepdim, dtype=dtype),
+    ("dim_int",),
+    "Product over an axis.",
+)
 _reducer("any", lambda x: _sum(x != 0) > 0, ("default",), "Whether any element is nonzero.")
-_reducer("any", lambda x, dim=None, keepdim=False: _sum(x != 0, dim, keepdim) > 0, ("dim", "dims"), "Whether any is nonzero over axes.")
+_reducer(
+    "any",
+    lambda x, dim=None, keepdim=False: _sum(x != 0, dim, keepdim) > 0,
+    ("dim", "dims"),
+    "Whether any is nonzero over axes.",
+)
 _reducer("all", lambda x: _sum(x == 0) == 0, ("default",), "Whether all elements are nonzero.")
-_reducer("all", lambda x, dim=None, keepdim=False: _sum(x == 0, dim, keepdim) == 0, ("dim", "dims"), "Whether all are nonzero over axes.")
-_reducer("count_nonzero", lambda x, dim=None: _sum(x != 0, dim), ("default", "dim_IntList"), "How many elements are nonzero.")
+_reducer(
+    "all",
+    lambda x, dim=None, keepdim=False: _sum(x == 0, dim, keepdim) == 0,
+    ("dim", "dims"),
+    "Whether all are nonzero over axes.",
+)
+_reducer(
+    "count_nonzero", lambda x, dim=None: _sum(x != 0, dim), ("default", "dim_IntList"), "How many elements are nonzero."
+)
 
 # -- scans, sorting --------------------------------------------------------------------------------------------------
 
-_reducer("cumsum", lambda x, dim, *, dtype=None: torch.cumsum(x, dim, dtype=dtype), ("default",), "Running sum.", _along)
-_reducer("cumprod", lambda x, dim, *, dtype=None: torch.cumprod(x, dim, dtype=dtype), ("default",), "Running product.", _along)
-_reducer("sort", lambda x, dim=-1, descending=False: tuple(torch.sort(x, dim, descending)), ("default",), "Sorted along an axis, and where each was.", _along_two)
-_reducer("sort", lambda x, *, stable=None, dim=-1, descending=False: tuple(torch.sort(x, dim=dim, descending=descending, stable=bool(stable))),
-         ("stable",), "Sorted along an axis, equals in order, and where each was.", _along_two)  # fmt: skip
+_reducer(
+    "cumsum", lambda x, dim, *, dtype=None: torch.cumsum(x, dim, dtype=dtype), ("default",), "Running sum.", _along
+)
+_reducer(
+    "cumprod",
+    lambda x, dim, *, dtype=None: torch.cumprod(x, dim, dtype=dtype),
+    ("default",),
+    "Running product.",
+    _along,
+)
+_reducer(
+    "sort",
+    lambda x, dim=-1, descending=False: tuple(torch.sort(x, dim, descending)),
+    ("default",),
+    "Sorted along an axis, and where each was.",
+    _along_two,
+)
+_reducer(
+    "sort",
+    lambda x, *, stable=None, dim=-1, descending=False: tuple(
+        torch.sort(x, dim=dim, descending=descending, stable=bool(stable))
+    ),
+    ("stable",),
+    "Sorted along an axis, equals in order, and where each was.",
+    _along_two,
+)
 _reducer("argsort", torch.argsort, ("default",), "Where each element of the sorted axis was.", _along)
 
 
@@ -195,8 +262,13 @@ def _topk_axes(**args: Any) -> str:
     return f"{' '.join(left)} -> {result}, {result}"
 
 
-_reducer("topk", lambda x, k, dim=-1, largest=True, sorted=True: tuple(torch.topk(x, k, dim, largest, sorted)),
-         ("default",), "The k greatest (or least) along an axis, and where each was.", _topk_axes)  # fmt: skip
+_reducer(
+    "topk",
+    lambda x, k, dim=-1, largest=True, sorted=True: tuple(torch.topk(x, k, dim, largest, sorted)),
+    ("default",),
+    "The k greatest (or least) along an axis, and where each was.",
+    _topk_axes,
+)
 
 
 def _diff_axes(**args: Any) -> str | None:
@@ -207,7 +279,9 @@ def _diff_axes(**args: Any) -> str | None:
     return f"{' '.join(axes)} -> " + " ".join(f"{a}'" if k == dim else a for k, a in enumerate(axes))
 
 
-def _diff(self: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None) -> Tensor:
+def _diff(
+    self: Tensor, n: int = 1, dim: int = -1, prepend: Tensor | None = None, append: Tensor | None = None
+) -> Tensor:
     """Differences of neighbours, n times over."""
     x = torch.cat([p for p in (prepend, self, append) if p is not None], dim)
     for _ in range(n):

@@ -57,7 +57,9 @@ def _low(dtype: torch.dtype) -> float:
 
 
 def _max_pool(spatial: int) -> Any:
-    def pool(self: Tensor, kernel_size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False) -> Tensor:
+    def pool(
+        self: Tensor, kernel_size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+    ) -> Tensor:
         kernel, padding, dilation = (_per_axis(v, spatial) for v in (kernel_size, padding, dilation))
         stride = _per_axis(stride, spatial) if stride else kernel
         x = _pad_to(self, kernel, stride, padding, dilation, ceil_mode, _low(self.dtype))
@@ -69,7 +71,9 @@ def _max_pool(spatial: int) -> Any:
 def _max_pool_indexed(spatial: int) -> Any:
     function = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}[spatial]
 
-    def pool(self: Tensor, kernel_size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False) -> Any:
+    def pool(
+        self: Tensor, kernel_size: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False
+    ) -> Any:
         return function(self, kernel_size, stride or None, padding, dilation, ceil_mode, return_indices=True)
 
     return pool
@@ -135,16 +139,24 @@ def _pool_rows() -> None:
     for n in (1, 2, 3):
         one, two = _spatial_axes(n), _spatial_axes(n, 2)
         kind, over = {POOL}, f"over {n} axes"
-        op(f"aten.max_pool{n}d", axes=one, traits=kind, flops=_window_flops(n))(described(_max_pool(n), f"Maximum of windows {over}."))
+        op(f"aten.max_pool{n}d", axes=one, traits=kind, flops=_window_flops(n))(
+            described(_max_pool(n), f"Maximum of windows {over}.")
+        )
         op(f"aten.max_pool{n}d_with_indices", axes=two, traits=kind, flops=_window_flops(n))(
-            described(_max_pool_indexed(n), f"Maximum of windows {over}, and where it is in the plane."))
-        op(f"aten.avg_pool{n}d", axes=one, traits=kind, flops=_window_flops(n))(described(_avg_pool(n), f"Mean of windows {over}."))
+            described(_max_pool_indexed(n), f"Maximum of windows {over}, and where it is in the plane.")
+        )
+        op(f"aten.avg_pool{n}d", axes=one, traits=kind, flops=_window_flops(n))(
+            described(_avg_pool(n), f"Mean of windows {over}.")
+        )
         mean = _adaptive(n, lambda x, axis: torch.mean(x, axis, True))
         for name in (f"adaptive_avg_pool{n}d", f"_adaptive_avg_pool{n}d"):
             if n > 1 or not name.startswith("_"):
-                op(f"aten.{name}", axes=one, traits=kind, flops=_input_flops)(described(mean, f"Mean of so many bins {over}."))
+                op(f"aten.{name}", axes=one, traits=kind, flops=_input_flops)(
+                    described(mean, f"Mean of so many bins {over}.")
+                )
         op(f"aten.adaptive_max_pool{n}d", axes=two, traits=kind, flops=_input_flops)(
-            described(_adaptive_max(n), f"Maximum of so many bins {over}, and where it is."))
+            described(_adaptive_max(n), f"Maximum of so many bins {over}, and where it is.")
+        )
 
 
 _pool_rows()
@@ -226,14 +238,17 @@ def _resampler(name: str, spatial: int, body: Any, work: int, how: str, aligns: 
 
     for overload, function in (("vec", body), ("default", plain)):
         op(f"aten.{name}", axes=axes, overloads=(overload,), flops=lambda args, out: work * prod(out.shape))(
-            described(function, f"Resample by {how}."))
+            described(function, f"Resample by {how}.")
+        )
 
 
 _resample_rows()
 
 
 @op("aten.grid_sampler", axes=None, flops=lambda args, out: 12 * prod(out.shape))
-def grid_sampler(input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool) -> Tensor:
+def grid_sampler(
+    input: Tensor, grid: Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
+) -> Tensor:
     """Sample a picture or volume at the points of a grid."""
     modes, pads = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
     return F.grid_sample(input, grid, modes[interpolation_mode], pads[padding_mode], align_corners)
@@ -284,22 +299,26 @@ def _edge_index(size: Any, before: Any, after: Any, mode: str, device: Any) -> T
 
 
 def _pad(self: Tensor, pad: Any, mode: str = "constant", value: float | None = None) -> Tensor:
-    """Pad the last axes, a pair of numbers each from the last on: with a constant, reflected, replicated or circular."""
+    """Pad the last axes, a pair of numbers each, last axis first: constant, reflected, replicated or circular."""
     if mode == "constant":
         return F.pad(self, list(pad), value=value)
     for k in range(len(pad) // 2):
         axis = self.ndim - 1 - k
-        self = torch.index_select(self, axis, _edge_index(self.shape[axis], pad[2 * k], pad[2 * k + 1], mode, self.device))
+        self = torch.index_select(
+            self, axis, _edge_index(self.shape[axis], pad[2 * k], pad[2 * k + 1], mode, self.device)
+        )
     return self
 
 
 op("aten.pad", axes=_pad_axes, traits={VIEW})(_pad)
 op("aten.constant_pad_nd", axes=_pad_axes, traits={VIEW})(
-    described(lambda self, pad, value=0: F.pad(self, list(pad), value=value), "Pad the last axes with a constant."))
+    described(lambda self, pad, value=0: F.pad(self, list(pad), value=value), "Pad the last axes with a constant.")
+)
 for _rank in (1, 2, 3):
     for _kind, _mode in (("reflection", "reflect"), ("replication", "replicate")):
         op(f"aten.{_kind}_pad{_rank}d", axes=_edge_axes, traits={VIEW})(
-            described(lambda self, padding, mode=_mode: _pad(self, padding, mode), f"Pad the last axes by {_kind}."))
+            described(lambda self, padding, mode=_mode: _pad(self, padding, mode), f"Pad the last axes by {_kind}.")
+        )
 
 # -- pixels and columns ----------------------------------------------------------------------------------------------
 

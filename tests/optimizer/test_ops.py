@@ -19,7 +19,7 @@ from graphwright import ops
 from graphwright.errors import InternalError
 from graphwright.ir import normalise, op_name
 from graphwright.ops import facts, registry
-from graphwright.ops.axes import Axes, Dim, parse, sizes, total
+from graphwright.ops.axes import Axes, Dim, total
 
 warnings.filterwarnings("ignore", module="torch")
 _TABLE = runpy.run_path(str(Path(__file__).with_name("ops_samples.py")))
@@ -111,10 +111,16 @@ def test_look_up() -> None:
 
 @pytest.mark.parametrize("name", TESTED)
 def test_reference_agrees_with_the_op(name: str) -> None:
+    """The same numbers, and under fake tensors the same shapes and dtypes."""
+    reference = ROWS[name].reference
     for k in range(len(SAMPLES[name])):
         for dtype in (torch.float64, torch.float32):
             args, kwargs, wanted = run(name, k, dtype)
-            assert_same(ROWS[name].reference(*args, **kwargs), wanted, values=not is_random(name))
+            assert_same(reference(*args, **kwargs), wanted, values=not is_random(name))
+        if (name, k) not in DATA_DEPENDENT:
+            with FakeTensorMode() as mode:
+                fakes = tree_map(lambda v, m=mode: m.from_tensor(v) if isinstance(v, Tensor) else v, (args, kwargs))
+                assert_same(reference(*fakes[0], **fakes[1]), wanted, values=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64], ids=str)
@@ -131,23 +137,12 @@ def test_reference_agrees_in_other_dtypes(dtype: torch.dtype) -> None:
         tried += 1
         try:
             loose = dtype == torch.bfloat16 and not name.startswith("aten.lstm")
-            assert_same(ROWS[name].reference(*args, **kwargs), wanted, loose=loose, values=dtype == torch.int64 or loose)
+            assert_same(
+                ROWS[name].reference(*args, **kwargs), wanted, loose=loose, values=dtype == torch.int64 or loose
+            )
         except Exception as error:
             raise AssertionError(f"{name}, sample {k}: {error}") from error
     assert tried > 300
-
-
-@pytest.mark.parametrize("name", TESTED)
-def test_reference_is_the_shape_rule(name: str) -> None:
-    for k in range(len(SAMPLES[name])):
-        if (name, k) in DATA_DEPENDENT:
-            continue
-        args, kwargs, wanted = run(name, k, torch.float32)
-        mode = FakeTensorMode()
-        args, kwargs = tree_map(lambda v, m=mode: m.from_tensor(v) if isinstance(v, Tensor) else v, (args, kwargs))
-        with mode:
-            got = ROWS[name].reference(*args, **kwargs)
-        assert_same(got, wanted, values=False)
 
 
 # -- traits ----------------------------------------------------------------------------------------------------------
@@ -175,8 +170,10 @@ def test_elementwise_rows_see_one_position_alone() -> None:
 def test_commutative_rows_commute() -> None:
     tried = 0
     for name, k in CALLS:
+        if registry.COMMUTATIVE not in ROWS[name].traits:
+            continue
         args, kwargs = arguments(name, k, torch.float64)
-        if registry.COMMUTATIVE not in ROWS[name].traits or kwargs.get("alpha", 1) != 1:
+        if kwargs.get("alpha", 1) != 1:
             continue
         op = ROWS[name].overload
         assert_same(op(args[1], args[0], *args[2:], **kwargs), op(*args, **kwargs))
@@ -190,7 +187,9 @@ def test_layout_free_rows_keep_the_layout() -> None:
             continue
         args, kwargs = arguments(name, 0, torch.float32)
         shape = (2, 3, 4, 5)
-        least = 0 if registry.ELEMENTWISE in ROWS[name].traits and name != "aten.prelu" else 1  # a norm's vectors stay vectors
+        least = (
+            0 if registry.ELEMENTWISE in ROWS[name].traits and name != "aten.prelu" else 1
+        )  # a norm's vectors stay vectors
         relaid = [_channels_last(a, shape) if isinstance(a, Tensor) and a.ndim > least else a for a in args]
         plain = [a.contiguous() if isinstance(a, Tensor) else a for a in relaid]
         got, wanted = ROWS[name].overload(*relaid, **kwargs), ROWS[name].overload(*plain, **kwargs)
@@ -257,7 +256,9 @@ PRODUCTS = ("linear", "matmul", "mm", "bmm", "mv", "dot", "outer", "einsum", "bi
 
 def _atoms(tensor: Tensor, dims: tuple[Dim, ...], known: dict[str, int]) -> tuple[Tensor, list[str]]:
     """A tensor with one axis per atom, size-1 (broadcast and literal) axes dropped."""
-    shape = [1 if n == 1 else known[a] for d, n in zip(dims, tensor.shape, strict=True) for a in d.atoms if not a.isdigit()]
+    shape = [
+        1 if n == 1 else known[a] for d, n in zip(dims, tensor.shape, strict=True) for a in d.atoms if not a.isdigit()
+    ]
     named = [a for d in dims for a in d.atoms if not a.isdigit()]
     tensor = tensor.reshape(shape)
     for k in reversed(range(len(named))):
@@ -295,7 +296,13 @@ def test_views_are_what_their_axes_say() -> None:
             continue
         node, tensors, result = node_of(name, k)
         found = facts.axes_of(node)
-        if found is None or len(tensors) != 1 or not isinstance(result, Tensor) or not result.numel() or not _only_regroups(found):
+        if (
+            found is None
+            or len(tensors) != 1
+            or not isinstance(result, Tensor)
+            or not result.numel()
+            or not _only_regroups(found)
+        ):
             continue
         known = facts.sizes_of(node)
         x, given = _atoms(tensors[0], found.inputs[0] or (), known)
@@ -329,36 +336,55 @@ def test_joined_axes_are_what_they_say() -> None:
         outputs = list(zip(results, found.outputs, strict=True))
         sides = [(a, b) for a in inputs for b in outputs] + [(b, a) for a in inputs for b in outputs]
         for (whole, dims), (part, short) in sides:
-            if dims is None or short is None or len(dims) != len(short) or not any(d.joined for d in dims) or any(d.joined for d in short):
+            if (
+                dims is None
+                or short is None
+                or len(dims) != len(short)
+                or not any(d.joined for d in dims)
+                or any(d.joined for d in short)
+            ):
                 continue
             for at, (d, s) in enumerate(zip(dims, short, strict=True)):
                 if d.joined:
                     before = d.atoms[: d.atoms.index(s.atoms[0])]
-                    whole = whole.narrow(at, sum(int(a) if a.isdigit() else known[a] for a in before), known[s.atoms[0]])
+                    whole = whole.narrow(
+                        at, sum(int(a) if a.isdigit() else known[a] for a in before), known[s.atoms[0]]
+                    )
             torch.testing.assert_close(whole, part)
             tried.add(name.split(".")[1])
-    assert tried >= {"cat", "concat", "split", "split_with_sizes", "chunk", "tensor_split", "slice", "narrow", "pad", "constant_pad_nd"}
-
-
-@pytest.mark.parametrize("text", ["a (b", "a) b", "a ((b) c)", "a b%", "a -> b -> c"])
-def test_malformed_spellings_are_refused(text: str) -> None:
-    with pytest.raises(InternalError):
-        parse(f"{text} -> a", [(2, 3)], [(2,)])
-
-
-def test_spellings_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(InternalError, match="does not fit"):
-        parse("a b -> a", [(2, 3, 4)], [(2,)])
-    with pytest.raises(InternalError, match="do not spell"):
-        parse("a b -> a", [(2, 3), (4,)], [(2,)])
-    with pytest.raises(InternalError, match="comes to"):
-        sizes(parse("a b -> b a", [(2, 3)], [(2, 3)]), [(2, 3)], [(2, 3)])
+    assert tried >= {
+        "cat",
+        "concat",
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "tensor_split",
+        "slice",
+        "narrow",
+        "pad",
+        "constant_pad_nd",
+    }
 
 
 # -- work ------------------------------------------------------------------------------------------------------------
 
-COUNTED = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
-           "conv_transpose3d", "convolution", "scaled_dot_product_attention", "outer")  # fmt: skip
+COUNTED = [
+    "linear",
+    "matmul",
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "outer",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
+    "convolution",
+    "scaled_dot_product_attention",
+]
 
 
 def test_flops_agree_with_pytorchs_counter() -> None:
@@ -378,7 +404,7 @@ def test_flops_agree_with_pytorchs_counter() -> None:
 
 def test_flops_and_traffic_of_every_row_are_numbers() -> None:
     for name, k in CALLS:
-        node, tensors, _ = node_of(name, k, torch.float32)
+        node, tensors, _ = node_of(name, k)
         if registry.SHAPE in ROWS[name].traits:
             assert facts.flops(node) == 0 and facts.traffic(node).total == 0
             continue

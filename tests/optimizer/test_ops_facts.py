@@ -1,4 +1,4 @@
-"""What follows from rows: axes of reshapes, channels of weights, where channels go; on single ops and captured models."""
+"""What follows from rows: axes of reshapes, roles of a weight's dimensions, where channels go."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from graphwright.capture import capture
+from graphwright.errors import InternalError
 from graphwright.ir import Program, op_name
 from graphwright.ops import facts
 from graphwright.ops.axes import parse, regroup, sizes, total
@@ -100,6 +101,21 @@ def test_regroup_says_where_no_factor_is_common() -> None:
     assert regroup((1, 6), (6, 1)) == "1 a0 -> a0 1"
 
 
+@pytest.mark.parametrize("text", ["a (b", "a) b", "a ((b) c)", "a b%", "a -> b -> c"])
+def test_malformed_spellings_are_refused(text: str) -> None:
+    with pytest.raises(InternalError):
+        parse(f"{text} -> a", [(2, 3)], [(2,)])
+
+
+def test_spellings_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(InternalError, match="does not fit"):
+        parse("a b -> a", [(2, 3, 4)], [(2,)])
+    with pytest.raises(InternalError, match="do not spell"):
+        parse("a b -> a", [(2, 3), (4,)], [(2,)])
+    with pytest.raises(InternalError, match="comes to"):
+        sizes(parse("a b -> b a", [(2, 3)], [(2, 3)]), [(2, 3)], [(2, 3)])
+
+
 # -- weights ---------------------------------------------------------------------------------------------------------
 
 
@@ -111,16 +127,61 @@ WEIGHTS = {
     "linear": ("aten.linear", F.linear, (r(2, 3, 4),), r(5, 4), "weight", 0, (1,), True),
     "conv1d": ("aten.conv1d", F.conv1d, (r(2, 4, 9),), r(5, 4, 3), "weight", 0, (1, 2), True),
     "conv2d": ("aten.conv2d", F.conv2d, (r(2, 4, 9, 9),), r(5, 4, 3, 2), "weight", 0, (1, 2, 3), True),
-    "conv2d grouped": ("aten.conv2d", lambda x, w: F.conv2d(x, w, groups=2), (r(2, 4, 9, 9),), r(6, 2, 3, 2), "weight", 0, (1, 2, 3), False),
-    "conv2d depthwise": ("aten.conv2d", lambda x, w: F.conv2d(x, w, groups=4), (r(2, 4, 9, 9),), r(4, 1, 3, 3), "weight", 0, (1, 2, 3), False),
-    "conv_transpose2d": ("aten.conv_transpose2d.input", F.conv_transpose2d, (r(2, 4, 9, 9),), r(4, 5, 3, 2), "weight", 1, (0, 2, 3), True),
+    "conv2d grouped": (
+        "aten.conv2d",
+        lambda x, w: F.conv2d(x, w, groups=2),
+        (r(2, 4, 9, 9),),
+        r(6, 2, 3, 2),
+        "weight",
+        0,
+        (1, 2, 3),
+        False,
+    ),
+    "conv2d depthwise": (
+        "aten.conv2d",
+        lambda x, w: F.conv2d(x, w, groups=4),
+        (r(2, 4, 9, 9),),
+        r(4, 1, 3, 3),
+        "weight",
+        0,
+        (1, 2, 3),
+        False,
+    ),
+    "conv_transpose2d": (
+        "aten.conv_transpose2d.input",
+        F.conv_transpose2d,
+        (r(2, 4, 9, 9),),
+        r(4, 5, 3, 2),
+        "weight",
+        1,
+        (0, 2, 3),
+        True,
+    ),
     "right factor": ("aten.matmul", torch.matmul, (r(2, 3, 4),), r(4, 5), "other", 1, (0,), True),
     "left factor": ("aten.matmul", lambda x, w: w @ x, (r(4, 3),), r(5, 4), "self", 0, (1,), True),
     "addmm": ("aten.addmm", lambda x, w: torch.addmm(torch.ones(5), x, w), (r(3, 4),), r(4, 5), "mat2", 1, (0,), True),
     "stack": ("aten.bmm", torch.bmm, (r(2, 3, 4),), r(2, 4, 5), "mat2", 2, (1,), False),
-    "embedding": ("aten.embedding", lambda i, w: F.embedding(i, w), (torch.tensor([[1, 2], [3, 4]]),), r(9, 4), "weight", 0, (), False),
-    "layer_norm": ("aten.layer_norm", lambda x, w: F.layer_norm(x, (4,), w), (r(3, 4),), r(4), "weight", None, (), False),
-}  # fmt: skip
+    "embedding": (
+        "aten.embedding",
+        lambda i, w: F.embedding(i, w),
+        (torch.tensor([[1, 2], [3, 4]]),),
+        r(9, 4),
+        "weight",
+        0,
+        (),
+        False,
+    ),
+    "layer_norm": (
+        "aten.layer_norm",
+        lambda x, w: F.layer_norm(x, (4,), w),
+        (r(3, 4),),
+        r(4),
+        "weight",
+        None,
+        (),
+        False,
+    ),
+}
 
 
 @pytest.mark.parametrize("case", WEIGHTS)
