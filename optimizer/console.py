@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from typing import Self
@@ -9,18 +10,23 @@ from typing import Self
 from rich.console import Console
 from rich.markup import escape
 
+#: Seconds between plain lines that differ in a counter (`timing kernels 3/40: conv1`) only.
+EVERY_S = 3.0
+_COUNTER = re.compile(r"\d+( of |/)\d+.*")
+
 
 class Progress:
     """A `progress=` callable: on a terminal one line that changes, elsewhere plain lines, silent when quiet.
 
-    Use as a context manager around the work; `say(text)` shows the current step and, plainly, the seconds so far.
+    Use as a context manager around the work; `say(text)` shows the current step and the seconds so far. Plain lines are
+    not repeated, and those that count something come now and then.
     """
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None):
         self.quiet = quiet
         self.console = console or Console(stderr=True)
         self.start = time.monotonic()
-        self._last = ""
+        self._shown, self._shown_at = "", 0.0
         self._status = None if quiet or not self.console.is_terminal else self.console.status("")
 
     def __enter__(self) -> Self:
@@ -36,12 +42,16 @@ class Progress:
     def __call__(self, line: str) -> None:
         if self.quiet:
             return
-        stamp = f"{time.monotonic() - self.start:6.1f} s"
+        now = time.monotonic() - self.start
         if self._status:
-            self._status.update(f"[dim]{stamp}[/dim]  {escape(line)}")
-        elif line != self._last:
-            print(f"{stamp}  {line}", file=self.console.file, flush=True)
-        self._last = line
+            self._status.update(f"[dim]{now:6.1f} s[/dim]  {escape(line)}")
+        elif self._tells(line, now):
+            print(f"{now:6.1f} s  {line}", file=self.console.file, flush=True)
+            self._shown, self._shown_at = line, now
+
+    def _tells(self, line: str, now: float) -> bool:
+        same = _COUNTER.sub("", line) == _COUNTER.sub("", self._shown)
+        return not same or (line != self._shown and now - self._shown_at >= EVERY_S)
 
 
 def out_console() -> Console:

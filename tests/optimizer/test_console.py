@@ -23,6 +23,18 @@ def test_plain_lines_are_stamped_and_not_repeated():
     assert [re.sub(r"^ +\d+\.\d s  ", "", line) for line in lines] == ["capture", "pass [bold]", "done"]
 
 
+def test_counting_lines_come_now_and_then(monkeypatch):
+    clock = iter([0.0, 0.0, *(0.5 * k for k in range(100))])
+    monkeypatch.setattr("graphwright.console.time.monotonic", lambda: next(clock))
+    file = io.StringIO()
+    with Progress(console=Console(file=file)) as say:
+        for k in range(20):
+            say(f"timing kernels {k + 1}/20: conv{k}")
+        say("choosing kernels")
+    counts = [int(n) for n in re.findall(r"kernels (\d+)/20", file.getvalue())]
+    assert counts == [1, 7, 13, 19] and "choosing kernels" in file.getvalue()
+
+
 def test_quiet_writes_nothing():
     assert _written(quiet=True) == "" and _written(quiet=True, terminal=True) == ""
 

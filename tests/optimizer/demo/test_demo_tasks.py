@@ -81,6 +81,13 @@ def test_an_unknown_demo_names_the_known_ones():
         load_task("minilmm")
 
 
+def test_a_missing_package_is_named_before_anything_is_fetched(monkeypatch):
+    monkeypatch.setattr("graphwright.demo.find_spec", lambda name: None if name == "tokenizers" else object())
+    monkeypatch.setattr(minilm, "fetch", lambda *args: pytest.fail("fetched"))
+    with pytest.raises(InputError, match=r"needs tokenizers\n.*graphwright\[demo\]"):
+        load_task("minilm")
+
+
 @pytest.mark.parametrize("batch", [0, 7, -5])
 def test_a_batch_that_leaves_a_rest_is_refused(batch):
     with pytest.raises(InputError, match="batch"):
