@@ -14,7 +14,7 @@ from graphwright.ir import describe
 from graphwright.lower import Choice
 from graphwright.measure import interleaved, machine
 from graphwright.numerics import sqnr_db
-from graphwright.ops import QUANT, facts
+from graphwright.ops import CAST, QUANT, facts
 from graphwright.report import Accuracy, Option, Picture, Region, Report, SiteRow
 from graphwright.report.model import AS_IT_WAS, SIMULATED
 from graphwright.search import Built
@@ -136,8 +136,9 @@ def site_rows(built: Built, leaves: Sequence[Tensor]) -> list[SiteRow]:
 def _row(choice: Choice, ms: float, share: float, unchanged: str | None) -> SiteRow:
     work, node = choice.work, choice.work.node
     decision = choice.precision if choice.precision != "f32" or choice.name != "aten.native" else AS_IT_WAS
-    if work.has(QUANT) or (choice.precision == "f32" and any(r.quantized for r in work.reads) and work.weights):
-        decision = SIMULATED + "int8" if work.has(QUANT) else "f32"
+    rounding = work.has(QUANT) and work.has(CAST)  # a quantize or dequantize left standing; fused ops are no simulation
+    if rounding or (choice.precision == "f32" and any(r.quantized for r in work.reads) and work.weights):
+        decision = SIMULATED + "int8" if rounding else "f32"
     reason = None
     if choice.precision == "f32" and work.weights:
         tried = [o for o in choice.options if "int8" in o.name]
