@@ -8,7 +8,7 @@ from html import escape
 from graphwright.report.layout import arrange
 from graphwright.report.model import SIMULATED, SiteRow, show_ms, show_share
 from graphwright.report.picture import Dot, Picture
-from graphwright.report.text import short
+from graphwright.report.text import clip, short
 
 _HEIGHT, _PAD = 40.0, 14.0
 #: Pictures of every single op are drawn up to this size.
@@ -48,7 +48,8 @@ class Box:
         kinds = ", ".join(dict.fromkeys(d.op.removeprefix("aten.").removeprefix("graphwright.") for d in ops))
         self.title = short(label, 34)
         sizes = dots[0].shape if len(dots) == 1 else f"{len(ops)} ops"
-        self.below = "  ".join(p for p in (f"{show_ms(self.ms)} ms" if self.ms else "", kinds if len(ops) == 1 else "", sizes) if p)[:40]
+        below = "  ".join(p for p in (f"{show_ms(self.ms)} ms" if self.ms else "", kinds if len(ops) == 1 else "", sizes) if p)
+        self.below = clip(below, 44)
         self.parts: dict[str, float] = {}
         for r in rows:
             self.parts[css_class(r.decision)] = self.parts.get(css_class(r.decision), 0.0) + (r.ms or 1e-6)

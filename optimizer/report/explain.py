@@ -38,7 +38,7 @@ def explain(report: Report, pattern: str, *, program: Program | None = None) -> 
     for site in matching:
         row = rows.get(site)
         if row is None:
-            parts.append(_aligned(site, [*deeds[site], ("now", "gone: nothing of it is left to run")]))
+            parts.append(_aligned(site, [*_told((site,), deeds), ("now", "gone: nothing of it is left to run")]))
         elif id(row) not in told:
             told.add(id(row))
             title = row.site + (f" (with {', '.join(row.sites[1:])})" if len(row.sites) > 1 else "")
@@ -53,20 +53,29 @@ def _aligned(title: str, lines: Sequence[tuple[str, str]]) -> str:
     return "\n".join([title, *(f"  {label:<{width}}  {text}" for label, (_, text) in zip(labels, lines, strict=True))])
 
 
-def _deeds(report: Report) -> dict[str, list[tuple[str, str]]]:
-    """What the passes did or declined, as ``(pass, words)``, by site."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    for record in report.passes:
+#: What the passes did or declined, as ``(position of the pass, its name, words)``, by site.
+Deeds = dict[str, list[tuple[int, str, str]]]
+
+
+def _deeds(report: Report) -> Deeds:
+    found: Deeds = {}
+    for k, record in enumerate(report.passes):
         for site, what in record.result.changes:
-            found.setdefault(site, []).append((record.name, what))
+            found.setdefault(site, []).append((k, record.name, what))
         for site, reason in record.result.refusals:
-            found.setdefault(site, []).append((record.name, f"declined: {reason}"))
+            found.setdefault(site, []).append((k, record.name, f"declined: {reason}"))
     return found
 
 
-def _story(row: SiteRow, deeds: dict[str, list[tuple[str, str]]]) -> Iterator[tuple[str, str]]:
+def _told(sites: Sequence[str], deeds: Deeds) -> list[tuple[str, str]]:
+    """The deeds at several sites, pass after pass, each once."""
+    together = dict.fromkeys(deed for site in sites for deed in deeds.get(site, ()))
+    return [(name, words) for _, name, words in sorted(together, key=lambda deed: deed[0])]
+
+
+def _story(row: SiteRow, deeds: Deeds) -> Iterator[tuple[str, str]]:
     yield "captured", f"{row.op}{f' gives {row.shape}' if row.shape else ''}{f', from {row.trace}' if row.trace else ''}"
-    yield from dict.fromkeys(line for site in row.sites for line in deeds.get(site, ()))
+    yield from _told(row.sites, deeds)
     facts = [row.kernel or "the op as it is", f"{show_ms(row.ms)} ms" if row.ms is not None else "",
              f"{show_share(row.share)} of the time" if row.share is not None else "",
              f"SQNR {show_db(row.sqnr_db)} dB" if row.sqnr_db is not None else "", _rate(row)]  # fmt: skip

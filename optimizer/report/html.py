@@ -156,7 +156,7 @@ def _refusals(report: Report) -> str:
         return ""
     items = "".join(
         f"<li><details><summary>{len(sites)} × {_e(who)}: {_e(reason)}</summary><code>{_e(', '.join(sites))}</code></details></li>" for who, reason, sites in groups)  # fmt: skip
-    return f"<h2>Declined</h2><ul>{items}</ul>"
+    return f"<h2>Declined</h2><ul style='list-style:none;padding:0'>{items}</ul>"
 
 
 def _lines(title: str, lines: Sequence[str]) -> str:

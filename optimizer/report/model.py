@@ -130,7 +130,7 @@ class Report:
         notes: what capture and lowering have to say.
         log: trials of a search, in order.
         warnings: what the user should know before trusting the result.
-        seconds: how long each phase took.
+        seconds: how long each phase took, and, where it was measured, the ``"total"``.
         graph: the program's shape, for the picture.
     """
 

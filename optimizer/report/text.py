@@ -40,8 +40,7 @@ def blocks(report: Report, *, full: bool, width: int) -> Iterator[Any]:
     for warning in report.warnings:
         yield Text(f"Warning: {warning}", style="bold yellow")
     if report.passes:
-        yield _heading("Passes")
-        yield _passes(report)
+        yield from _passes(report, full)
     if report.sites:
         yield from _sites(report, full, width)
     refusals = report.grouped_refusals()
@@ -64,7 +63,7 @@ def _heading(title: str) -> Text:
 def _circumstances(report: Report) -> str:
     threads = f"{report.threads} thread{'s' if report.threads != 1 else ''}" if report.threads else ""
     versions = ", ".join(f"{k} {v}" for k, v in report.versions.items())
-    spent = f"optimized in {sum(report.seconds.values()):.1f} s" if report.seconds else ""
+    spent = f"optimized in {report.seconds.get('total', sum(report.seconds.values())):.1f} s" if report.seconds else ""
     return "; ".join(p for p in (report.created[:10], str(report.machine.get("cpu", "")), threads, versions, spent) if p)
 
 
@@ -125,11 +124,17 @@ def _figures(report: Report) -> Table:
     return table
 
 
-def _passes(report: Report) -> Table:
-    table = _table("pass", "changed", "declined", "nodes", "tensors", "SQNR dB", "s", numbers=1)
-    for p in report.passes:
-        table.add_row(*map(Text, pass_cells(p)), style="yellow" if p.undone else "dim" if not p.result.changes else "")
-    return table
+def _passes(report: Report, full: bool) -> Iterator[Any]:
+    yield _heading("Passes")
+    shown = [p for p in report.passes if full or p.result.modified or p.result.refusals or p.undone]
+    if shown:
+        table = _table("pass", "changed", "declined", "nodes", "tensors", "SQNR dB", "s", numbers=1)
+        for p in shown:
+            table.add_row(*map(Text, pass_cells(p)), style="yellow" if p.undone else "")
+        yield table
+    idle = [p.name for p in report.passes if p not in shown]
+    if idle:
+        yield Text(f"  nothing to do for {', '.join(idle)}", style="dim")
 
 
 def pass_cells(p: PassRecord) -> tuple[str, ...]:
@@ -146,7 +151,9 @@ def _sites(report: Report, full: bool, width: int) -> Iterator[Any]:
     rows = report.sites if full or not timed else timed[:_TOP_SITES]
     title = f"Sites, all {len(rows)}" if len(rows) == len(report.sites) else f"Sites, the slowest {len(rows)} of {len(report.sites)}"
     yield _heading(title)
-    yield Text("  " + ", ".join(f"{d} {n}" for d, n in report.decisions().items()) + _per_backend(report))
+    yield Text(f"  Decisions: {', '.join(f'{d} {n}' for d, n in report.decisions().items())}")
+    if report.backend_shares():
+        yield Text(f"  Time: {', '.join(f'{b} {100 * s:.0f} %' for b, s in report.backend_shares().items())}")
     quantized = quantized_words(report)
     if quantized:
         yield Text(f"  Quantization: {quantized}")
@@ -162,11 +169,6 @@ def _sites(report: Report, full: bool, width: int) -> Iterator[Any]:
     if rest:
         left = sum(r.share or 0.0 for r in timed[_TOP_SITES:])
         yield Text(f"  and {rest} more, {show_share(left)} of the time: report.text(full=True)", style="dim")
-
-
-def _per_backend(report: Report) -> str:
-    shares = report.backend_shares()
-    return f".  Time: {', '.join(f'{b} {100 * s:.0f} %' for b, s in shares.items())}" if shares else ""
 
 
 def gain(row: SiteRow) -> str:

@@ -97,13 +97,14 @@ Warning: the machine was busy while timing: the spread is 11 %
 Passes
 pass                             changed  declined      nodes          tensors  SQNR dB     s
 canonicalize                           3         0  233 > 196           438 MB    equal  0.09
-fold-batch-norm                        0         0        196           438 MB           0.01
 fuse-activation                        3         1  196 > 184           438 MB    131.4  0.06
 merge-parallel-linears (undone)        0         3        184           438 MB           0.30
 quantize                              19         3  184 > 402  438 MB > 110 MB     32.6  2.41
+  nothing to do for fold-batch-norm
 
 Sites, the slowest 12 of 40
-  int8 19, left as it was 11, f32 10.  Time: onednn 84 %, aten 14 %, numba 2 %
+  Decisions: int8 19, left as it was 11, f32 10
+  Time: onednn 84 %, aten 14 %, numba 2 %
   Quantization: real at 19 ops, simulated at 0
 site                                    decision  kernel                 ms  share  gain  SQNR dB
 encoder.layer.0.intermediate.dense      int8      onednn.int8-linear  0.810  9.3 %  2.7x     38.5
