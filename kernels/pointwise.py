@@ -256,7 +256,7 @@ def pointwise(
     if gate is not None:
         third = (gate.data_ptr(), KIND[gate.dtype], 1.0, 0.0, *strides[-1])
     points = grid(scale, zero_point, low, high)
-    if activation == "relu" and not out.is_floating_point():  # the same as a lower bound on the result
+    if activation == "relu" and gate is None and not out.is_floating_point():  # the same as a lower bound on the result
         activation, points = "none", (*points[:2], max(points[2], 0), max(points[3], 0))
     native = _SMOOTH if activation in SMOOTH else _SIMPLE
     native(

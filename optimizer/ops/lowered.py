@@ -42,6 +42,13 @@ def _own(y: Tensor, *inputs: Tensor | None) -> Tensor:
     return y.clone() if shared else y
 
 
+def _laid_out(y: Tensor, like: Tensor) -> Tensor:
+    """y in ``output_format(like)``, down to the strides of axes of size 1, which ``contiguous`` leaves as they are."""
+    layout = output_format(like)
+    y = y.contiguous(memory_format=layout)
+    return y.clone(memory_format=layout) if 1 in y.shape else y
+
+
 def output_format(x: Tensor) -> torch.memory_format:
     """Layout of an elementwise result: channels_last for 4-D inputs that are exactly that, else contiguous."""
     last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
@@ -122,8 +129,7 @@ def activate_quantize(
     y = activate(y, activation, scalars)
     if gate is not None:
         y = y * gate.to(y.dtype)
-    y = _emit(y, scale, zero_point, low, high, dtype).contiguous(memory_format=output_format(x))
-    return _own(y, x, other, gate)
+    return _own(_laid_out(_emit(y, scale, zero_point, low, high, dtype), x), x, other, gate)
 
 
 @op("graphwright.add_quantize", traits={ELEMENTWISE, QUANT})
@@ -139,7 +145,7 @@ def add_quantize(
     work = torch.float64 if torch.float64 in (x.dtype, other.dtype) else torch.float32
     y = _real(x, x_scale, x_zero_point, work) + _real(other, other_scale, other_zero_point, work)
     y = activate(y, activation, scalars)
-    return _emit(y, scale, zero_point, low, high, dtype).contiguous(memory_format=output_format(x))
+    return _laid_out(_emit(y, scale, zero_point, low, high, dtype), x)
 
 
 # -- softmax and attention -------------------------------------------------------------------------------------------
@@ -206,7 +212,7 @@ def max_pool2d(
     """
     wide = x if x.is_floating_point() else x.to(torch.float32)
     y = F.max_pool2d(wide, list(kernel), list(stride), list(padding), list(dilation), ceil_mode)
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    return y.to(x.dtype).clone(memory_format=torch.channels_last)  # clone: these strides even where an axis is 1
 
 
 @op("graphwright.mean_pool", traits={POOL, QUANT})

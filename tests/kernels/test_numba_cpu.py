@@ -31,7 +31,7 @@ def _name(pair: tuple[Kernel, Sample]) -> str:
 
 def _run(code: str, **env: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code], env={**os.environ, **env}, capture_output=True, text=True, timeout=300, check=False
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -54,6 +54,7 @@ def test_package_import_is_light() -> None:
     assert "numba" not in out and "triton" not in out
 
 
+@pytest.mark.slow
 def test_cache_is_private_filled_and_survives_damage(tmp_path: Path) -> None:
     code = (
         "import torch\n"
