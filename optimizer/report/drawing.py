@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from html import escape
 
 from graphwright.report.layout import arrange
-from graphwright.report.model import SIMULATED, SiteRow, show_ms, show_share
+from graphwright.report.model import SIMULATED, SiteRow
 from graphwright.report.picture import Dot, Picture
-from graphwright.report.text import clip, short
+from graphwright.report.words import clip, short, show_ms, show_share
 
 _HEIGHT, _PAD = 40.0, 14.0
 #: Pictures of every single op are drawn up to this size.

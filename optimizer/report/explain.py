@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from graphwright.errors import SiteError, nearest
-from graphwright.report.model import Report, SiteRow, show_db, show_ms, show_share
-from graphwright.report.text import gain
+from graphwright.report.model import Report, SiteRow
+from graphwright.report.words import gain, show_db, show_ms, show_share
 
 if TYPE_CHECKING:
     from graphwright.ir import Program

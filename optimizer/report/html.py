@@ -6,8 +6,17 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from graphwright.report.drawing import DETAILED, css_class, every_op, overview
-from graphwright.report.model import Report, SiteRow, show_bytes, show_db, show_ms, show_share
-from graphwright.report.text import figures, gain, pass_cells, quantized_words
+from graphwright.report.model import Report, SiteRow
+from graphwright.report.words import (
+    figures,
+    gain,
+    pass_cells,
+    quantized_words,
+    show_bytes,
+    show_db,
+    show_ms,
+    show_share,
+)
 
 _STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--fg:#1c2330;--soft:#5d6778;--line:#dde2ea;--panel:#f6f8fb;--int8:#1a9c6b;--bf16:#2f7fd6;

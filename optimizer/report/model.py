@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -265,32 +264,3 @@ class Report:
             if isinstance(error, LoadError):
                 raise
             raise LoadError(f"the report is no valid JSON ({error})") from None
-
-
-# -- numbers for people ----------------------------------------------------------------------------------------------
-
-
-def show_ms(ms: float | None) -> str:
-    if ms is None:
-        return ""
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
-
-
-def show_bytes(count: float | None) -> str:
-    if count is None:
-        return ""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" or abs(count) >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return ""
-
-
-def show_db(db: float | None) -> str:
-    if db is None:
-        return ""
-    return "equal" if db == math.inf else "lost" if not math.isfinite(db) else f"{db:.1f}"
-
-
-def show_share(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"

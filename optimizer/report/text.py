@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -12,8 +11,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from graphwright.manager import PassRecord
-from graphwright.report.model import SIMULATED, Report, SiteRow, show_bytes, show_db, show_ms, show_share
+from graphwright.report.model import Report
+from graphwright.report.words import (
+    clip,
+    figures,
+    gain,
+    pass_cells,
+    quantized_words,
+    short,
+    show_db,
+    show_ms,
+    show_share,
+)
 
 _TOP_SITES, _TOP_REFUSALS = 12, 8
 _COLOURS = {"int8": "green", "bf16": "cyan", "f32": "default", "left as it was": "yellow"}
@@ -75,47 +84,6 @@ def _table(*columns: str, numbers: int) -> Table:
     return table
 
 
-def figures(report: Report) -> list[tuple[str, str, str, str]]:
-    """``(what, original, optimized, change)``: the lines that both the terminal and the page show."""
-    rows = []
-    a, b = report.original, report.optimized
-    if a is not None and b is not None:
-        for name in ("minimum", "median", "p95"):
-            was, now = getattr(a, name), getattr(b, name)
-            ratio = f"{was / now:.2f}x" if now else ""
-            rows.append((f"latency, {name}", f"{show_ms(was)} ms", f"{show_ms(now)} ms", ratio))
-    for name, was, now in (("tensors", report.bytes_before, report.bytes_after),
-                           ("peak memory", *((m * 2**20 if m is not None else None) for m in (report.memory_before_mb, report.memory_after_mb)))):  # fmt: skip
-        if was is not None and now is not None:
-                rows.append((name, show_bytes(was), show_bytes(now), _change(was, now)))
-    if report.file_bytes is not None:
-        rows.append(("saved file", "", show_bytes(report.file_bytes), ""))
-    if report.accuracy is not None:
-        score = report.accuracy
-        budget = "" if score.budget is None else f" of {score.budget:g} allowed"
-        rows.append((score.metric, f"{score.before:.4f}", f"{score.after:.4f}", f"{score.after - score.before:+.4f}{budget}"))
-    if report.sqnr_db is not None or report.max_abs is not None:
-        words = [f"SQNR {show_db(report.sqnr_db)}{' dB' if math.isfinite(report.sqnr_db) else ''}"] if report.sqnr_db is not None else []
-        words += [f"largest {report.max_abs:.3g}"] if report.max_abs is not None else []
-        rows.append(("output error", "", "", ", ".join(words)))
-    return rows
-
-
-def _change(was: float, now: float) -> str:
-    if was == now:
-        return "the same"
-    if was <= 0 or now <= 0:
-        return ""
-    return f"{was / now:.2f}x smaller" if now < was else f"{now / was:.2f}x larger"
-
-
-def quantized_words(report: Report) -> str | None:
-    """Real and simulated quantization are two things, and are counted apart."""
-    real = sum(r.decision in ("int8", "int4", "w8", "w4") for r in report.sites)
-    simulated = sum(r.decision.startswith(SIMULATED) for r in report.sites)
-    return f"real at {real} op{'s' if real != 1 else ''}, simulated at {simulated}" if real or simulated else None
-
-
 def _figures(report: Report) -> Table:
     table = _table("", "original", "optimized", "", numbers=1)
     table.columns[3].justify, table.columns[3].no_wrap = "left", False
@@ -135,15 +103,6 @@ def _passes(report: Report, full: bool) -> Iterator[Any]:
     idle = [p.name for p in report.passes if p not in shown]
     if idle:
         yield Text(f"  nothing to do for {', '.join(idle)}", style="dim")
-
-
-def pass_cells(p: PassRecord) -> tuple[str, ...]:
-    """One pass: name, sites changed, sites declined, nodes, bytes, error, seconds."""
-    nodes = f"{p.nodes_before} > {p.nodes_after}" if p.nodes_before != p.nodes_after else str(p.nodes_after)
-    size = f"{show_bytes(p.bytes_before)} > {show_bytes(p.bytes_after)}" if p.bytes_before != p.bytes_after else show_bytes(p.bytes_after)
-    name = f"{p.name} (undone)" if p.undone else p.name
-    changed = str(len(p.result.changes)) if p.result.changes or not p.result.touched else "all"
-    return name, changed, str(len(p.result.refusals)), nodes, size, show_db(p.error), f"{p.seconds:.2f}"
 
 
 def _sites(report: Report, full: bool, width: int) -> Iterator[Any]:
@@ -169,30 +128,6 @@ def _sites(report: Report, full: bool, width: int) -> Iterator[Any]:
     if rest:
         left = sum(r.share or 0.0 for r in timed[_TOP_SITES:])
         yield Text(f"  and {rest} more, {show_share(left)} of the time: report.text(full=True)", style="dim")
-
-
-def gain(row: SiteRow) -> str:
-    """How much faster the chosen candidate was than the next one: ``"2.3x"``."""
-    chosen = next((o.ms for o in row.options if o.name == row.kernel and o.ms), None)
-    other = row.runner_up
-    return f"{other.ms / chosen:.1f}x" if chosen and other is not None and other.ms else ""
-
-
-def short(site: str, width: int) -> str:
-    """A site in at most ``width`` columns that can still be told from its neighbours: ``e.l.0.attention.output.dense``."""
-    parts = site.split(".")
-    for k, part in enumerate(parts[:-1]):
-        if len(".".join(parts)) <= width:
-            break
-        if not part.isdigit():
-            parts[k] = part[:1]
-    return clip(".".join(parts), width)
-
-
-def clip(text: str, width: int) -> str:
-    """``text`` with its middle left out where it is too long."""
-    tail = (width - 1) // 2
-    return text if len(text) <= width else text[: max(width - 1 - tail, 0)] + "…" + text[len(text) - tail :]
 
 
 def _refusals(groups: list[tuple[str, str, list[str]]], full: bool) -> Iterator[Any]:
