@@ -35,7 +35,7 @@ _RESCALING = {
 
 @dataclass(frozen=True)
 class Anchor:
-    """A matrix op with a constant weight.
+    """A matrix op with a constant weight, or a look-up in one.
 
     Attributes:
         node: the op; source: the value it reads; weight: the ``get_attr`` node of its weight.
@@ -51,6 +51,11 @@ class Anchor:
     reads: str
     other: str | None
     conv: bool
+
+    @property
+    def table(self) -> bool:
+        """Whether it is a look-up in the weight, which multiplies nothing."""
+        return self.source is self.weight
 
 
 @dataclass
@@ -80,6 +85,10 @@ class Plan:
 def is_matrix_op(node: fx.Node) -> bool:
     row = ops.row(node.target)
     return row is not None and CONTRACTION in row.traits
+
+
+def is_table(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten.embedding.default
 
 
 def find_anchor(program: Program, node: fx.Node) -> Anchor | str:

@@ -255,6 +255,26 @@ def test_transposed_and_tied_and_embedded_weights(fused: Prepare, run: Any) -> N
     assert any("the float weight stays for table" in said for _, said in result.changes)
 
 
+def test_embeddings_are_stored_as_int8_on_request(fused: Prepare, run: Any) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.mix = nn.Embedding(50, 16), nn.Linear(16, 16)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return F.linear(self.mix(self.table(ids)), self.table.weight)
+
+    program = fused(Tied(), torch.arange(50))
+    for mode in ("static", "weight-only"):
+        after, result = run(program, Quantize(mode=mode, embeddings=True))
+        assert sorted(s for s, _ in result.changes)[:1] == ["linear"] and len(result.changes) == 3
+        assert not any(t.dtype == torch.float32 and t.ndim > 1 for t in after.tensors().values()), "one copy serves both"
+        assert after.tensors()["table.weight_scale"].shape == (50,)
+        assert sqnr_db(program(torch.arange(50))[0], after(torch.arange(50))[0]) > 25
+    only, result = run(fused(nn.Embedding(9, 4), torch.arange(9)), Quantize(mode="weight-only", embeddings=True))
+    assert "as int8" in result.changes[0][1] and only.size_bytes() == 9 * 4 + 9 * 4
+
+
 REFUSED = {
     "both operands": (lambda m, x: x @ x.transpose(1, 2), {}, "both operands are computed at run time"),
     "computed weight": (lambda m, x: F.linear(x, m.w * x.mean()), {"w": torch.randn(5, 4)}, "weight is computed at run time"),
