@@ -346,8 +346,9 @@ class Builder:
             values = [self._copied(refs[0], named["src"], before[0])]
         else:
             plain = functional.twin(target)
-            rest = {k: v for k, v in named.items() if k in {a.name for a in plain._schema.arguments}}
-            complete, extra = ir.normalise(plain, (), self._read(rest))
+            known = [a.name for a in target._schema.arguments if not a.is_out]
+            twins = dict(zip(known, (a.name for a in plain._schema.arguments), strict=True))
+            complete, extra = ir.normalise(plain, (), {twins[k]: self._read(v) for k, v in named.items() if k in twins})
             with self._keeping(old):
                 node = self.emit(plain, *complete, **extra)
             values = [node] if len(refs) == 1 and isinstance(node.meta["val"], torch.Tensor) else [

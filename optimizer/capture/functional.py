@@ -9,7 +9,7 @@ computed anew from the base.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -236,12 +236,16 @@ def twin(target: OpOverload) -> OpOverload:
     """
     name = target._schema.name.partition("::")[2]
     namespace = getattr(torch.ops, target.namespace)
-    wanted = [(a.name, str(a.type)) for a in target._schema.arguments if not a.is_out]
+    wanted = _kinds(a for a in target._schema.arguments if not a.is_out)
     for candidate in (name.rstrip("_"), f"{name}_functional", f"{name.rstrip('_')}_functional"):
         packet = getattr(namespace, candidate, None)
         for overload in packet.overloads() if packet is not None else ():
             found = getattr(packet, overload)
-            same = [(a.name, str(a.type)) for a in found._schema.arguments] == wanted
-            if same and not found._schema.is_mutable:
+            if _kinds(found._schema.arguments) == wanted and not found._schema.is_mutable:
                 return found
     raise Refused(f"{name} writes into its argument and has no functional form")
+
+
+def _kinds(arguments: Iterable[Any]) -> list[tuple[str, str]]:
+    """Names and types of arguments; the first one's name may differ (``self`` in ``dropout_``, ``input`` in ``dropout``)."""
+    return [(a.name if k else "", str(a.type)) for k, a in enumerate(arguments)]

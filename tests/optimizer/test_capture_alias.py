@@ -253,6 +253,36 @@ def test_equals_eager(fn):
     check(fn)
 
 
+ACTIVATIONS = [
+    nn.ReLU(True), nn.ReLU6(True), nn.LeakyReLU(0.1, True), nn.ELU(1.0, True), nn.CELU(1.0, True), nn.SELU(True),
+    nn.SiLU(True), nn.Mish(True), nn.Hardswish(True), nn.Hardsigmoid(True), nn.Hardtanh(-1, 1, True), nn.Threshold(0.1, 2.0, True),
+    nn.Dropout(0.5, True), nn.Dropout2d(0.5, True), nn.AlphaDropout(0.5, True), nn.FeatureAlphaDropout(0.5, True),
+    nn.RReLU(inplace=True),
+]  # fmt: skip
+
+
+def test_every_module_with_an_inplace_switch():
+    class All(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.all = nn.ModuleList(ACTIVATIONS)
+
+        def forward(self, x):
+            results = []
+            for module in self.all:
+                y = x * 2
+                z = y.view(-1)
+                module(y)
+                results += [y, z[1]]
+            return results
+
+    model, x = All().eval(), torch.randn(2, 3, 4, 4)
+    found = capture(model, (x,))
+    assert found.program is not None, [str(r) for r in found.regions]
+    for a, b in zip(model(x), found.run(x), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_mutations_are_named():
     found = check(buffer_written)
     assert [(m.buffer, m.input) for m in found.program.signature.mutations] == [("state", None)]
