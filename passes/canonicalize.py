@@ -131,6 +131,8 @@ def reshape(program: Program, node: fx.Node) -> fx.Node | str | None:
     x = node.args[0]
     if same_shape(x, node):
         return x
+    if is_op(node, "aten.flatten", "aten.unflatten"):
+        return _as_reshape(program, node)
     if not is_op(x, *RESHAPES):
         return None
     source = x.args[0]
@@ -143,6 +145,15 @@ def reshape(program: Program, node: fx.Node) -> fx.Node | str | None:
         return program.call(aten.view.default, source, node.args[1], like=node)
     except (RuntimeError, ValueError):  # no view of these strides
         return program.call(aten.reshape.default, source, node.args[1], like=node)
+
+
+def _as_reshape(program: Program, node: fx.Node) -> fx.Node | None:
+    """flatten and unflatten, spelled with the sizes they give; with two sizes that vary there is no such spelling."""
+    sizes = list(val(node).shape)
+    vary = [k for k, n in enumerate(sizes) if not isinstance(n, int)]
+    if len(vary) > 1 or (vary and 0 in sizes):
+        return None
+    return program.call(aten.reshape.default, node.args[0], [-1 if k in vary else n for k, n in enumerate(sizes)], like=node)
 
 
 def unchanged(program: Program, node: fx.Node) -> fx.Node | str | None:

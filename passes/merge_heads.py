@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
+from graphwright.passes._nodes import same_sizes
 from graphwright.rewrite import Match, RewritePass
 
 
@@ -31,7 +33,9 @@ class MergeHeads(RewritePass):
         if "order" in match.bound and list(match["order"]) != [0, 2, 1, 3]:
             return f"the permutation {list(match['order'])} does not bring heads behind the sequence"
         b, h, s, e = heads.shape
-        if tuple(merged.shape) != (b, s, h * e):
+        if heads.dtype not in (torch.float32, torch.float64):
+            return f"it gives {heads.dtype}: the merged form is computed in float32 and stays there"
+        if not same_sizes(merged.shape, (b, s, h * e)):
             return f"the reshape gives {tuple(merged.shape)}, not {(b, s, h * e)}"
         mask = match.val("mask")
         if mask is not None and mask.dim() > 4:
