@@ -100,7 +100,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 class JsonCache:
     """Values by key, in a file per shard; safe for several threads and processes at the same time.
 
-    Values are JSON data. What another process has flushed is seen when a shard is first read, and again after ``flush``.
+    Values are JSON data. What another process has flushed is seen when a shard is first read and after ``flush``.
 
     Args:
         name: folder of the cache.
@@ -134,7 +134,7 @@ class JsonCache:
             self._new.setdefault(number, {})[key] = value
 
     def flush(self) -> None:
-        """Write what is new, merged with what others have written since. A full disk costs the cache, not the caller."""
+        """Write what is new, merged with what others wrote since. A full disk costs the cache, not the caller."""
         with self._lock:
             for number, new in self._new.items():
                 path = self._path(number)
@@ -177,7 +177,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _brief_lock(path: Path) -> Iterator[None]:
-    """Hold a lock for the moment of a merge; where it can't be had soon, go on without: at worst an entry is timed again."""
+    """Hold a lock for the moment of a merge; where it can't be had soon, go on without: at worst an entry is lost."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError:

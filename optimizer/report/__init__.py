@@ -1,8 +1,8 @@
-"""What was done to a model, and what it brought: as a table in the terminal, as JSON, as one HTML page, and site by site.
+"""What was done to a model and what it brought: in the terminal, as JSON, as one HTML page, and site by site.
 
-    print(report)                       # the essentials; report.text(full=True) for every site
-    report.to_html("report.html")       # one file, no network
-    explain(report, "encoder.layer.0.*")
+print(report)                       # the essentials; report.text(full=True) for every site
+report.to_html("report.html")       # one file, no network
+explain(report, "encoder.layer.0.*")
 """
 
 from graphwright.report.explain import explain

@@ -48,35 +48,47 @@ class Box:
         kinds = ", ".join(dict.fromkeys(d.op.removeprefix("aten.").removeprefix("graphwright.") for d in ops))
         self.title = short(label, 34)
         sizes = dots[0].shape if len(dots) == 1 else f"{len(ops)} ops"
-        below = "  ".join(p for p in (f"{show_ms(self.ms)} ms" if self.ms else "", kinds if len(ops) == 1 else "", sizes) if p)
+        below = "  ".join(
+            p for p in (f"{show_ms(self.ms)} ms" if self.ms else "", kinds if len(ops) == 1 else "", sizes) if p
+        )
         self.below = clip(below, 44)
         self.parts: dict[str, float] = {}
         for r in rows:
             self.parts[css_class(r.decision)] = self.parts.get(css_class(r.decision), 0.0) + (r.ms or 1e-6)
         lines = [label, f"{show_ms(self.ms)} ms, {show_share(self.share)} of the time" if self.ms else "", kinds]
-        lines += [f"{r.site}: {r.decision}, {r.kernel or r.op}, {show_ms(r.ms)} ms" for r in sorted(rows, key=lambda r: -(r.ms or 0.0))[:12]]
+        lines += [
+            f"{r.site}: {r.decision}, {r.kernel or r.op}, {show_ms(r.ms)} ms"
+            for r in sorted(rows, key=lambda r: -(r.ms or 0.0))[:12]
+        ]
         self.hover = "\n".join(line for line in lines if line)
         letters = max(len(self.title) * 7.2, len(self.below) * 6.2)
         self.width = min(max(70.0, letters + 2 * _PAD), 290.0)
 
     @classmethod
     def of(cls, label: str, dots: Sequence[Dot], by_site: dict[str, SiteRow]) -> Box:
-        rows = {id(by_site[d.site]): by_site[d.site] for d in dots if d.site in by_site and d.op not in ("input", "output")}
+        rows = {
+            id(by_site[d.site]): by_site[d.site] for d in dots if d.site in by_site and d.op not in ("input", "output")
+        }
         return cls(label, dots, list(rows.values()))
 
     def svg(self, x: float, y: float, slowest: float) -> str:
         left, top = x - self.width / 2, y - _HEIGHT / 2
         kind = "ends" if self.plain else max(self.parts, key=self.parts.__getitem__) if self.parts else "asis"
-        out = [f'<g class="box {kind}"><title>{escape(self.hover)}</title>',
-               f'<rect x="{left:.1f}" y="{top:.1f}" width="{self.width:.1f}" height="{_HEIGHT}" rx="5"/>',
-               f'<text x="{x:.1f}" y="{y - 3:.1f}">{escape(self.title)}</text>',
-               f'<text class="small" x="{x:.1f}" y="{y + 11:.1f}">{escape(self.below)}</text>']  # fmt: skip
+        out = [
+            f'<g class="box {kind}"><title>{escape(self.hover)}</title>',
+            f'<rect x="{left:.1f}" y="{top:.1f}" width="{self.width:.1f}" height="{_HEIGHT}" rx="5"/>',
+            f'<text x="{x:.1f}" y="{y - 3:.1f}">{escape(self.title)}</text>',
+            f'<text class="small" x="{x:.1f}" y="{y + 11:.1f}">{escape(self.below)}</text>',
+        ]
         whole, at = (self.width - 4) * (self.ms / slowest if slowest else 0.0), left + 2
         total = sum(self.parts.values())
         for part, ms in self.parts.items():
             length = whole * ms / total if total else 0.0
             if length >= 0.5:
-                out.append(f'<rect class="bar {part}" x="{at:.1f}" y="{top + _HEIGHT - 6:.1f}" width="{length:.1f}" height="4"/>')
+                out.append(
+                    f'<rect class="bar {part}" x="{at:.1f}" y="{top + _HEIGHT - 6:.1f}" '
+                    f'width="{length:.1f}" height="4"/>'
+                )
             at += length
         return "".join(out) + "</g>"
 
@@ -104,4 +116,3 @@ def _path(points: list[tuple[float, float]]) -> str:
         if k < len(points) - 1:
             d.append(f"L{nx:.1f} {ny + half:.1f}")
     return "".join(d)
-

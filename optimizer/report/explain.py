@@ -1,4 +1,4 @@
-"""Why a site is as it is: what was captured, what each pass did or why it declined, which kernels raced and which won."""
+"""Why a site is as it is: what was captured, what each pass did or declined, which kernels raced and which won."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ def explain(report: Report, pattern: str, *, program: Program | None = None) -> 
     known = list(dict.fromkeys([*rows, *deeds]))
     matching = [s for s in known if fnmatch.fnmatchcase(s, pattern)]
     if not matching:
-        hint = nearest(pattern, known) or (f"the model's sites are {', '.join(known[:8])}{', …' if len(known) > 8 else ''}" if known else "the report has no sites")
+        hint = nearest(pattern, known) or (
+            f"the model's sites are {', '.join(known[:8])}{', …' if len(known) > 8 else ''}"
+            if known
+            else "the report has no sites"
+        )
         raise SiteError(f"pattern {pattern!r} matches no site", where="explain()", hint=hint)
     told: set[int] = set()
     parts = []
@@ -74,11 +78,18 @@ def _told(sites: Sequence[str], deeds: Deeds) -> list[tuple[str, str]]:
 
 
 def _story(row: SiteRow, deeds: Deeds) -> Iterator[tuple[str, str]]:
-    yield "captured", f"{row.op}{f' gives {row.shape}' if row.shape else ''}{f', from {row.trace}' if row.trace else ''}"
+    yield (
+        "captured",
+        f"{row.op}{f' gives {row.shape}' if row.shape else ''}{f', from {row.trace}' if row.trace else ''}",
+    )
     yield from _told(row.sites, deeds)
-    facts = [row.kernel or "the op as it is", f"{show_ms(row.ms)} ms" if row.ms is not None else "",
-             f"{show_share(row.share)} of the time" if row.share is not None else "",
-             f"SQNR {show_db(row.sqnr_db)} dB" if row.sqnr_db is not None else "", _rate(row)]  # fmt: skip
+    facts = [
+        row.kernel or "the op as it is",
+        f"{show_ms(row.ms)} ms" if row.ms is not None else "",
+        f"{show_share(row.share)} of the time" if row.share is not None else "",
+        f"SQNR {show_db(row.sqnr_db)} dB" if row.sqnr_db is not None else "",
+        _rate(row),
+    ]
     yield "now", f"{row.decision}: {', '.join(f for f in facts if f)}"
     if row.reason:
         yield "why", row.reason
@@ -88,7 +99,10 @@ def _story(row: SiteRow, deeds: Deeds) -> Iterator[tuple[str, str]]:
 def _rate(row: SiteRow) -> str:
     if not row.ms:
         return ""
-    rates = [f"{row.flops / row.ms / 1e6:.0f} GFLOP/s" if row.flops else "", f"{row.bytes / row.ms / 1e6:.1f} GB/s" if row.bytes else ""]
+    rates = [
+        f"{row.flops / row.ms / 1e6:.0f} GFLOP/s" if row.flops else "",
+        f"{row.bytes / row.ms / 1e6:.1f} GB/s" if row.bytes else "",
+    ]
     return ", ".join(r for r in rates if r)
 
 
@@ -104,7 +118,11 @@ def _lead(row: SiteRow) -> str:
     ahead = gain(row)
     if not ahead:
         return "  taken"
-    return "  taken although slower alone: the whole graph is faster with it" if ahead.startswith("0") else f"  taken, {ahead} faster than the next"
+    return (
+        "  taken although slower alone: the whole graph is faster with it"
+        if ahead.startswith("0")
+        else f"  taken, {ahead} faster than the next"
+    )
 
 
 def _rows_of(program: Program | None) -> list[SiteRow]:
@@ -112,5 +130,12 @@ def _rows_of(program: Program | None) -> list[SiteRow]:
         return []
     from graphwright.ir import describe, op_name, sites_of
 
-    return [SiteRow(sites_of(n) or (n.name,), op_name(n.target), shape=describe(n.meta.get("val")),
-                    trace=str(n.meta["trace"]) if n.meta.get("trace") else None) for n in program.nodes]  # fmt: skip
+    return [
+        SiteRow(
+            sites_of(n) or (n.name,),
+            op_name(n.target),
+            shape=describe(n.meta.get("val")),
+            trace=str(n.meta["trace"]) if n.meta.get("trace") else None,
+        )
+        for n in program.nodes
+    ]

@@ -19,39 +19,46 @@ from graphwright.report.words import (
 )
 
 _STYLE = """
-:root{color-scheme:light dark;--bg:#fff;--fg:#1c2330;--soft:#5d6778;--line:#dde2ea;--panel:#f6f8fb;--int8:#1a9c6b;--bf16:#2f7fd6;
---f32:#8a94a6;--asis:#d29a1c;--simulated:#c94f6d;--good:#14784f;--weak:#a36a00}
-@media(prefers-color-scheme:dark){:root{--bg:#12161d;--fg:#e3e8f0;--soft:#98a3b5;--line:#2c3441;--panel:#1a202a;--int8:#34c48c;--bf16:#5aa4f0;
---f32:#7d889b;--asis:#dca93a;--simulated:#e3718d;--good:#45cf98;--weak:#e0a73c}}
-*{box-sizing:border-box}body{margin:0 auto;max-width:1180px;padding:28px 22px 60px;background:var(--bg);color:var(--fg);
-font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
-h1{font-size:24px;margin:0 0 2px}h2{font-size:17px;margin:34px 0 10px}p{margin:4px 0}
-.soft{color:var(--soft)}.verdict{font-size:18px;margin:8px 0;color:var(--weak)}.verdict.good{color:var(--good)}
+:root{color-scheme:light dark;--bg:#fff;--fg:#1c2330;--soft:#5d6778;--line:#dde2ea;--panel:#f6f8fb;--int8:#1a9c6b;
+--bf16:#2f7fd6;--f32:#8a94a6;--asis:#d29a1c;--simulated:#c94f6d;--good:#14784f;--weak:#a36a00}
+@media(prefers-color-scheme:dark){:root{--bg:#12161d;--fg:#e3e8f0;--soft:#98a3b5;--line:#2c3441;--panel:#1a202a;
+--int8:#34c48c;--bf16:#5aa4f0;--f32:#7d889b;--asis:#dca93a;--simulated:#e3718d;--good:#45cf98;--weak:#e0a73c}}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1180px;padding:28px 22px 60px;background:var(--bg);color:var(--fg);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}h1{font-size:24px;margin:0 0 2px}
+h2{font-size:17px;margin:34px 0 10px}p{margin:4px 0}.soft{color:var(--soft)}
+.verdict{font-size:18px;margin:8px 0;color:var(--weak)}.verdict.good{color:var(--good)}
 .warning{border-left:4px solid var(--asis);background:var(--panel);padding:6px 12px;margin:8px 0}
 table{border-collapse:collapse;width:100%;font-size:13.5px}th{font-weight:600;color:var(--soft);text-align:left}
-th,td{padding:4px 12px 4px 0;border-bottom:1px solid var(--line);vertical-align:top}td.n,th.n{text-align:right;white-space:nowrap;
-font-variant-numeric:tabular-nums}code{font:12.5px/1.45 ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere}
-.scroll{overflow:auto;max-height:78vh;border:1px solid var(--line);border-radius:8px;background:var(--panel);padding:10px}
-td code{white-space:nowrap}td:first-child code{white-space:normal}td .soft{font-size:12px}td summary{margin:0}
-.scroll th{position:sticky;top:-10px;background:var(--panel)}.scroll.center{text-align:center}.scroll table{background:var(--panel)}
-.figures{width:auto;min-width:520px}.figures td{padding-right:28px}.figures td:last-child{text-align:left;white-space:normal}
+th,td{padding:4px 12px 4px 0;border-bottom:1px solid var(--line);vertical-align:top}
+td.n,th.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+code{font:12.5px/1.45 ui-monospace,SFMono-Regular,Menlo,"DejaVu Sans Mono",monospace;overflow-wrap:anywhere}
+.scroll{overflow:auto;max-height:78vh;border:1px solid var(--line);border-radius:8px;background:var(--panel);
+padding:10px}td code{white-space:nowrap}td:first-child code{white-space:normal}td .soft{font-size:12px}
+td summary{margin:0}.scroll th{position:sticky;top:-10px;background:var(--panel)}.scroll.center{text-align:center}
+.scroll table{background:var(--panel)}.figures{width:auto;min-width:520px}.figures td{padding-right:28px}
+.figures td:last-child{text-align:left;white-space:normal}
 .tag{display:inline-block;padding:0 7px;border-radius:9px;font-size:12px;color:#fff;white-space:nowrap}
-.tag.int8{background:var(--int8)}.tag.bf16{background:var(--bf16)}.tag.f32{background:var(--f32)}.tag.asis{background:var(--asis)}
-.tag.simulated{background:var(--simulated)}
-.meter{display:inline-block;width:90px;height:8px;background:var(--line);border-radius:3px;overflow:hidden;margin-left:8px}
-.meter i{display:block;height:8px;background:var(--f32)}.meter i.int8{background:var(--int8)}.meter i.bf16{background:var(--bf16)}
-.meter i.asis{background:var(--asis)}.meter i.simulated,.meter i.bad{background:var(--simulated)}
-.shares{display:flex;height:22px;border-radius:5px;overflow:hidden;margin:6px 0;max-width:700px;font-size:12px;color:#fff}
-.shares span{padding:2px 8px;overflow:hidden;white-space:nowrap;background:var(--f32)}.shares span:nth-child(1){background:#3b6ea8}
-.shares span:nth-child(2){background:#2c8f7b}.shares span:nth-child(3){background:#8b6fb3}.shares span:nth-child(4){background:#b0783a}
-svg.graph text{font:12px system-ui,"DejaVu Sans",sans-serif;text-anchor:middle;fill:var(--fg)}svg.graph text.small{font-size:10.5px;fill:var(--soft)}
-svg.graph .edge{fill:none;stroke:var(--soft);stroke-width:1.1;opacity:.6}svg.graph .box rect{fill:var(--bg);stroke:var(--f32);stroke-width:1.4}
-svg.graph .box.int8 rect{stroke:var(--int8)}svg.graph .box.bf16 rect{stroke:var(--bf16)}svg.graph .box.asis rect{stroke:var(--asis)}
+.tag.int8{background:var(--int8)}.tag.bf16{background:var(--bf16)}.tag.f32{background:var(--f32)}
+.tag.asis{background:var(--asis)}.tag.simulated{background:var(--simulated)}
+.meter{display:inline-block;width:90px;height:8px;background:var(--line);border-radius:3px;overflow:hidden;
+margin-left:8px}.meter i{display:block;height:8px;background:var(--f32)}.meter i.int8{background:var(--int8)}
+.meter i.bf16{background:var(--bf16)}.meter i.asis{background:var(--asis)}
+.meter i.simulated,.meter i.bad{background:var(--simulated)}
+.shares{display:flex;height:22px;border-radius:5px;overflow:hidden;margin:6px 0;max-width:700px;font-size:12px;
+color:#fff}.shares span{padding:2px 8px;overflow:hidden;white-space:nowrap;background:var(--f32)}
+.shares span:nth-child(1){background:#3b6ea8}.shares span:nth-child(2){background:#2c8f7b}
+.shares span:nth-child(3){background:#8b6fb3}.shares span:nth-child(4){background:#b0783a}
+svg.graph text{font:12px system-ui,"DejaVu Sans",sans-serif;text-anchor:middle;fill:var(--fg)}
+svg.graph text.small{font-size:10.5px;fill:var(--soft)}
+svg.graph .edge{fill:none;stroke:var(--soft);stroke-width:1.1;opacity:.6}
+svg.graph .box rect{fill:var(--bg);stroke:var(--f32);stroke-width:1.4}svg.graph .box.int8 rect{stroke:var(--int8)}
+svg.graph .box.bf16 rect{stroke:var(--bf16)}svg.graph .box.asis rect{stroke:var(--asis)}
 svg.graph .box.simulated rect{stroke:var(--simulated)}svg.graph .box.ends rect{stroke:var(--line);fill:var(--panel)}
-svg.graph .box rect.bar{stroke:none;fill:var(--f32)}svg.graph .box rect.bar.int8{fill:var(--int8)}svg.graph .box rect.bar.bf16{fill:var(--bf16)}
-svg.graph .box rect.bar.asis{fill:var(--asis)}svg.graph .box rect.bar.simulated{fill:var(--simulated)}
-summary{cursor:pointer;color:var(--soft);margin:8px 0}ul{margin:4px 0;padding-left:20px}
-@media print{.scroll{max-height:none}}
+svg.graph .box rect.bar{stroke:none;fill:var(--f32)}svg.graph .box rect.bar.int8{fill:var(--int8)}
+svg.graph .box rect.bar.bf16{fill:var(--bf16)}svg.graph .box rect.bar.asis{fill:var(--asis)}
+svg.graph .box rect.bar.simulated{fill:var(--simulated)}summary{cursor:pointer;color:var(--soft);margin:8px 0}
+ul{margin:4px 0;padding-left:20px}@media print{.scroll{max-height:none}}
 """
 
 
@@ -62,12 +69,23 @@ def page(report: Report) -> str:
         f"<h1>{_e(report.model)}</h1><p class=soft>recipe <code>{_e(report.recipe)}</code>, {_e(report.created)}</p>",
         f'<p class="verdict {good}">{_e(report.verdict)}</p>',
         *(f"<p class=warning>{_e(w)}</p>" for w in report.warnings),
-        _figures(report), _machine(report), _shares(report), _pictures(report), _sites(report), _passes(report), _refusals(report),
+        _figures(report),
+        _machine(report),
+        _shares(report),
+        _pictures(report),
+        _sites(report),
+        _passes(report),
+        _refusals(report),
         _lines("Not captured: runs as you wrote it", [f"{r.where}: {r.what}" for r in report.regions]),
-        _lines("Search", report.log), _lines("Notes", report.notes),
-    ]  # fmt: skip
-    return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f"<title>{_e(report.model)}: Graphwright report</title><style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n")  # fmt: skip
+        _lines("Search", report.log),
+        _lines("Notes", report.notes),
+    ]
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{_e(report.model)}: Graphwright report</title><style>{_STYLE}</style></head>"
+        f"<body>{''.join(body)}</body></html>\n"
+    )
 
 
 def _e(value: object) -> str:
@@ -76,7 +94,11 @@ def _e(value: object) -> str:
 
 def _row(cells: Iterable[str], numbers: int, tag: str = "td") -> str:
     """A table row; ``cells`` are HTML already, those from ``numbers`` on are figures."""
-    return "<tr>" + "".join(f"<{tag}{' class=n' if k >= numbers else ''}>{c}</{tag}>" for k, c in enumerate(cells)) + "</tr>"
+    return (
+        "<tr>"
+        + "".join(f"<{tag}{' class=n' if k >= numbers else ''}>{c}</{tag}>" for k, c in enumerate(cells))
+        + "</tr>"
+    )
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int, style: str = "") -> str:
@@ -90,7 +112,11 @@ def _figures(report: Report) -> str:
 
 
 def _machine(report: Report) -> str:
-    facts = [f"{k} {', '.join(map(str, v)) if isinstance(v, (list, tuple)) else v}" for k, v in (report.machine | report.versions).items() if v not in (None, "", [])]
+    facts = [
+        f"{k} {', '.join(map(str, v)) if isinstance(v, (list, tuple)) else v}"
+        for k, v in (report.machine | report.versions).items()
+        if v not in (None, "", [])
+    ]
     facts += [f"threads {report.threads}"] if report.threads else []
     facts += [f"{k} {s:.1f} s" for k, s in report.seconds.items()]
     return f"<p class=soft>{_e('; '.join(facts))}</p>" if facts else ""
@@ -100,22 +126,43 @@ def _shares(report: Report) -> str:
     shares = report.backend_shares()
     words = ", ".join(f"{d} {n}" for d, n in report.decisions().items())
     quantized = quantized_words(report)
-    bars = "".join(f'<span style="width:{100 * s:.2f}%" title="{_e(b)} {show_share(s)}">{_e(b)} {show_share(s)}</span>' for b, s in shares.items())
+    bars = "".join(
+        f'<span style="width:{100 * s:.2f}%" title="{_e(b)} {show_share(s)}">{_e(b)} {show_share(s)}</span>'
+        for b, s in shares.items()
+    )
     each = ", ".join(f"{b} {show_share(s)}" for b, s in shares.items())
-    parts = [f"<h2>Where the time goes</h2><div class=shares>{bars}</div><p>{_e(each)}.</p>" if bars else "", f"<p>Ops by decision: {_e(words)}.</p>" if words else "",
-             f"<p>Quantization: {_e(quantized)}.</p>" if quantized else ""]  # fmt: skip
+    parts = [
+        f"<h2>Where the time goes</h2><div class=shares>{bars}</div><p>{_e(each)}.</p>" if bars else "",
+        f"<p>Ops by decision: {_e(words)}.</p>" if words else "",
+        f"<p>Quantization: {_e(quantized)}.</p>" if quantized else "",
+    ]
     return "".join(parts)
 
 
 def _pictures(report: Report) -> str:
     if report.graph is None or not report.graph.dots:
         return ""
-    legend = " ".join(f'<span class="tag {c}">{w}</span>' for c, w in (("int8", "int8"), ("bf16", "bf16"), ("f32", "f32"), ("asis", "left as it was"), ("simulated", "simulated")))
+    legend = " ".join(
+        f'<span class="tag {c}">{w}</span>'
+        for c, w in (
+            ("int8", "int8"),
+            ("bf16", "bf16"),
+            ("f32", "f32"),
+            ("asis", "left as it was"),
+            ("simulated", "simulated"),
+        )
+    )
     whole = every_op(report.graph, report.sites)
-    more = (f"<details><summary>Every op ({len(report.graph.dots)})</summary><div class='scroll center'>{whole}</div></details>" if whole
-            else f"<p class=soft>{len(report.graph.dots)} ops are too many for a picture of each (at most {DETAILED}).</p>")  # fmt: skip
-    return (f"<h2>The program</h2><p class=soft>A box per module; its bar is its time. Hover for details. {legend}</p>"
-            f"<div class='scroll center'>{overview(report.graph, report.sites)}</div>{more}")  # fmt: skip
+    more = (
+        f"<details><summary>Every op ({len(report.graph.dots)})</summary>"
+        f"<div class='scroll center'>{whole}</div></details>"
+        if whole
+        else f"<p class=soft>{len(report.graph.dots)} ops are too many for a picture of each (at most {DETAILED}).</p>"
+    )
+    return (
+        f"<h2>The program</h2><p class=soft>A box per module; its bar is its time. Hover for details. {legend}</p>"
+        f"<div class='scroll center'>{overview(report.graph, report.sites)}</div>{more}"
+    )
 
 
 def _meter(fraction: float, kind: str) -> str:
@@ -128,22 +175,42 @@ def _sites(report: Report) -> str:
     slowest = max((r.ms or 0.0 for r in report.sites), default=0.0)
     rows = [_site_cells(r, slowest) for r in sorted(report.sites, key=lambda r: -(r.ms or 0.0))]
     head = ("site", "decision", "kernel", "ms", "share", "gain", "SQNR dB")
-    return (f"<h2>Sites</h2><p class=soft>Gain: against the next best candidate. SQNR: the longer the bar, the closer to float.</p>"
-            f"<div class=scroll>{_table(head, rows, 3)}</div>")  # fmt: skip
+    return (
+        "<h2>Sites</h2><p class=soft>Gain: against the next best candidate. "
+        "SQNR: the longer the bar, the closer to float.</p>"
+        f"<div class=scroll>{_table(head, rows, 3)}</div>"
+    )
 
 
 def _site_cells(r: SiteRow, slowest: float) -> tuple[str, ...]:
     kind = css_class(r.decision)
-    others = "; ".join(f"{o.name} {o.problem or (show_ms(o.ms) + ' ms' if o.ms is not None else 'not timed')}" for o in r.options)
-    names = "<br>".join(f"<code{' class=soft' if k else ''}>{_e(s)}</code>" for k, s in enumerate(r.sites[:4])) + (f"<br><span class=soft>and {len(r.sites) - 4} more</span>" if len(r.sites) > 4 else "")
+    others = "; ".join(
+        f"{o.name} {o.problem or (show_ms(o.ms) + ' ms' if o.ms is not None else 'not timed')}" for o in r.options
+    )
+    names = "<br>".join(f"<code{' class=soft' if k else ''}>{_e(s)}</code>" for k, s in enumerate(r.sites[:4])) + (
+        f"<br><span class=soft>and {len(r.sites) - 4} more</span>" if len(r.sites) > 4 else ""
+    )
     more = " ".join(p for p in (_e(r.op), _e(r.shape), _e(r.trace or "")) if p)
-    error = "" if r.sqnr_db is None else show_db(r.sqnr_db) + _meter((r.sqnr_db if r.sqnr_db == r.sqnr_db else 0.0) / 60, "bad" if not r.sqnr_db >= 20 else kind)
+    error = (
+        ""
+        if r.sqnr_db is None
+        else show_db(r.sqnr_db)
+        + _meter((r.sqnr_db if r.sqnr_db == r.sqnr_db else 0.0) / 60, "bad" if not r.sqnr_db >= 20 else kind)
+    )
     reason = f"<br><span class=soft>{_e(r.reason)}</span>" if r.reason else ""
     time = "" if r.ms is None else show_ms(r.ms) + _meter(r.ms / slowest if slowest else 0.0, kind)
-    facts = ", ".join(f for f in (f"{r.flops / 1e6:.1f} MFLOP" if r.flops else "", show_bytes(r.bytes) if r.bytes else "") if f)
-    return (f"{names}<br><span class=soft>{more}</span>{reason}", f'<span class="tag {kind}">{_e(r.decision)}</span>',
-            f'<code title="{_e(others)}">{_e(r.kernel)}</code>' + (f"<br><span class=soft>{facts}</span>" if facts else ""), time,
-            show_share(r.share), gain(r), error)  # fmt: skip
+    facts = ", ".join(
+        f for f in (f"{r.flops / 1e6:.1f} MFLOP" if r.flops else "", show_bytes(r.bytes) if r.bytes else "") if f
+    )
+    return (
+        f"{names}<br><span class=soft>{more}</span>{reason}",
+        f'<span class="tag {kind}">{_e(r.decision)}</span>',
+        f'<code title="{_e(others)}">{_e(r.kernel)}</code>' + (f"<br><span class=soft>{facts}</span>" if facts else ""),
+        time,
+        show_share(r.share),
+        gain(r),
+        error,
+    )
 
 
 def _passes(report: Report) -> str:
@@ -164,7 +231,10 @@ def _refusals(report: Report) -> str:
     if not groups:
         return ""
     items = "".join(
-        f"<li><details><summary>{len(sites)} × {_e(who)}: {_e(reason)}</summary><code>{_e(', '.join(sites))}</code></details></li>" for who, reason, sites in groups)  # fmt: skip
+        f"<li><details><summary>{len(sites)} × {_e(who)}: {_e(reason)}</summary>"
+        f"<code>{_e(', '.join(sites))}</code></details></li>"
+        for who, reason, sites in groups
+    )
     return f"<h2>Declined</h2><ul style='list-style:none;padding:0'>{items}</ul>"
 
 

@@ -22,7 +22,9 @@ class Layout:
     height: float
 
 
-def arrange(widths: Sequence[float], height: float, edges: Sequence[tuple[int, int]], gap: float = 18.0, rise: float = 26.0) -> Layout:
+def arrange(
+    widths: Sequence[float], height: float, edges: Sequence[tuple[int, int]], gap: float = 18.0, rise: float = 26.0
+) -> Layout:
     """Place boxes.
 
     Args:
@@ -75,7 +77,9 @@ def _order(layers: list[list[int]], above: dict[int, list[int]], below: dict[int
             place.update((k, i) for i, k in enumerate(layer))
 
 
-def _columns(layers: list[list[int]], sizes: list[float], above: dict[int, list[int]], below: dict[int, list[int]], gap: float) -> list[float]:
+def _columns(
+    layers: list[list[int]], sizes: list[float], above: dict[int, list[int]], below: dict[int, list[int]], gap: float
+) -> list[float]:
     """Horizontal centres: every box is drawn to its neighbours, as far as its layer has room."""
     x = [0.0] * len(sizes)
     for layer in layers:

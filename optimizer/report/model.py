@@ -230,7 +230,9 @@ class Report:
             try:
                 Path(path).write_text(text, encoding="utf-8")
             except OSError as error:
-                raise SaveError(f"{path} cannot be written: {error.strerror or error}", hint="Choose another folder.") from error
+                raise SaveError(
+                    f"{path} cannot be written: {error.strerror or error}", hint="Choose another folder."
+                ) from error
         return text
 
     # -- plain data --------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(kind: type[T], data: Any, where: str) -> T:
-    """The dataclass that ``to_plain`` took apart. Fields that are missing take their defaults, unknown ones are ignored.
+    """The dataclass that ``to_plain`` took apart. Missing fields take their defaults, unknown ones are ignored.
 
     Raises:
         LoadError: a wrong type, or a field that is missing and has no default; says where.

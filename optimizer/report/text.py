@@ -33,7 +33,15 @@ def as_text(report: Report, *, full: bool, width: int | None) -> str:
     if width is None:
         width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 160))
     out = io.StringIO()
-    console = Console(file=out, width=width, force_terminal=False, color_system=None, highlight=False, emoji=False, legacy_windows=False)
+    console = Console(
+        file=out,
+        width=width,
+        force_terminal=False,
+        color_system=None,
+        highlight=False,
+        emoji=False,
+        legacy_windows=False,
+    )
     for block in blocks(report, full=full, width=width):
         console.print(block)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
@@ -73,7 +81,9 @@ def _circumstances(report: Report) -> str:
     threads = f"{report.threads} thread{'s' if report.threads != 1 else ''}" if report.threads else ""
     versions = ", ".join(f"{k} {v}" for k, v in report.versions.items())
     spent = f"optimized in {report.seconds.get('total', sum(report.seconds.values())):.1f} s" if report.seconds else ""
-    return "; ".join(p for p in (report.created[:10], str(report.machine.get("cpu", "")), threads, versions, spent) if p)
+    return "; ".join(
+        p for p in (report.created[:10], str(report.machine.get("cpu", "")), threads, versions, spent) if p
+    )
 
 
 def _table(*columns: str, numbers: int) -> Table:
@@ -108,7 +118,11 @@ def _passes(report: Report, full: bool) -> Iterator[Any]:
 def _sites(report: Report, full: bool, width: int) -> Iterator[Any]:
     timed = report.by_time()
     rows = report.sites if full or not timed else timed[:_TOP_SITES]
-    title = f"Sites, all {len(rows)}" if len(rows) == len(report.sites) else f"Sites, the slowest {len(rows)} of {len(report.sites)}"
+    title = (
+        f"Sites, all {len(rows)}"
+        if len(rows) == len(report.sites)
+        else f"Sites, the slowest {len(rows)} of {len(report.sites)}"
+    )
     yield _heading(title)
     yield Text(f"  Decisions: {', '.join(f'{d} {n}' for d, n in report.decisions().items())}")
     if report.backend_shares():
@@ -121,8 +135,15 @@ def _sites(report: Report, full: bool, width: int) -> Iterator[Any]:
     room = width - 40 - max(len(r.decision) for r in rows)  # what the figures leave
     kernel_room = min(max(map(len, kernels)), room * 4 // 9)
     for r, kernel in zip(rows, kernels, strict=True):
-        table.add_row(Text(short(r.site, room - kernel_room)), Text(r.decision, style=_COLOURS.get(r.decision, "red")),
-                      Text(clip(kernel, kernel_room)), show_ms(r.ms), show_share(r.share), gain(r), show_db(r.sqnr_db))  # fmt: skip
+        table.add_row(
+            Text(short(r.site, room - kernel_room)),
+            Text(r.decision, style=_COLOURS.get(r.decision, "red")),
+            Text(clip(kernel, kernel_room)),
+            show_ms(r.ms),
+            show_share(r.share),
+            gain(r),
+            show_db(r.sqnr_db),
+        )
     yield table
     rest = len(report.sites) - len(rows)
     if rest:

@@ -54,9 +54,15 @@ def figures(report: Report) -> list[tuple[str, str, str, str]]:
     if report.accuracy is not None:
         score = report.accuracy
         budget = "" if score.budget is None else f" of {score.budget:g} allowed"
-        rows.append((score.metric, f"{score.before:.4f}", f"{score.after:.4f}", f"{score.after - score.before:+.4f}{budget}"))
+        rows.append(
+            (score.metric, f"{score.before:.4f}", f"{score.after:.4f}", f"{score.after - score.before:+.4f}{budget}")
+        )
     if report.sqnr_db is not None or report.max_abs is not None:
-        words = [f"SQNR {show_db(report.sqnr_db)}{' dB' if math.isfinite(report.sqnr_db) else ''}"] if report.sqnr_db is not None else []
+        words = (
+            [f"SQNR {show_db(report.sqnr_db)}{' dB' if math.isfinite(report.sqnr_db) else ''}"]
+            if report.sqnr_db is not None
+            else []
+        )
         words += [f"largest {report.max_abs:.3g}"] if report.max_abs is not None else []
         rows.append(("output error", "", "", ", ".join(words)))
     return rows
@@ -80,7 +86,11 @@ def quantized_words(report: Report) -> str | None:
 def pass_cells(p: PassRecord) -> tuple[str, ...]:
     """One pass: name, sites changed, sites declined, nodes, bytes, error, seconds."""
     nodes = f"{p.nodes_before} > {p.nodes_after}" if p.nodes_before != p.nodes_after else str(p.nodes_after)
-    size = f"{show_bytes(p.bytes_before)} > {show_bytes(p.bytes_after)}" if p.bytes_before != p.bytes_after else show_bytes(p.bytes_after)
+    size = (
+        f"{show_bytes(p.bytes_before)} > {show_bytes(p.bytes_after)}"
+        if p.bytes_before != p.bytes_after
+        else show_bytes(p.bytes_after)
+    )
     name = f"{p.name} (undone)" if p.undone else p.name
     changed = str(len(p.result.changes)) if p.result.changes or not p.result.touched else "all"
     return name, changed, str(len(p.result.refusals)), nodes, size, show_db(p.error), f"{p.seconds:.2f}"
@@ -94,7 +104,7 @@ def gain(row: SiteRow) -> str:
 
 
 def short(site: str, width: int) -> str:
-    """A site in at most ``width`` columns that can still be told from its neighbours: ``e.l.0.attention.output.dense``."""
+    """A site in at most ``width`` columns still told from its neighbours: ``e.l.0.attention.output.dense``."""
     parts = site.split(".")
     for k, part in enumerate(parts[:-1]):
         if len(".".join(parts)) <= width:

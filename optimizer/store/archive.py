@@ -90,8 +90,10 @@ def save(path: str | os.PathLike[str], archive: Archive) -> None:
         with _replacing(target) as temporary:
             save_file(runs, temporary, {_KEY: seal})
     except (OSError, SafetensorError) as error:
-        raise SaveError(f"{target} cannot be written: {_reason(error)}",
-                        hint="Nothing was written; a file of that name is as it was. Free some space or choose another folder.") from error  # fmt: skip
+        raise SaveError(
+            f"{target} cannot be written: {_reason(error)}",
+            hint="Nothing was written; a file of that name is as it was. Free some space or choose another folder.",
+        ) from error
 
 
 @contextmanager
@@ -226,20 +228,27 @@ def _check_start(path: str) -> None:
     if info.st_size < 10 or start != b'{"':
         raise LoadError(f"{path} is not a Graphwright file", hint="Pass the path of a file that save() wrote.")
     if length > _MAX_HEADER or length + 8 > info.st_size:
-        raise LoadError(f"{path} is truncated or altered: its header claims {length} bytes, the file has {info.st_size}", hint=_ADVICE)
+        raise LoadError(
+            f"{path} is truncated or altered: its header claims {length} bytes, the file has {info.st_size}",
+            hint=_ADVICE,
+        )
 
 
 def _body(file: Any, path: str) -> Record:
     """The JSON of the graphs, its version and checksum found right."""
     seal = (file.metadata() or {}).get(_KEY)
     if seal is None:
-        raise LoadError(f"{path} is a safetensors file without a graph, not a Graphwright file",
-                        hint="Pass the path of a file that save() wrote.")  # fmt: skip
+        raise LoadError(
+            f"{path} is a safetensors file without a graph, not a Graphwright file",
+            hint="Pass the path of a file that save() wrote.",
+        )
     version, _, rest = seal.partition(" ")
     checksum, _, body = rest.partition(" ")
     if version != str(SCHEMA):
-        raise LoadError(f"{path} has the format version {version[:20]!r}; this Graphwright reads version {SCHEMA}",
-                        hint="Load it with the version of Graphwright that wrote it, or upgrade.")  # fmt: skip
+        raise LoadError(
+            f"{path} has the format version {version[:20]!r}; this Graphwright reads version {SCHEMA}",
+            hint="Load it with the version of Graphwright that wrote it, or upgrade.",
+        )
     if hashlib.sha256(body.encode()).hexdigest() != checksum:
         raise LoadError(f"{path} was altered: the checksum of its graph does not fit", hint=_ADVICE)
     return Record(loads(body, "the graph"), "meta variants runs", "the graph")

@@ -1,8 +1,8 @@
 """Programs on disk: the graph as JSON, and back, with every op looked up in an allow-list.
 
 A file may name the rows of the op table, other pure ops of ATen and of Graphwright, and the scalar functions on sizes.
-Python is never imported or evaluated by a file's word; names that end up in generated code are checked letter by letter.
-Metadata is rebuilt, and what the file says of it is checked by running every op without memory (``infer``).
+Python is never imported or evaluated by a file's word; names that end up in generated code are checked letter by
+letter. Metadata is rebuilt, and what the file says of it is checked by running every op without memory (``infer``).
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ def find_call(name: str, where: str) -> Callable[..., Any]:
     parts = name.split(".")
     found = ops.resolve(name) if 2 <= len(parts) <= 3 and all(map(_NAME.match, parts)) else None
     if found is None:
-        raise LoadError(f"{where}: this installation has no op {name[:80]!r} (torch {torch.__version__})",
-                        hint="Install the versions that wrote the file; `graphwright inspect` shows them.")  # fmt: skip
+        raise LoadError(
+            f"{where}: this installation has no op {name[:80]!r} (torch {torch.__version__})",
+            hint="Install the versions that wrote the file; `graphwright inspect` shows them.",
+        )
     reason = permitted(found)
     if reason:
         bad(where, f"op {name[:80]!r} is refused: {reason}")
@@ -87,9 +89,16 @@ def program_to_json(program: Program, describe: Callable[[str, Tensor], dict[str
     first_names: dict[int, str] = {}
     for name, tensor in held_tensors(program).items():
         if not _TENSOR_NAME.match(name):
-            raise SaveError(f"the parameter name {name!r} has characters that cannot be saved", hint="Rename it in the model.")
+            raise SaveError(
+                f"the parameter name {name!r} has characters that cannot be saved", hint="Rename it in the model."
+            )
         kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
-        tensors[name] = {"at": describe(name, tensor), "kind": kind, "grad": tensor.requires_grad, "same": first_names.get(id(tensor))}
+        tensors[name] = {
+            "at": describe(name, tensor),
+            "kind": kind,
+            "grad": tensor.requires_grad,
+            "same": first_names.get(id(tensor)),
+        }
         first_names.setdefault(id(tensor), name)
     signature = program.signature
     return {
@@ -115,11 +124,20 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
     if reason is None and isinstance(node.target, OpOverload) and ops.resolve(target) is not node.target:
         reason = "its name stands for another op"
     if reason:
-        raise SaveError(f"{where} ({target}) cannot be saved: {reason}", where=", ".join(node.meta.get("sites") or ()) or None)
+        raise SaveError(
+            f"{where} ({target}) cannot be saved: {reason}", where=", ".join(node.meta.get("sites") or ()) or None
+        )
     trace = node.meta.get("trace")
-    return {"name": node.name, "op": "call", "target": target, "args": [encode_arg(a, where) for a in node.args],
-            "kwargs": {k: encode_arg(v, where) for k, v in node.kwargs.items()}, "value": encode_value(node.meta["val"], where),
-            "sites": list(node.meta.get("sites") or ()), "trace": None if trace is None else encode_arg(trace, where)}  # fmt: skip
+    return {
+        "name": node.name,
+        "op": "call",
+        "target": target,
+        "args": [encode_arg(a, where) for a in node.args],
+        "kwargs": {k: encode_arg(v, where) for k, v in node.kwargs.items()},
+        "value": encode_value(node.meta["val"], where),
+        "sites": list(node.meta.get("sites") or ()),
+        "trace": None if trace is None else encode_arg(trace, where),
+    }
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -182,8 +200,14 @@ def read_program(data: Any, run_sizes: Mapping[str, int], where: str) -> Draft:
     scope = rebuild_symbols(record.raw("symbols"), f"{where}.symbols")
     tensors = {n: _read_tensor(n, v, run_sizes, where) for n, v in record.get("tensors", dict).items()}
     for name, (place, parameter, _, same) in tensors.items():
-        if same is not None and (same == name or same not in tensors or tensors[same][0] != place or tensors[same][1] != parameter
-                                 or tensors[same][3] is not None or list(tensors).index(same) > list(tensors).index(name)):  # fmt: skip
+        if same is not None and (
+            same == name
+            or same not in tensors
+            or tensors[same][0] != place
+            or tensors[same][1] != parameter
+            or tensors[same][3] is not None
+            or list(tensors).index(same) > list(tensors).index(name)
+        ):
             bad(f"{where}, tensor {name!r}", f"it cannot be the same as {same[:80]!r}")
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
@@ -192,12 +216,21 @@ def read_program(data: Any, run_sizes: Mapping[str, int], where: str) -> Draft:
         _read_node(entry, graph, nodes, tensors, rehearsal, f"{where}, node {k}")
     results = tuple(decode_arg(r, nodes, f"{where}, output {k}") for k, r in enumerate(record.get("results", list)))
     graph.output(results)
-    signature = Signature(*(_read_spec(record.raw(k)) for k in ("inputs", "outputs")),
-                          _read_mutations(record.get("mutations", list), tensors, nodes, results, where), scope.spans)  # fmt: skip
+    signature = Signature(
+        *(_read_spec(record.raw(k)) for k in ("inputs", "outputs")),
+        _read_mutations(record.get("mutations", list), tensors, nodes, results, where),
+        scope.spans,
+    )
     if signature.inputs is not None and signature.inputs.count != sum(n.op == "placeholder" for n in graph.nodes):
-        bad(where, f"{signature.inputs.count} tensors in the structure of the inputs, but the graph reads another number")
+        bad(
+            where,
+            f"{signature.inputs.count} tensors in the structure of the inputs, but the graph reads another number",
+        )
     if signature.outputs is not None and signature.outputs.count != len(results) - len(signature.mutations):
-        bad(where, f"{signature.outputs.count} tensors in the structure of the outputs, but the graph gives another number")
+        bad(
+            where,
+            f"{signature.outputs.count} tensors in the structure of the outputs, but the graph gives another number",
+        )
     origins = record.get("provenance", dict)
     provenance = {n: want_strings(v, f"{where}.provenance") for n, v in origins.items()}
     return Draft(graph, signature, scope, tensors, provenance, record.get("training", bool))
@@ -222,10 +255,15 @@ def _read_tensor(name: str, data: Any, sizes: Mapping[str, int], where: str) -> 
     return place, kind == "parameter", grad, same if same is None else want(same, str, where)
 
 
-def _read_node(entry: Any, graph: fx.Graph, nodes: dict[str, fx.Node], tensors: Mapping[str, Any], rehearsal: Rehearsal,
-               where: str) -> None:  # fmt: skip
+def _read_node(
+    entry: Any, graph: fx.Graph, nodes: dict[str, fx.Node], tensors: Mapping[str, Any], rehearsal: Rehearsal, where: str
+) -> None:
     kind = want(entry, dict, where).get("op")
-    shapes = {"input": "name op value", "tensor": "name op tensor", "call": "name op target args kwargs value sites trace"}
+    shapes = {
+        "input": "name op value",
+        "tensor": "name op tensor",
+        "call": "name op target args kwargs value sites trace",
+    }
     if not isinstance(kind, str) or kind not in shapes:
         bad(where, f"unknown kind {str(kind)[:40]!r}")
     record = Record(entry, shapes[kind], where)
@@ -249,8 +287,9 @@ def _read_node(entry: Any, graph: fx.Graph, nodes: dict[str, fx.Node], tensors: 
     nodes[name] = node
 
 
-def _read_call(record: Record, name: str, graph: fx.Graph, nodes: Mapping[str, fx.Node],
-               rehearsal: Rehearsal) -> fx.Node:  # fmt: skip
+def _read_call(
+    record: Record, name: str, graph: fx.Graph, nodes: Mapping[str, fx.Node], rehearsal: Rehearsal
+) -> fx.Node:
     where = f"{record.where} ({name})"
     target = find_call(record.get("target", str), where)
     args = tuple(decode_arg(a, nodes, where) for a in record.get("args", list))
@@ -267,8 +306,9 @@ def _read_call(record: Record, name: str, graph: fx.Graph, nodes: Mapping[str, f
     return node
 
 
-def _read_mutations(items: list[Any], tensors: Mapping[str, Any], nodes: Mapping[str, fx.Node], results: tuple[Any, ...],
-                    where: str) -> tuple[Mutation, ...]:  # fmt: skip
+def _read_mutations(
+    items: list[Any], tensors: Mapping[str, Any], nodes: Mapping[str, fx.Node], results: tuple[Any, ...], where: str
+) -> tuple[Mutation, ...]:
     inputs = sum(n.op == "placeholder" for n in nodes.values())
     found = []
     for item in items:
@@ -277,7 +317,9 @@ def _read_mutations(items: list[Any], tensors: Mapping[str, Any], nodes: Mapping
             bad(f"{where}.mutations", "a mutation is [buffer, null] or [null, input]")
         if pair[0] is not None and want(pair[0], str, f"{where}.mutations") not in tensors:
             bad(f"{where}.mutations", f"there is no buffer {pair[0][:80]!r}")
-        found.append(Mutation(pair[0], None if pair[1] is None else want_int(pair[1], f"{where}.mutations", 0, inputs - 1)))
+        found.append(
+            Mutation(pair[0], None if pair[1] is None else want_int(pair[1], f"{where}.mutations", 0, inputs - 1))
+        )
     if len(found) > len(results):
         bad(f"{where}.mutations", "more of them than the graph has outputs")
     return tuple(found)

@@ -1,7 +1,7 @@
 """What the nodes of a file give: as the file says, checked by running every op on tensors that have no memory.
 
-The check runs on meta tensors at the sizes of capture, which takes a tenth of the time of running symbolic fakes. Where it
-can't (sizes that depend on data, other devices), or where it finds something else, the fakes have the last word.
+The check runs on meta tensors at the sizes of capture, which takes a tenth of the time of running symbolic fakes.
+Where it can't (sizes that depend on data, other devices), or finds something else, the fakes have the last word.
 """
 
 from __future__ import annotations
@@ -25,11 +25,16 @@ _META = torch.device("meta")
 #: How many tensors an op gives, from its arguments by name: not to be left to a file's word.
 _COUNTS: dict[str, Callable[[Mapping[str, Any]], int]] = {
     "aten::unbind": lambda a: a["self"].shape[a["dim"]],
-    **dict.fromkeys(("aten::split", "aten::unsafe_split"),
-                    lambda a: -(-a["self"].shape[a["dim"]] // a["split_size"]) if type(a.get("split_size")) is int else 0),
+    **dict.fromkeys(
+        ("aten::split", "aten::unsafe_split"),
+        lambda a: -(-a["self"].shape[a["dim"]] // a["split_size"]) if type(a.get("split_size")) is int else 0,
+    ),
     **dict.fromkeys(("aten::chunk", "aten::unsafe_chunk"), lambda a: a["chunks"]),
-    **{f"aten::{n}": lambda a: a["sections"] if type(a.get("sections")) is int else 0 for n in ("tensor_split", "hsplit", "vsplit", "dsplit")},
-}  # fmt: skip
+    **{
+        f"aten::{n}": lambda a: a["sections"] if type(a.get("sections")) is int else 0
+        for n in ("tensor_split", "hsplit", "vsplit", "dsplit")
+    },
+}
 
 
 class _Unknown(Exception):
@@ -96,14 +101,24 @@ class Rehearsal:
 
     def _fits(self, said: Any, found: Any, where: str) -> bool:
         if isinstance(found, Tensor):
-            if not isinstance(said, dict) or said.get("dtype") != dtype_name(found.dtype) or said.get("device") != "cpu":
+            if (
+                not isinstance(said, dict)
+                or said.get("dtype") != dtype_name(found.dtype)
+                or said.get("device") != "cpu"
+            ):
                 return False
             shape, stride = ([self._number(s, where) for s in said.get(k, ())] for k in ("shape", "stride"))
             dense = _dense(shape, stride) and _dense(found.shape, found.stride())
-            return shape == list(found.shape) and (stride == list(found.stride()) or (dense and len(shape) == len(stride)))
+            return shape == list(found.shape) and (
+                stride == list(found.stride()) or (dense and len(shape) == len(stride))
+            )
         if isinstance(found, (tuple, list)):
             items = said.get("tuple" if isinstance(found, tuple) else "list") if isinstance(said, dict) else None
-            return type(items) is list and len(items) == len(found) and all(self._fits(s, f, where) for s, f in zip(items, found, strict=True))
+            return (
+                type(items) is list
+                and len(items) == len(found)
+                and all(self._fits(s, f, where) for s, f in zip(items, found, strict=True))
+            )
         if isinstance(said, dict) and list(said) == ["symint"]:
             return type(found) is int and self._number(said["symint"], where) == found
         return type(said) is type(found) and said == found and isinstance(said, (int, float))
@@ -116,7 +131,11 @@ class Rehearsal:
 
     def _build(self, said: Any, where: str) -> Any:
         """As ``build_value``; a tensor of fixed sizes takes the short way."""
-        if isinstance(said, dict) and "dtype" in said and all(type(s) is int for k in ("shape", "stride") for s in said[k]):
+        if (
+            isinstance(said, dict)
+            and "dtype" in said
+            and all(type(s) is int for k in ("shape", "stride") for s in said[k])
+        ):
             return self.scope.fake(said["shape"], said["stride"], said["dtype"])
         return build_value(said, self.scope, where)
 
@@ -147,7 +166,9 @@ class Rehearsal:
                 found = target(*args, **kwargs)  # type: ignore[operator]
         except Exception as error:
             if not isinstance(target, OpOverload) or ops.row(target) is not None:
-                raise LoadError(f"{where}: {op_name(target)} does not take what the file gives it ({_line(error)})") from error
+                raise LoadError(
+                    f"{where}: {op_name(target)} does not take what the file gives it ({_line(error)})"
+                ) from error
             return build_value(said, scope, where)
         if type(found) is int:
             want_int(found, where)
@@ -156,7 +177,9 @@ class Rehearsal:
         return found
 
 
-def _without_memory(target: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _without_memory(
+    target: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments with ``device`` set so that nothing is allocated.
 
     Raises:

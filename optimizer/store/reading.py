@@ -1,4 +1,4 @@
-"""Reading JSON that nobody vouches for: every field is asked for by name and type, and what was not asked for is refused.
+"""Reading JSON that nobody vouches for: every field is asked for by name and type, and anything else is refused.
 
 Values that JSON lacks (NaN, infinities) are written as ``{"$float": "nan"}``; a dict with a key that starts with ``$``
 as ``{"$dict": [[key, value], ...]}``. Python's own ``NaN`` and ``Infinity`` spellings are refused.
@@ -103,7 +103,7 @@ class Record:
 
 
 def to_json(value: Any, where: str) -> Any:
-    """Plain data (dicts with string keys, lists, tuples, strings, numbers, bools, None) as strict JSON; tuples become lists.
+    """Plain data (dicts with string keys, lists, strings, numbers, bools, None) as strict JSON; tuples become lists.
 
     Raises:
         SaveError: anything else; says where.
@@ -119,11 +119,15 @@ def to_json(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str):
-                raise SaveError(f"{where} has the key {key!r}, which is no string", hint="Only plain data can be saved.")
+                raise SaveError(
+                    f"{where} has the key {key!r}, which is no string", hint="Only plain data can be saved."
+                )
         items = {k: to_json(v, f"{where}[{k!r}]") for k, v in value.items()}
         return {"$dict": [[k, v] for k, v in items.items()]} if any(k.startswith("$") for k in items) else items
-    raise SaveError(f"{where} is a {type(value).__name__}, which is no plain data",
-                    hint="Only dicts with string keys, lists, strings, numbers, booleans and None can be saved.")  # fmt: skip
+    raise SaveError(
+        f"{where} is a {type(value).__name__}, which is no plain data",
+        hint="Only dicts with string keys, lists, strings, numbers, booleans and None can be saved.",
+    )
 
 
 def from_json(value: Any, where: str) -> Any:

@@ -24,11 +24,29 @@ from graphwright.store.reading import INT_MAX, Record, bad, want, want_int
 from graphwright.store.tensors import DTYPES
 
 _SYMPY = ("Add", "Mul", "Pow", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not")
-_TORCH = ("FloorDiv", "ModularIndexing", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv", "IntTrueDiv",
-          "FloatTrueDiv", "TruncToInt", "RoundToInt", "ToFloat", "Where", "PowByNatural", "Max", "Min")  # fmt: skip
+_TORCH = (
+    "FloorDiv",
+    "ModularIndexing",
+    "PythonMod",
+    "Mod",
+    "CleanDiv",
+    "CeilToInt",
+    "FloorToInt",
+    "CeilDiv",
+    "IntTrueDiv",
+    "FloatTrueDiv",
+    "TruncToInt",
+    "RoundToInt",
+    "ToFloat",
+    "Where",
+    "PowByNatural",
+    "Max",
+    "Min",
+)
 #: Every function that may stand in a size, by name.
-FUNCTIONS: dict[str, Any] = {n: getattr(sympy, n) for n in _SYMPY} | {n: getattr(functions, n) for n in _TORCH
-                               if hasattr(functions, n)}  # fmt: skip
+FUNCTIONS: dict[str, Any] = {n: getattr(sympy, n) for n in _SYMPY} | {
+    n: getattr(functions, n) for n in _TORCH if hasattr(functions, n)
+}
 _NAMES = {f: n for n, f in FUNCTIONS.items()} | {getattr(sympy, n): n for n in ("Max", "Min", "Mod")}
 _ORDERLESS = {"Add", "Mul", "Eq", "Ne", "And", "Or", "Max", "Min"}
 _DEPTH, _EXPONENT = 24, 8
@@ -48,8 +66,10 @@ def encode(expr: Any, names: Mapping[sympy.Symbol, str] | None = None) -> Any:
         return ["ratio", int(expr.p), int(expr.q)]
     name = _NAMES.get(getattr(expr, "func", None))
     if name is None:
-        raise SaveError(f"the symbolic size {expr} holds {type(expr).__name__}, which cannot be saved",
-                        hint="Optimize for fixed sizes (dynamic=None), or report this model.")  # fmt: skip
+        raise SaveError(
+            f"the symbolic size {expr} holds {type(expr).__name__}, which cannot be saved",
+            hint="Optimize for fixed sizes (dynamic=None), or report this model.",
+        )
     args = [encode(a, names) for a in expr.args]
     return [name, *(sorted(args, key=repr) if name in _ORDERLESS else args)]
 
@@ -78,7 +98,12 @@ def decode(data: Any, names: Mapping[str, sympy.Symbol], where: str, depth: int 
         bad(where, f"unknown function {head[:40]!r} in a size")
     args = [decode(a, names, where, depth + 1) for a in items[1:]]
     if head in ("Pow", "PowByNatural"):
-        steep = len(args) != 2 or not args[1].is_Integer or abs(int(args[1])) > _EXPONENT or args[0].has(sympy.Pow, functions.PowByNatural)
+        steep = (
+            len(args) != 2
+            or not args[1].is_Integer
+            or abs(int(args[1])) > _EXPONENT
+            or args[0].has(sympy.Pow, functions.PowByNatural)
+        )
         if steep or not args[0].free_symbols:
             bad(where, "a power that no size is made of")
     return FUNCTIONS[head](*args)

@@ -27,9 +27,17 @@ DTYPES: dict[str, torch.dtype] = {
 
 #: Dtypes that safetensors writes under their own name, and its name for them.
 _NATIVE = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 _NATIVE_NAMES = {v: k for k, v in _NATIVE.items()}
 _ALIGN = 16
 
@@ -107,8 +115,14 @@ class StorageTable:
         key = self._key(tensor)
         run, first = places.get(key, (None, 0))
         offset = tensor.storage_offset() * tensor.element_size() - first if run is not None else 0
-        return {"run": run, "offset": offset, "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape),
-                "stride": list(tensor.stride()), "device": str(tensor.device)}  # fmt: skip
+        return {
+            "run": run,
+            "offset": offset,
+            "dtype": dtype_name(tensor.dtype),
+            "shape": list(tensor.shape),
+            "stride": list(tensor.stride()),
+            "device": str(tensor.device),
+        }
 
 
 def plain(tensor: Tensor, where: str) -> Tensor:
@@ -121,8 +135,16 @@ def plain(tensor: Tensor, where: str) -> Tensor:
     if kind not in (Tensor, torch.nn.Parameter):
         raise SaveError(f"{where} is a {kind.__name__}, not a plain tensor", hint="Convert it to a plain tensor first.")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
-        what = "quantized" if tensor.is_quantized else "without data" if tensor.device.type == "meta" else str(tensor.layout)
-        raise SaveError(f"{where} is a tensor that cannot be saved ({what})", hint="Convert it to a dense tensor first.")
+        what = (
+            "quantized"
+            if tensor.is_quantized
+            else "without data"
+            if tensor.device.type == "meta"
+            else str(tensor.layout)
+        )
+        raise SaveError(
+            f"{where} is a tensor that cannot be saved ({what})", hint="Convert it to a dense tensor first."
+        )
     return tensor.detach().resolve_conj().resolve_neg()
 
 
@@ -147,8 +169,10 @@ def index(runs: Mapping[str, Tensor]) -> dict[str, Any]:
     """JSON of the runs: dtype, shape and checksum of each."""
     with ThreadPoolExecutor(4) as pool:
         sums = list(pool.map(digest, runs.values()))
-    return {n: {"dtype": _NATIVE[t.dtype], "shape": list(t.shape), "sha256": s}
-            for (n, t), s in zip(runs.items(), sums, strict=True)}  # fmt: skip
+    return {
+        n: {"dtype": _NATIVE[t.dtype], "shape": list(t.shape), "sha256": s}
+        for (n, t), s in zip(runs.items(), sums, strict=True)
+    }
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -175,7 +199,10 @@ def check_index(value: Any, held: Mapping[str, tuple[str, list[int]]]) -> dict[s
     for name, entry in table.items():
         record = Record(entry, "dtype shape sha256", f"tensor data {name[:80]!r}")
         if (record.raw("dtype"), record.raw("shape")) != held[name]:
-            bad(record.where, f"{record.raw('dtype')}{record.raw('shape')} in the graph, {held[name]} in the file's header")
+            bad(
+                record.where,
+                f"{record.raw('dtype')}{record.raw('shape')} in the graph, {held[name]} in the file's header",
+            )
         if record.raw("dtype") not in _NATIVE_NAMES:
             bad(record.where, f"unknown dtype {record.raw('dtype')!r}")
         sums[name] = record.get("sha256", str)
@@ -192,8 +219,10 @@ def read_runs(file: Any, sums: Mapping[str, str]) -> dict[str, Tensor]:
     def one(name: str) -> Tensor:
         tensor = file.get_tensor(name).clone()
         if digest(tensor) != sums[name]:
-            raise LoadError(f"the data of tensor {name!r} were altered: its checksum does not fit",
-                            hint="Copy the file again from where it came, or save the model anew.")  # fmt: skip
+            raise LoadError(
+                f"the data of tensor {name!r} were altered: its checksum does not fit",
+                hint="Copy the file again from where it came, or save the model anew.",
+            )
         return tensor
 
     with ThreadPoolExecutor(4) as pool:
@@ -268,8 +297,10 @@ def read_device(word: str, where: str) -> torch.device:
     except RuntimeError:
         bad(where, f"unknown device {word[:40]!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise LoadError(f"{where}: it was saved for {word}, and this machine has no CUDA device",
-                        hint="Optimize the model for the CPU and save that result.")  # fmt: skip
+        raise LoadError(
+            f"{where}: it was saved for {word}, and this machine has no CUDA device",
+            hint="Optimize the model for the CPU and save that result.",
+        )
     if device.type not in ("cpu", "cuda"):
         bad(where, f"device {word[:40]!r} is not supported")
     return device

@@ -1,9 +1,9 @@
 """Arguments of nodes and descriptions of their values, as JSON.
 
-Arguments: None, booleans, integers, strings, finite floats and lists stand for themselves; everything else is an object
-with one key: ``{"node": name}``, ``{"dtype": "int8"}``, ``{"tuple": [...]}``, ``{"float": "inf"}``, ...
+Arguments: None, booleans, integers, strings, finite floats and lists stand for themselves; all else is an object with
+one key: ``{"node": name}``, ``{"dtype": "int8"}``, ``{"tuple": [...]}``, ``{"float": "inf"}``, ...
 
-Values: ``{"dtype", "shape", "stride", "device"}`` for a tensor, ``{"list": [...]}`` or ``{"tuple": [...]}`` for several,
+Values: ``{"dtype", "shape", "stride", "device"}`` for a tensor, ``{"list": [...]}`` or ``{"tuple": [...]}``,
 ``{"symint": expression}``, or a plain number.
 """
 
@@ -80,7 +80,7 @@ def decode_arg(data: Any, nodes: Mapping[str, fx.Node], where: str) -> Any:
         return [decode_arg(v, nodes, where) for v in data]
     if type(data) is not dict or len(data) != 1:
         bad(where, "an ill-formed argument")
-    (kind, value), = data.items()
+    ((kind, value),) = data.items()
     reader = _READERS.get(kind)
     if reader is None:
         bad(where, f"unknown kind of argument {kind[:40]!r}")
@@ -193,7 +193,7 @@ def build_value(data: Any, scope: Scope, where: str) -> Any:
         with scope.mode:
             return torch.empty_strided(shape, stride, dtype=dtype, device=device)
     if len(data) == 1:
-        (kind, value), = data.items()
+        ((kind, value),) = data.items()
         if kind in ("tuple", "list"):
             items = [build_value(v, scope, where) for v in want(value, list, where)]
             return tuple(items) if kind == "tuple" else items
@@ -226,7 +226,11 @@ def agrees(data: Any, value: Any, scope: Scope) -> bool:
         return all(_size_agrees(d, s, scope) for d, s in zip(data["shape"], value.shape, strict=True))
     if isinstance(value, (tuple, list)):
         items = data.get("tuple" if isinstance(value, tuple) else "list") if isinstance(data, dict) else None
-        return type(items) is list and len(items) == len(value) and all(agrees(d, v, scope) for d, v in zip(items, value, strict=True))
+        return (
+            type(items) is list
+            and len(items) == len(value)
+            and all(agrees(d, v, scope) for d, v in zip(items, value, strict=True))
+        )
     if isinstance(value, torch.SymInt):
         return isinstance(data, dict) and "symint" in data and _size_agrees(data["symint"], value, scope)
     if isinstance(value, (torch.SymFloat, torch.SymBool)):

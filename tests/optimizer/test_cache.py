@@ -80,8 +80,10 @@ def test_only_json_is_kept() -> None:
             JsonCache("timings").put("k", value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": 99, "entries": {}}', b'{"version": 1, "entries": []}', b"\xff\xfe",
-                                     b"[" * 50_000])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b'{"version": 99, "entries": {}}', b'{"version": 1, "entries": []}', b"\xff\xfe", b"[" * 50_000],
+)
 def test_a_broken_file_is_dropped_and_rebuilt(content: bytes) -> None:
     path = cache.folder("timings") / "00-of-1.json"
     path.write_bytes(content)
@@ -105,8 +107,10 @@ def test_a_full_disk_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_processes_and_threads_lose_nothing() -> None:
-    code = ("import sys; from graphwright.cache import JsonCache; c = JsonCache('t', shards=1)\n"
-            "for k in range(30): c.put(f'{sys.argv[1]} {k}', k); c.flush()")  # fmt: skip
+    code = (
+        "import sys; from graphwright.cache import JsonCache; c = JsonCache('t', shards=1)\n"
+        "for k in range(30): c.put(f'{sys.argv[1]} {k}', k); c.flush()"
+    )
     others = [subprocess.Popen([sys.executable, "-c", code, str(k)]) for k in range(2)]
     store = JsonCache("t", shards=1)
 

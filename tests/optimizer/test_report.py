@@ -28,30 +28,108 @@ def bert(layers: int = 12) -> Report:
     def add(site: str, op: str, shape: str, reads: list[int], **facts: object) -> int:
         dots.append(Dot(f"n{len(dots)}", site, op, shape))
         edges.extend((r, len(dots) - 1) for r in reads)
-        rows.append(SiteRow((site, *facts.pop("also", ())), op, shape=shape, trace=f"modeling_bert.py:{100 + len(site)}", **facts))
+        rows.append(
+            SiteRow(
+                (site, *facts.pop("also", ())), op, shape=shape, trace=f"modeling_bert.py:{100 + len(site)}", **facts
+            )
+        )
         return len(dots) - 1
 
     def dense(site: str, i: int, o: int, reads: list[int], ms: float, db: float, also: tuple[str, ...] = ()) -> int:
-        options = (Option("onednn.int8-linear", ms), Option("onednn.linear", 2.7 * ms), Option("aten.native", 3.4 * ms),
-                   Option("onednn.bf16-linear", None, "the recipe allows float32 and int8"))  # fmt: skip
-        return add(site, "graphwright.linear", f"f32[1, 128, {o}]", reads, decision="int8", kernel="onednn.int8-linear", backend="onednn",
-                   options=options, ms=ms, sqnr_db=db, flops=2 * 128 * i * o, bytes=i * o + 128 * (i + o) * 4, also=also)  # fmt: skip
+        options = (
+            Option("onednn.int8-linear", ms),
+            Option("onednn.linear", 2.7 * ms),
+            Option("aten.native", 3.4 * ms),
+            Option("onednn.bf16-linear", None, "the recipe allows float32 and int8"),
+        )
+        return add(
+            site,
+            "graphwright.linear",
+            f"f32[1, 128, {o}]",
+            reads,
+            decision="int8",
+            kernel="onednn.int8-linear",
+            backend="onednn",
+            options=options,
+            ms=ms,
+            sqnr_db=db,
+            flops=2 * 128 * i * o,
+            bytes=i * o + 128 * (i + o) * 4,
+            also=also,
+        )
 
-    x = add("embeddings.word_embeddings", "aten.embedding", "f32[1, 128, 768]", [0], kernel="aten.native", backend="aten", ms=0.031)
-    x = add("embeddings.LayerNorm", "graphwright.norm", "f32[1, 128, 768]", [x], decision="f32", kernel="numba.norm", backend="numba", ms=0.024)
+    x = add(
+        "embeddings.word_embeddings",
+        "aten.embedding",
+        "f32[1, 128, 768]",
+        [0],
+        kernel="aten.native",
+        backend="aten",
+        ms=0.031,
+    )
+    x = add(
+        "embeddings.LayerNorm",
+        "graphwright.norm",
+        "f32[1, 128, 768]",
+        [x],
+        decision="f32",
+        kernel="numba.norm",
+        backend="numba",
+        ms=0.024,
+    )
     for k in range(layers):
         at = f"encoder.layer.{k}"
-        q, key, v = (dense(f"{at}.attention.self.{n}", 768, 768, [x], 0.21 + k / 900, 44.1 - k) for n in ("query", "key", "value"))
-        views = [add(f"{at}.attention.self.{n}", "aten.view", "f32[1, 128, 12, 64]", [s], kernel="aten.native", backend="aten", ms=0.001)
-                 for n, s in (("view", q), ("view#2", key), ("view#3", v))]  # fmt: skip
-        a = add(f"{at}.attention.self.scaled_dot_product_attention", "aten.scaled_dot_product_attention", "f32[1, 12, 128, 64]", views,
-                decision="f32", kernel="aten.two-matmuls", backend="aten", ms=0.38, options=(Option("aten.two-matmuls", 0.36), Option("aten.native", 0.49)),
-                reason="int8 attention: SQNR 14.2 dB at this site is below 20")  # fmt: skip
+        q, key, v = (
+            dense(f"{at}.attention.self.{n}", 768, 768, [x], 0.21 + k / 900, 44.1 - k)
+            for n in ("query", "key", "value")
+        )
+        views = [
+            add(
+                f"{at}.attention.self.{n}",
+                "aten.view",
+                "f32[1, 128, 12, 64]",
+                [s],
+                kernel="aten.native",
+                backend="aten",
+                ms=0.001,
+            )
+            for n, s in (("view", q), ("view#2", key), ("view#3", v))
+        ]
+        a = add(
+            f"{at}.attention.self.scaled_dot_product_attention",
+            "aten.scaled_dot_product_attention",
+            "f32[1, 12, 128, 64]",
+            views,
+            decision="f32",
+            kernel="aten.two-matmuls",
+            backend="aten",
+            ms=0.38,
+            options=(Option("aten.two-matmuls", 0.36), Option("aten.native", 0.49)),
+            reason="int8 attention: SQNR 14.2 dB at this site is below 20",
+        )
         o = dense(f"{at}.attention.output.dense", 768, 768, [a, x], 0.23, 41.0 - k, (f"{at}.attention.output.add",))
-        n1 = add(f"{at}.attention.output.LayerNorm", "graphwright.norm", "f32[1, 128, 768]", [o], decision="f32", kernel="numba.norm-quantize", backend="numba", ms=0.026)
+        n1 = add(
+            f"{at}.attention.output.LayerNorm",
+            "graphwright.norm",
+            "f32[1, 128, 768]",
+            [o],
+            decision="f32",
+            kernel="numba.norm-quantize",
+            backend="numba",
+            ms=0.026,
+        )
         h = dense(f"{at}.intermediate.dense", 768, 3072, [n1], 0.81, 38.5 - k, (f"{at}.intermediate.gelu",))
         d = dense(f"{at}.output.dense", 3072, 768, [h, n1], 0.77, 18.5 if k == 10 else 36.2 - k, (f"{at}.output.add",))
-        x = add(f"{at}.output.LayerNorm", "graphwright.norm", "f32[1, 128, 768]", [d], decision="f32", kernel="numba.norm-quantize", backend="numba", ms=0.025)
+        x = add(
+            f"{at}.output.LayerNorm",
+            "graphwright.norm",
+            "f32[1, 128, 768]",
+            [d],
+            decision="f32",
+            kernel="numba.norm-quantize",
+            backend="numba",
+            ms=0.025,
+        )
     p = dense("pooler.dense", 768, 768, [x], 0.03, 33.0)
     t = add("pooler.activation", "aten.tanh", "f32[1, 768]", [p], kernel="aten.native", backend="aten", ms=0.003)
     dots.append(Dot("output", "output", "output", ""))
@@ -61,22 +139,89 @@ def bert(layers: int = 12) -> Report:
     denses = [r.site for r in rows if r.decision == "int8"]
     attention = [r.site for r in rows if "scaled_dot" in r.site]
     passes = [
-        PassRecord("canonicalize", "exact", PassResult([(f"encoder.layer.{k}.output.dropout", "removed: eval mode") for k in range(layers)]), 0.09, 233, 196, 438_000_000, 438_000_000, math.inf),
+        PassRecord(
+            "canonicalize",
+            "exact",
+            PassResult([(f"encoder.layer.{k}.output.dropout", "removed: eval mode") for k in range(layers)]),
+            0.09,
+            233,
+            196,
+            438_000_000,
+            438_000_000,
+            math.inf,
+        ),
         PassRecord("fold-batch-norm", "exact", PassResult(), 0.01, 196, 196, 438_000_000, 438_000_000),
-        PassRecord("fuse-activation", "exact", PassResult([(f"encoder.layer.{k}.intermediate.dense", "took in gelu") for k in range(layers)],
-                                                         [("pooler.activation", "the linear before it has another reader")]), 0.06, 196, 184, 438_000_000, 438_000_000, 131.4),
-        PassRecord("merge-parallel-linears", "exact", PassResult(refusals=[(f"encoder.layer.{k}.attention.self.query", "undone: measured slower") for k in range(layers)]), 0.3, 184, 184, 438_000_000, 438_000_000, None,
-                   "undone: output 0: RMS error 2.1e-06 against float64 exceeds 1.7e-06"),
-        PassRecord("quantize", "lossy", PassResult([(s, "int8, weights per channel") for s in denses], [(s, "softmax inputs are left in float") for s in attention], ["calibrated on 64 batches"]), 2.41, 184, 402, 438_000_000, 110_300_000, 32.6),
-    ]  # fmt: skip
+        PassRecord(
+            "fuse-activation",
+            "exact",
+            PassResult(
+                [(f"encoder.layer.{k}.intermediate.dense", "took in gelu") for k in range(layers)],
+                [("pooler.activation", "the linear before it has another reader")],
+            ),
+            0.06,
+            196,
+            184,
+            438_000_000,
+            438_000_000,
+            131.4,
+        ),
+        PassRecord(
+            "merge-parallel-linears",
+            "exact",
+            PassResult(
+                refusals=[(f"encoder.layer.{k}.attention.self.query", "undone: measured slower") for k in range(layers)]
+            ),
+            0.3,
+            184,
+            184,
+            438_000_000,
+            438_000_000,
+            None,
+            "undone: output 0: RMS error 2.1e-06 against float64 exceeds 1.7e-06",
+        ),
+        PassRecord(
+            "quantize",
+            "lossy",
+            PassResult(
+                [(s, "int8, weights per channel") for s in denses],
+                [(s, "softmax inputs are left in float") for s in attention],
+                ["calibrated on 64 batches"],
+            ),
+            2.41,
+            184,
+            402,
+            438_000_000,
+            110_300_000,
+            32.6,
+        ),
+    ]
     return Report(
-        "BertModel", "int8", "3.27x faster than the original; outputs within 32.6 dB of it.", "2026-03-01T10:11:12+00:00",
-        {"cpu": "Example CPU (6/143/8)", "isa": "AVX512", "cores": 2, "flags": ["avx512_vnni", "avx512_bf16"]}, {"graphwright": "0.1.0", "torch": "2.13.0"}, 2,
-        Timing(173.2, 176.4, 189.0, 30), Timing(52.9, 54.1, 58.8, 30), 438_000_000, 110_300_000, 110_654_321, 61.2, 38.0,
-        Accuracy(0.8412, 0.8395, "Pearson", 0.005), 32.6, 0.0412, passes, rows, [Region("modeling_bert.py:301", "print() reads a tensor's value")],
-        ["past key values were not given and are not computed"], ["all sites: score drops by 0.0017, budget 0.005"],
-        ["the machine was busy while timing: the spread is 11 %"], {"capture": 2.2, "passes": 2.9, "lowering": 4.1}, Picture(dots, edges),
-    )  # fmt: skip
+        "BertModel",
+        "int8",
+        "3.27x faster than the original; outputs within 32.6 dB of it.",
+        "2026-03-01T10:11:12+00:00",
+        {"cpu": "Example CPU (6/143/8)", "isa": "AVX512", "cores": 2, "flags": ["avx512_vnni", "avx512_bf16"]},
+        {"graphwright": "0.1.0", "torch": "2.13.0"},
+        2,
+        Timing(173.2, 176.4, 189.0, 30),
+        Timing(52.9, 54.1, 58.8, 30),
+        438_000_000,
+        110_300_000,
+        110_654_321,
+        61.2,
+        38.0,
+        Accuracy(0.8412, 0.8395, "Pearson", 0.005),
+        32.6,
+        0.0412,
+        passes,
+        rows,
+        [Region("modeling_bert.py:301", "print() reads a tensor's value")],
+        ["past key values were not given and are not computed"],
+        ["all sites: score drops by 0.0017, budget 0.005"],
+        ["the machine was busy while timing: the spread is 11 %"],
+        {"capture": 2.2, "passes": 2.9, "lowering": 4.1},
+        Picture(dots, edges),
+    )
 
 
 GOLDEN = """\
@@ -163,13 +308,19 @@ def test_the_full_text_has_every_site_and_the_short_one_says_what_is_left_out() 
 def test_colour_only_on_a_terminal() -> None:
     for terminal in (True, False):
         out = io.StringIO()
-        Console(file=out, force_terminal=terminal, color_system="standard" if terminal else None, width=100).print(bert(2))
+        Console(file=out, force_terminal=terminal, color_system="standard" if terminal else None, width=100).print(
+            bert(2)
+        )
         assert ("\x1b[" in out.getvalue()) == terminal
 
 
 def test_an_empty_report_is_shown_too() -> None:
     report = Report("Tiny", "default", "Not faster: the captured graph runs unchanged.", "2026-03-01T00:00:00+00:00")
-    assert report.text(width=100).splitlines() == ["Tiny, recipe default", "Not faster: the captured graph runs unchanged.", "2026-03-01"]
+    assert report.text(width=100).splitlines() == [
+        "Tiny, recipe default",
+        "Not faster: the captured graph runs unchanged.",
+        "2026-03-01",
+    ]
     assert "captured graph runs unchanged" in report.to_html()
     assert Report.from_json(report.to_json()) == report
 
@@ -182,7 +333,12 @@ def test_facts_that_follow() -> None:
     assert report.refusals()[0] == ("fuse-activation", "pooler.activation", "the linear before it has another reader")
     assert [len(s) for _, _, s in report.grouped_refusals()] == [12, 12, 12, 1]
     assert report.by_time()[0].ms == max(r.ms or 0 for r in report.sites)
-    simulated = Report("m", "int8", "v", sites=[SiteRow(("a",), "aten.linear", "simulated int8"), SiteRow(("b",), "aten.linear", "int8")])
+    simulated = Report(
+        "m",
+        "int8",
+        "v",
+        sites=[SiteRow(("a",), "aten.linear", "simulated int8"), SiteRow(("b",), "aten.linear", "int8")],
+    )
     assert "real at 1 op, simulated at 1" in simulated.text()
 
 
@@ -194,8 +350,19 @@ def test_json_keeps_everything() -> None:
     assert twin.to_html() == report.to_html()
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"model": 1}', "[" * 99_999, '{"model":"m","recipe":"r","verdict":"v","sites":[{"sites":"ab","op":"x"}]}',
-                                  '{"model":"m","recipe":"r","verdict":"v","threads":true}', '{"model":"m","recipe":"r","verdict":"v","graph":{"dots":[],"edges":[[1]]}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"model": 1}',
+        "[" * 99_999,
+        '{"model":"m","recipe":"r","verdict":"v","sites":[{"sites":"ab","op":"x"}]}',
+        '{"model":"m","recipe":"r","verdict":"v","threads":true}',
+        '{"model":"m","recipe":"r","verdict":"v","graph":{"dots":[],"edges":[[1]]}}',
+    ],
+)
 def test_wrong_json_is_refused(text: str) -> None:
     with pytest.raises(LoadError, match="report"):
         Report.from_json(text)
@@ -256,11 +423,43 @@ NASTY = "<script>alert('x')</script>\"&'"
 
 def test_everything_is_escaped() -> None:
     report = Report(
-        NASTY, NASTY, NASTY, NASTY, {NASTY: NASTY}, {NASTY: NASTY}, warnings=[NASTY], notes=[NASTY], log=[NASTY], regions=[Region(NASTY, NASTY)],
-        passes=[PassRecord(NASTY, NASTY, PassResult([(NASTY, NASTY)], [(NASTY, NASTY)], [NASTY]), 1.0, 1, 1, 1, 1, 1.0, NASTY)], seconds={NASTY: 1.0},
-        accuracy=Accuracy(1.0, 1.0, NASTY), sites=[SiteRow((NASTY, NASTY), NASTY, NASTY, NASTY, NASTY, NASTY, (Option(NASTY, 1.0, NASTY),), 1.0, 1.0, 1.0, 1, 1, NASTY, NASTY)],
+        NASTY,
+        NASTY,
+        NASTY,
+        NASTY,
+        {NASTY: NASTY},
+        {NASTY: NASTY},
+        warnings=[NASTY],
+        notes=[NASTY],
+        log=[NASTY],
+        regions=[Region(NASTY, NASTY)],
+        passes=[
+            PassRecord(
+                NASTY, NASTY, PassResult([(NASTY, NASTY)], [(NASTY, NASTY)], [NASTY]), 1.0, 1, 1, 1, 1, 1.0, NASTY
+            )
+        ],
+        seconds={NASTY: 1.0},
+        accuracy=Accuracy(1.0, 1.0, NASTY),
+        sites=[
+            SiteRow(
+                (NASTY, NASTY),
+                NASTY,
+                NASTY,
+                NASTY,
+                NASTY,
+                NASTY,
+                (Option(NASTY, 1.0, NASTY),),
+                1.0,
+                1.0,
+                1.0,
+                1,
+                1,
+                NASTY,
+                NASTY,
+            )
+        ],
         graph=Picture([Dot(NASTY, NASTY, NASTY, NASTY), Dot("o", NASTY, "output", NASTY)], [(0, 1)]),
-    )  # fmt: skip
+    )
     text = report.to_html()
     check_page(text)
     assert "<script" not in text
@@ -270,8 +469,20 @@ def test_everything_is_escaped() -> None:
 @settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @given(st.text(max_size=30), st.floats(allow_nan=True, allow_infinity=True), st.text(max_size=10))
 def test_any_words_and_figures(words: str, figure: float, more: str) -> None:
-    row = SiteRow((words, more), more, words, more, words, options=(Option(more, figure),), ms=abs(figure) if math.isfinite(figure) else None, sqnr_db=figure, reason=more)
-    report = Report(words, more, words, sqnr_db=figure, max_abs=figure, sites=[row], graph=Picture([Dot("a", words, more, "")], []))
+    row = SiteRow(
+        (words, more),
+        more,
+        words,
+        more,
+        words,
+        options=(Option(more, figure),),
+        ms=abs(figure) if math.isfinite(figure) else None,
+        sqnr_db=figure,
+        reason=more,
+    )
+    report = Report(
+        words, more, words, sqnr_db=figure, max_abs=figure, sites=[row], graph=Picture([Dot("a", words, more, "")], [])
+    )
     check_page(report.to_html())
     assert report.text(width=80)
     assert repr(Report.from_json(report.to_json())) == repr(report)
@@ -286,7 +497,9 @@ def test_large_graphs_fold_by_module() -> None:
     assert len(boxes) <= 64 < len(picture.dots)
     assert sorted(k for _, members in boxes for k in members) == list(range(len(picture.dots)))
     assert all(a < b for a, b in edges)
-    assert {"encoder.layer.0.attention", "encoder.layer.11.output"} <= {label for label, _ in boxes} or "encoder.layer.0" in {label for label, _ in boxes}
+    assert {"encoder.layer.0.attention", "encoder.layer.11.output"} <= {
+        label for label, _ in boxes
+    } or "encoder.layer.0" in {label for label, _ in boxes}
 
 
 def test_names_without_structure_fold_into_equal_parts() -> None:
@@ -309,14 +522,18 @@ def test_boxes_never_overlap(data: st.DataObject) -> None:
         for left2, right2, y2 in spots[:k]:
             assert y != y2 or right <= left2 + 0.01 or right2 <= left + 0.01
     assert all(layout.centres[a][1] < layout.centres[b][1] for a, b in edges)
-    assert all(route[0] == layout.centres[a] and route[-1] == layout.centres[b] for (a, b), route in layout.routes.items())
+    assert all(
+        route[0] == layout.centres[a] and route[-1] == layout.centres[b] for (a, b), route in layout.routes.items()
+    )
 
 
 # -- explain ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_story_of_a_site() -> None:
-    assert explain(bert(2), "encoder.layer.1.intermediate.dense") == """\
+    assert (
+        explain(bert(2), "encoder.layer.1.intermediate.dense")
+        == """\
 encoder.layer.1.intermediate.dense (with encoder.layer.1.intermediate.gelu)
   captured         graphwright.linear gives f32[1, 128, 3072], from modeling_bert.py:134
   fuse-activation  took in gelu
@@ -326,6 +543,7 @@ encoder.layer.1.intermediate.dense (with encoder.layer.1.intermediate.gelu)
                      2.19 ms  onednn.linear
                      2.75 ms  aten.native
   not usable       onednn.bf16-linear: the recipe allows float32 and int8"""
+    )
 
 
 def test_sites_that_are_gone_or_merged_are_explained_too() -> None:

@@ -113,8 +113,24 @@ def test_sizes_are_symbolic_after_loading(tmp_path: Path) -> None:
     assert int(bounds.lower) == 2
 
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.bool, torch.int8,
-          torch.uint8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn]  # fmt: skip
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.complex64,
+    torch.complex128,
+    torch.bool,
+    torch.int8,
+    torch.uint8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.float8_e4m3fn,
+]
 
 
 def test_every_dtype_and_shape(tmp_path: Path) -> None:
@@ -132,11 +148,17 @@ def test_every_dtype_and_shape(tmp_path: Path) -> None:
 def test_views_strides_and_sharing(tmp_path: Path) -> None:
     base = torch.randn(4, 6)
     tensors = {
-        "whole": base, "row": base[1], "transposed": base.t(), "strided": base[::2, 1::2], "as_int": base.view(torch.int32)[2],
-        "expanded": torch.randn(3, 1).expand(3, 1000), "channels": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-        "slice": torch.randn(100_000)[7:12], "conjugate": torch.randn(3, dtype=torch.complex64).conj(),
+        "whole": base,
+        "row": base[1],
+        "transposed": base.t(),
+        "strided": base[::2, 1::2],
+        "as_int": base.view(torch.int32)[2],
+        "expanded": torch.randn(3, 1).expand(3, 1000),
+        "channels": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "slice": torch.randn(100_000)[7:12],
+        "conjugate": torch.randn(3, dtype=torch.complex64).conj(),
         "odd": torch.arange(9, dtype=torch.uint8)[3:],
-    }  # fmt: skip
+    }
     program = start(torch.zeros(1))
     program = finish(program, *(program.add_tensor(n, t) for n, t in tensors.items()))
     loaded = round_trip(tmp_path, program)
@@ -183,7 +205,9 @@ def test_variants_share_tensors(tmp_path: Path) -> None:
         program = start(torch.zeros(1))
         programs.append(finish(program, program.add_tensor("w", weight)))
     meta = {"recipe": "int8", "error": math.inf, "nothing": math.nan, "$odd": {"deep": [1, (2.5, None, True)]}}
-    store.save(tmp_path / "m.gw", Archive([Variant(p, {"node": k}, [[[1], "float32"]]) for k, p in enumerate(programs)], meta))
+    store.save(
+        tmp_path / "m.gw", Archive([Variant(p, {"node": k}, [[[1], "float32"]]) for k, p in enumerate(programs)], meta)
+    )
     archive = store.load(tmp_path / "m.gw")
     assert [v.plan for v in archive.variants] == [{"node": 0}, {"node": 1}]
     assert archive.variants[1].example == [[[1], "float32"]]
@@ -206,9 +230,13 @@ def test_saving_twice_gives_the_same_bytes_and_loading_keeps_them(tmp_path: Path
 def test_a_new_process_gives_the_same_bits(tmp_path: Path) -> None:
     program = dynamic_program()
     store.save(tmp_path / "m.gw", Archive([Variant(program)]))
-    code = ("import sys, torch; from graphwright import store; p = store.load(sys.argv[1]).variants[0].program;"
-            "torch.manual_seed(3); torch.save([o.clone() for o in p(torch.randn(4, 8))], sys.argv[2]); print(p.text())")  # fmt: skip
-    run = subprocess.run([sys.executable, "-c", code, tmp_path / "m.gw", tmp_path / "out"], capture_output=True, text=True, check=False)
+    code = (
+        "import sys, torch; from graphwright import store; p = store.load(sys.argv[1]).variants[0].program;"
+        "torch.manual_seed(3); torch.save([o.clone() for o in p(torch.randn(4, 8))], sys.argv[2]); print(p.text())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "m.gw", tmp_path / "out"], capture_output=True, text=True, check=False
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == program.text()
     torch.manual_seed(3)
@@ -237,12 +265,16 @@ def test_foreign_ops_are_refused_by_name(tmp_path: Path) -> None:
         twice.register_fake(lambda x: x * 2)
     program = start(torch.ones(3))
     with program.graph.inserting_before(program.output):
-        node = program.call(torch.ops.graphwright_store_test.twice.default, program.placeholders[0], sites=["head.twice"])
+        node = program.call(
+            torch.ops.graphwright_store_test.twice.default, program.placeholders[0], sites=["head.twice"]
+        )
     with pytest.raises(SaveError, match=r"head.twice: .*graphwright_store_test.twice.*op table"):
         store.save(tmp_path / "m.gw", Archive([Variant(finish(program, node))]))
 
 
-@pytest.mark.parametrize("meta", [{"a": object()}, {"a": {1: 2}}, {"a": [torch.ones(1)]}], ids=["object", "key", "tensor"])
+@pytest.mark.parametrize(
+    "meta", [{"a": object()}, {"a": {1: 2}}, {"a": [torch.ones(1)]}], ids=["object", "key", "tensor"]
+)
 def test_only_plain_data_is_saved(tmp_path: Path, meta: dict) -> None:
     with pytest.raises(SaveError, match=r"meta\['a'\]"):
         store.save(tmp_path / "m.gw", Archive([], meta))

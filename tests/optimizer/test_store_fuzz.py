@@ -28,7 +28,12 @@ from graphwright.store import Archive, Variant
 from graphwright.structure import flatten
 
 aten = torch.ops.aten
-UNHURRIED: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "derandomize": True}
+UNHURRIED: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": list(HealthCheck),
+    "database": None,
+    "derandomize": True,
+}
 
 
 def program() -> Program:
@@ -61,14 +66,25 @@ def program() -> Program:
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("good") / "m.gw"
-    store.save(path, Archive([Variant(program(), {"fc": ["onednn", 1]}, [[[4, 3], "float32"]])], {"recipe": "int8", "x": math.inf}))
+    store.save(
+        path,
+        Archive([Variant(program(), {"fc": ["onednn", 1]}, [[[4, 3], "float32"]])], {"recipe": "int8", "x": math.inf}),
+    )
     return path
 
 
 def shown(archive: Archive) -> Any:
     """Everything in an archive, as something that compares."""
-    return [(v.program.text(), repr(v.plan), repr(v.example), v.program.signature, {n: t.tolist() for n, t in v.program.tensors().items()})
-            for v in archive.variants], repr(archive.meta)  # fmt: skip
+    return [
+        (
+            v.program.text(),
+            repr(v.plan),
+            repr(v.example),
+            v.program.signature,
+            {n: t.tolist() for n, t in v.program.tensors().items()},
+        )
+        for v in archive.variants
+    ], repr(archive.meta)
 
 
 def body_of(path: Path) -> dict[str, Any]:
@@ -80,7 +96,9 @@ def body_of(path: Path) -> dict[str, Any]:
 def forge(source: Path, target: Path, body: Any, version: str = "1") -> Path:
     """A file whose checksums are right although ``body`` is not what ``save`` wrote."""
     text = body if isinstance(body, str) else json.dumps(body)
-    save_file(load_file(source), target, {"graphwright": f"{version} {hashlib.sha256(text.encode()).hexdigest()} {text}"})
+    save_file(
+        load_file(source), target, {"graphwright": f"{version} {hashlib.sha256(text.encode()).hexdigest()} {text}"}
+    )
     return target
 
 
@@ -110,7 +128,9 @@ def test_damaged_bytes(good: Path, tmp_path_factory: pytest.TempPathFactory, dat
     except LoadError as error:
         assert len(str(error)) < 2_000
     else:
-        assert repr(found[0][0][:3]) == repr(shown(store.load(good))[0][0][:3]) and found[1] == shown(store.load(good))[1]
+        assert (
+            repr(found[0][0][:3]) == repr(shown(store.load(good))[0][0][:3]) and found[1] == shown(store.load(good))[1]
+        )
         assert found[0][0][4] == shown(store.load(good))[0][0][4]
 
 
@@ -130,8 +150,19 @@ def test_every_header_byte_counts_or_changes_nothing(good: Path, tmp_path: Path)
     assert seal_end > 0
 
 
-@pytest.mark.parametrize("content", [b"", b"abc", b"PK\x03\x04" + bytes(100), bytes(4096), b"\xff" * 4096, b"\x80\x02}q\x00.",
-                                     struct.pack("<Q", 2**62) + b'{"a":1}', struct.pack("<Q", 20) + b'{"a":'])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"abc",
+        b"PK\x03\x04" + bytes(100),
+        bytes(4096),
+        b"\xff" * 4096,
+        b"\x80\x02}q\x00.",
+        struct.pack("<Q", 2**62) + b'{"a":1}',
+        struct.pack("<Q", 20) + b'{"a":',
+    ],
+)
 def test_foreign_files(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m.gw"
     path.write_bytes(content)
@@ -151,8 +182,33 @@ def test_other_formats(tmp_path: Path) -> None:
 
 # -- well-formed files that lie --------------------------------------------------------------------------------------
 
-BAD = [None, True, 0, 1, -1, 2**70, 1e300, "", "x", "__class__", "\n", [], {}, [[]], {"node": "x"}, {"node": "later"}, ["sym", "s1"],
-       ["Pow", 9, 99999], {"float": "nan"}, {"dtype": "float32"}, {"tuple": [1]}, 2**62, "cuda:7", ["sym"], {"$float": "inf"}]  # fmt: skip
+BAD = [
+    None,
+    True,
+    0,
+    1,
+    -1,
+    2**70,
+    1e300,
+    "",
+    "x",
+    "__class__",
+    "\n",
+    [],
+    {},
+    [[]],
+    {"node": "x"},
+    {"node": "later"},
+    ["sym", "s1"],
+    ["Pow", 9, 99999],
+    {"float": "nan"},
+    {"dtype": "float32"},
+    {"tuple": [1]},
+    2**62,
+    "cuda:7",
+    ["sym"],
+    {"$float": "inf"},
+]
 
 
 def paths_in(value: Any, here: tuple = ()) -> list[tuple]:
@@ -198,7 +254,16 @@ def test_any_entry_replaced(good: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 def call(name: str, target: str, args: list[Any], value: Any, kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
-    return {"name": name, "op": "call", "target": target, "args": args, "kwargs": kwargs or {}, "value": value, "sites": [], "trace": None}
+    return {
+        "name": name,
+        "op": "call",
+        "target": target,
+        "args": args,
+        "kwargs": kwargs or {},
+        "value": value,
+        "sites": [],
+        "trace": None,
+    }
 
 
 F32 = {"dtype": "float32", "shape": [4], "stride": [1], "device": "cpu"}
@@ -213,12 +278,18 @@ LIES = {
     "list bomb": (call("n", "operator.mul", [[0], 2**60], 0), "takes numbers"),
     "power bomb": (call("n", "operator.pow", [9, 10**12], 0), "power"),
     "number grows": (call("n", "operator.mul", [2**62, 2**62], 0), "out of range"),
-    "split bomb": (call("n", "aten.split.Tensor", [{"node": "big"}, 1, 0], {"list": [F32]}), "another number of tensors"),
+    "split bomb": (
+        call("n", "aten.split.Tensor", [{"node": "big"}, 1, 0], {"list": [F32]}),
+        "another number of tensors",
+    ),
     "unbind bomb": (call("n", "aten.unbind.int", [{"node": "big"}, 0], {"list": []}), "another number of tensors"),
     "chunk bomb": (call("n", "aten.chunk", [{"node": "big"}, 2**40, 0], {"list": []}), "another number of tensors"),
     "wrong shape": (call("n", "aten.relu", [{"node": "big"}], F32), "another shape"),
     "missing argument": (call("n", "aten.relu", [], F32), "does not fit|missing"),
-    "unknown keyword": (call("n", "aten.relu", [{"node": "big"}], HUGE, {"__import__('os')": 1}), "does not fit|unknown"),
+    "unknown keyword": (
+        call("n", "aten.relu", [{"node": "big"}], HUGE, {"__import__('os')": 1}),
+        "does not fit|unknown",
+    ),
     "code in a name": ({**call("n", "aten.relu", [{"node": "big"}], HUGE), "name": "a;import os"}, "unusable name"),
     "keyword as name": ({**call("n", "aten.relu", [{"node": "big"}], HUGE), "name": "lambda"}, "unusable name"),
     "name twice": ({**call("n", "aten.relu", [{"node": "big"}], HUGE), "name": "x"}, "unusable name"),
@@ -242,9 +313,21 @@ def test_lies_in_the_graph(good: Path, tmp_path: Path, case: str) -> None:
 def test_lies_about_tensors(good: Path, tmp_path: Path) -> None:
     body = body_of(good)
     at = body["variants"][0]["program"]["tensors"]["fc.weight"]["at"]
-    for key, value in [("shape", [3, 4]), ("shape", [2**40, 2**40]), ("stride", [3, 2]), ("offset", 4), ("offset", 2), ("offset", -4),
-                       ("stride", [-3, 1]), ("run", "../../etc/passwd"), ("dtype", "float64"), ("device", "cuda"), ("device", "meta"),
-                       ("shape", [0, 3]), ("shape", [1] * 100)]:  # fmt: skip
+    for key, value in [
+        ("shape", [3, 4]),
+        ("shape", [2**40, 2**40]),
+        ("stride", [3, 2]),
+        ("offset", 4),
+        ("offset", 2),
+        ("offset", -4),
+        ("stride", [-3, 1]),
+        ("run", "../../etc/passwd"),
+        ("dtype", "float64"),
+        ("device", "cuda"),
+        ("device", "meta"),
+        ("shape", [0, 3]),
+        ("shape", [1] * 100),
+    ]:
         kept, at[key] = at[key], value
         with pytest.raises(LoadError, match="fc.weight"):
             store.load(forge(good, tmp_path / "m.gw", body))
@@ -252,9 +335,20 @@ def test_lies_about_tensors(good: Path, tmp_path: Path) -> None:
     store.load(forge(good, tmp_path / "m.gw", body))
 
 
-@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"meta": NaN}', "[" * 100_000, '{"meta":{},"variants":[],"runs":{},"more":1}', "{}", "",
-                                  '{"meta":{"k":' + "9" * 5000 + '},"variants":[],"runs":{}}', '{"meta":{"k":1,"k":2},"variants":[],"runs":{}}'],
-                         ids=["twice", "nan", "deep", "unknown", "empty", "none", "long", "twice-inside"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": 1, "a": 2}',
+        '{"meta": NaN}',
+        "[" * 100_000,
+        '{"meta":{},"variants":[],"runs":{},"more":1}',
+        "{}",
+        "",
+        '{"meta":{"k":' + "9" * 5000 + '},"variants":[],"runs":{}}',
+        '{"meta":{"k":1,"k":2},"variants":[],"runs":{}}',
+    ],
+    ids=["twice", "nan", "deep", "unknown", "empty", "none", "long", "twice-inside"],
+)
 def test_json_tricks(good: Path, tmp_path: Path, text: str) -> None:
     with pytest.raises(LoadError):
         store.load(forge(good, tmp_path / "m.gw", text))
