@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from graphwright.passes.canonicalize import Canonicalize
 from graphwright.passes.layout import Layout
+from graphwright.passes.merge_heads import MergeHeads
 
 X = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(1))
 
@@ -66,3 +67,36 @@ def test_left_out_sites_stay(captured, run, ops):
     program = captured(lambda s, x: x.permute(0, 2, 3, 1).sin().permute(0, 3, 1, 2), X)
     after, result = run(program, Layout(exclude=("permute",)))
     assert ops(after) == ["permute", "sin", "permute"] and result.refusals
+
+
+# -- merged heads ----------------------------------------------------------------------------------------------------
+
+
+def attend(s, x, order=(0, 2, 1, 3)):
+    y = F.scaled_dot_product_attention(x, x, x)
+    return y.permute(order).reshape(y.shape[0], y.shape[2], -1).sin()
+
+
+def test_merged_heads(captured, run, ops):
+    after, result = run(captured(attend, X), Canonicalize(), MergeHeads())
+    assert ops(after) == ["attention", "sin"] and len(result.changes) == 1
+
+
+def test_merged_heads_with_sizes_that_vary(captured, run, ops):
+    after, _ = run(captured(attend, X, dynamic={"input_0": {0: "batch"}}), Canonicalize(), MergeHeads())
+    assert "attention" in ops(after)
+    x = torch.randn(7, 3, 4, 5)
+    torch.testing.assert_close(after(x)[0], attend(None, x))
+
+
+@pytest.mark.parametrize(
+    ("f", "reason"),
+    [
+        (lambda s, x: attend(s, x.bfloat16()), "it gives torch.bfloat16: the merged form is computed in float32 and stays there"),
+        (lambda s, x: attend(s, x, (0, 2, 3, 1)), "the permutation [0, 2, 3, 1] does not bring heads behind the sequence"),
+        (lambda s, x: F.scaled_dot_product_attention(x, x, x).permute(0, 2, 1, 3).reshape(4, -1), "the reshape gives (4, 30), not (2, 4, 15)"),
+    ],
+)
+def test_heads_that_stay(f, reason, captured, run):
+    _, result = run(captured(f, X), Canonicalize(), MergeHeads())
+    assert [r for _, r in result.refusals] == [reason]
