@@ -138,6 +138,15 @@ def fingerprint(program: Program) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+@dataclass
+class _State:
+    """Where a run stands: the program, a copy of it to go back to, and the fingerprint of both."""
+
+    program: Program
+    kept: Program
+    mark: str
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """Passes in order.
@@ -163,23 +172,22 @@ class Pipeline:
             SiteError: a pattern matches nothing.
         """
         check_patterns(self.passes, program)
-        current, records = program.copy(), []
+        state, records = _State(program.copy(), program.copy(), fingerprint(program)), []
         oracle = _Oracle(program) if program.example is not None else None
         for p in self.passes:
             if progress:
                 progress(f"pass {p.name}")
-            current, record = self._step(p, current, oracle, [r.name for r in records])
-            records.append(record)
-        current.recompile()
-        return current, records
+            records.append(self._step(p, state, oracle, [r.name for r in records]))
+        state.program.recompile()
+        return state.program, records
 
-    def _step(self, p: Pass, program: Program, oracle: _Oracle | None, before: list[str]) -> tuple[Program, PassRecord]:
-        kept = program.copy()
-        mark, nodes, size, start = fingerprint(program), len(program.nodes), program.size_bytes(), time.perf_counter()
+    def _step(self, p: Pass, state: _State, oracle: _Oracle | None, before: list[str]) -> PassRecord:
+        program, nodes, size, start = state.program, len(state.program.nodes), state.program.size_bytes(), time.perf_counter()
         where = f"pass {p.name}" + (f" (after {', '.join(before)})" if before else "")
         try:
             result = p.run(program)
-            changed = fingerprint(program) != mark
+            mark = fingerprint(program)
+            changed = mark != state.mark
             if changed:
                 program.verify()
         except InternalError as error:
@@ -197,16 +205,17 @@ class Pipeline:
         if result.modified and oracle is not None:
             error, failure, outputs = oracle.compare(program, p.numerics)
             if failure and self.strict:
-                raise PassError(failure, where=where, hint=f"First bad node: {oracle.first_bad(kept, program, p.numerics)}")
+                raise PassError(failure, where=where, hint=f"First bad node: {oracle.first_bad(state.kept, program, p.numerics)}")
             if failure:
                 undone = f"undone: {failure}"
                 result = PassResult(refusals=[(s, undone) for s, _ in result.changes] + result.refusals, notes=result.notes)
-                program = kept
+                program, state.program, mark = state.kept, state.kept.copy(), state.mark
             elif isinstance(p.numerics, Lossy):
                 oracle.rebase(program, outputs)
-        record = PassRecord(p.name, str(p.numerics), result, time.perf_counter() - start, nodes, len(program.nodes),
-                            size, program.size_bytes(), error, undone)  # fmt: skip
-        return program, record
+        if mark != state.mark:
+            state.kept, state.mark = program.copy(), mark
+        return PassRecord(p.name, str(p.numerics), result, time.perf_counter() - start, nodes, len(program.nodes),
+                          size, program.size_bytes(), error, undone)  # fmt: skip
 
 
 class _Oracle:
