@@ -39,7 +39,6 @@ _CHOICES = {
     "mode": ("static", "dynamic", "weight-only"),
     "activations": ("uint8", "int8"),
     "residual": ("auto", "float", "int8"),
-    "weight_scales": ("max", "mse"),
 }
 
 
@@ -54,7 +53,6 @@ class Quantize(Pass):
         observer: ``"min-max"``, ``"percentile"``, ``"mse"``, a rule of ``graphwright.passes.observers`` with its
             parameters (``Percentile(99.9)``), or ``"auto"``: mse between convolutions, min-max elsewhere. The few
             large numbers in a transformer carry meaning, and clipping them costs ten times the error of min-max.
-        weight_scales: ``"max"``, or ``"mse"``: least squared error.
         per_channel: a scale for each output channel of a weight, or one for all.
         residual: how adds and products read operands that exist as int8: ``"auto"`` (as int8 between convolutions, as
             float elsewhere), ``"float"`` or ``"int8"``.
@@ -68,7 +66,6 @@ class Quantize(Pass):
     mode: str = "static"
     activations: str = "uint8"
     observer: str | Rule = "auto"
-    weight_scales: str = "mse"
     per_channel: bool = True
     residual: str = "auto"
     bias_correction: bool = True
@@ -112,7 +109,7 @@ class Quantize(Pass):
         anchors = [a for a in every if a.table or a in anchors]  # in graph order: the first reader comes first
         if not anchors:
             return result
-        writer.weights(anchors, per_channel=self.per_channel, search=self.weight_scales)
+        writer.weights(anchors, per_channel=self.per_channel)
         program.tidy()
         batch = next(iter(program.calibration), program.example)
         errors = site_errors(before, program, {twins[a.node]: a.node for a in anchors}, batch)

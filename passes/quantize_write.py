@@ -97,14 +97,14 @@ class Writer:
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
-    def weights(self, anchors: Iterable[Anchor], *, per_channel: bool, search: str) -> None:
+    def weights(self, anchors: Iterable[Anchor], *, per_channel: bool) -> None:
         """Let anchors read their weights from int8; those with the same weight read the same integers."""
         quantized = {a.node for a in anchors}
         for a in anchors:
             key = (str(a.weight.target), a.axis if per_channel else None)
             others = [n for n in a.weight.users if n not in quantized]
             if key not in self._weights:
-                self._weights[key] = self._store(a, key[1], search)
+                self._weights[key] = self._store(a, key[1])
             real, stored = self._weights[key]
             set_arg(a.node, "weight", real)
             said = self._about.setdefault(a, [])
@@ -116,9 +116,9 @@ class Writer:
             if a in self.means and self._correct_bias(a, stored, self.means[a].mean):
                 said.append("bias corrected")
 
-    def _store(self, a: Anchor, axis: int | None, search: str) -> tuple[fx.Node, Int8Weight]:
+    def _store(self, a: Anchor, axis: int | None) -> tuple[fx.Node, Int8Weight]:
         name, dtype = str(a.weight.target), a.weight.meta["val"].dtype
-        stored = quantize_weight(self.program.tensor(name), axis, search)
+        stored = quantize_weight(self.program.tensor(name), axis)
         values = self.program.add_tensor(f"{name}_int8", stored.values, origin=[name])
         sites = sites_of(a.node)
         if axis is None:

@@ -113,7 +113,9 @@ def test_integers_flow_through_a_residual_network(fused: Prepare, run: Any, ops:
     numbers = pairs(after)
     pool, mean, head = node(after, "aten.max_pool2d"), node(after, "aten.adaptive_avg_pool2d"), node(after, "graphwright.linear")
     convs = [n for n in after.nodes if op_name(n.target) == "graphwright.conv"]
-    for reader in (pool, mean, *convs, head, node(after, "aten.flatten")):
+    assert behind_pair(head.args[0])
+    flat = head.args[0].args[0].args[0]
+    for reader in (pool, mean, *convs, flat):
         assert behind_pair(reader.args[0]), f"{reader.name} reads {reader.args[0]}"
     assert behind_pair(arg(convs[2], "other")) and arg(convs[2], "activation") == "relu"
     assert numbers[pool.name] == numbers[convs[0].name], "pooling keeps the scale"
@@ -134,7 +136,7 @@ def test_weights_shrink_and_their_origin_is_kept(fused: Prepare, run: Any) -> No
 
 @pytest.mark.parametrize("options", [
     {}, {"activations": "int8"}, {"observer": "min-max"}, {"observer": "mse"}, {"observer": Percentile(99.99)},
-    {"per_channel": False}, {"residual": "float"}, {"residual": "int8"}, {"weight_scales": "max", "bias_correction": False},
+    {"per_channel": False}, {"residual": "float"}, {"residual": "int8"}, {"bias_correction": False},
     {"mode": "dynamic"}, {"mode": "dynamic", "activations": "int8"}, {"mode": "weight-only"},
 ])  # fmt: skip
 def test_every_option_stays_close_to_float(options: dict[str, Any], fused: Prepare, run: Any) -> None:
@@ -215,6 +217,23 @@ def test_concatenation_shares_a_scale_unless_ranges_are_far_apart(fused: Prepare
         assert numbers[b] == numbers[cat.name]
         padded = node(after, "aten.pad") if any("pad" in op_name(n.target) for n in after.nodes) else cat
         assert numbers.get(padded.name, numbers[cat.name]) == numbers[cat.name]
+
+
+def test_gates_and_separate_activations_between_convolutions(fused: Prepare, run: Any) -> None:
+    def block(m: Any, x: Tensor) -> Tensor:
+        h = F.silu(F.conv2d(x, m.a))
+        gate = torch.sigmoid(F.conv2d(F.relu(F.conv2d(h.mean((2, 3), keepdim=True), m.squeeze)), m.excite))
+        return F.conv2d(F.relu6(h * gate + h), m.b)
+
+    weights = {"a": torch.randn(6, 3, 1, 1), "squeeze": torch.randn(2, 6, 1, 1), "excite": torch.randn(6, 2, 1, 1), "b": torch.randn(4, 6, 1, 1)}
+    program = fused(block, torch.randn(2, 3, 8, 8), **weights)
+    after, _ = run(program, Quantize())
+    for name in ("aten.mean", "aten.mul", "aten.add"):
+        reader = node(after, name)
+        assert all(behind_pair(v) for v in reader.all_input_nodes), reader.format_node()
+    floats, _ = run(program, Quantize(residual="float"))
+    assert not any(behind_pair(v) for v in node(floats, "aten.mul").all_input_nodes)
+    assert len(pairs(floats)) < len(pairs(after))
 
 
 def test_padding_with_another_number_takes_no_integers(fused: Prepare, run: Any) -> None:
