@@ -243,7 +243,7 @@ def _size_agrees(data: Any, size: Any, scope: Scope) -> bool:
         return type(data) is int and data == size
     if data == _OPAQUE:
         return True
-    if _unbound(data, scope) and size.node.expr.is_Symbol:
+    if _unbound(data, scope) and size.node.expr.is_Symbol and str(size.node.expr).startswith("u"):
         scope.symbols[data[1]] = size.node.expr
     if encode(size.node.expr, scope.names()) == data:
         return True

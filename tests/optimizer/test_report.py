@@ -9,11 +9,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphwright.errors import LoadError, SaveError, SiteError
+from graphwright.ir import Program, Signature
 from graphwright.manager import PassRecord, PassResult
 from graphwright.measure import Timing
 from graphwright.report import Accuracy, Option, Picture, Region, Report, SiteRow, explain
@@ -525,6 +529,45 @@ def test_boxes_never_overlap(data: st.DataObject) -> None:
     assert all(
         route[0] == layout.centres[a] and route[-1] == layout.centres[b] for (a, b), route in layout.routes.items()
     )
+
+
+def small_program() -> Program:
+    """A linear and a relu in one module, and an add outside of it."""
+    mode = FakeTensorMode()
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["val"] = mode.from_tensor(torch.zeros(2, 4))
+    graph.output((x,))
+    program = Program(fx.GraphModule(nn.Module(), graph), Signature(), mode)
+    weight = program.add_tensor("head.fc.weight", torch.zeros(4, 4))
+    with program.graph.inserting_before(program.output):
+        a = program.call(torch.ops.aten.linear.default, program.placeholders[0], weight, sites=["head.fc", "head.fc2"])
+        b = program.call(torch.ops.aten.relu.default, a, sites=["head.relu"])
+        c = program.call(torch.ops.aten.add.Tensor, a, b, sites=["add"])
+    a.meta["trace"] = "model.py:7"
+    program.output.args = ((c,),)
+    return program
+
+
+def test_the_picture_of_a_program() -> None:
+    picture = Picture.of(small_program())
+    assert [(d.site, d.op, d.shape) for d in picture.dots] == [
+        ("x", "input", "f32[2, 4]"),
+        ("head.fc", "aten.linear", "f32[2, 4]"),
+        ("head.relu", "aten.relu", "f32[2, 4]"),
+        ("add", "aten.add.Tensor", "f32[2, 4]"),
+        ("output", "output", ""),
+    ]
+    assert picture.edges == [(0, 1), (1, 2), (1, 3), (2, 3), (3, 4)]
+    boxes, edges = picture.folded(4)
+    assert boxes == [("x", [0]), ("head", [1, 2]), ("add", [3]), ("output", [4])]
+    assert edges == [(0, 1), (1, 2), (2, 3)]
+
+
+def test_ops_without_a_row_are_explained_from_the_program() -> None:
+    text = explain(Report("m", "r", "v"), "head.fc2", program=small_program())
+    assert text.splitlines()[0] == "head.fc (with head.fc2)"
+    assert "aten.linear gives f32[2, 4], from model.py:7" in text
 
 
 # -- explain ---------------------------------------------------------------------------------------------------------

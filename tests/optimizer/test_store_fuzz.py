@@ -366,3 +366,27 @@ def test_a_changed_weight_is_named(good: Path, tmp_path: Path) -> None:
     (tmp_path / "m.gw").write_bytes(raw)
     with pytest.raises(LoadError, match="'fc.weight' were altered"):
         store.load(tmp_path / "m.gw")
+
+
+def test_strides_that_overlap_are_not_believed(good: Path, tmp_path: Path) -> None:
+    body = body_of(good)
+    entry = next(n for n in body["variants"][0]["program"]["nodes"] if n.get("target") == "aten.clamp")
+    entry["value"]["stride"] = [0, 0, 0]
+    (variant,) = store.load(forge(good, tmp_path / "m.gw", body)).variants
+    node = next(n for n in variant.program.nodes if n.name == entry["name"])
+    assert node.meta["val"].stride() == (3, 1, 1)
+
+
+def test_sizes_of_every_node_are_checked_without_memory(good: Path, tmp_path: Path) -> None:
+    """Whatever size the file claims for a node, it is refused unless the op gives it."""
+    body = body_of(good)
+    for entry in body["variants"][0]["program"]["nodes"]:
+        if entry["op"] != "call" or "shape" not in entry["value"]:
+            continue
+        kept = entry["value"]["shape"]
+        for wrong in ([*kept, 1], kept[:-1], [7, *kept[1:]], [2**40, *kept[1:]], [["sym", "u0"], *kept[1:]]):
+            entry["value"]["shape"] = wrong
+            with pytest.raises(LoadError):
+                store.load(forge(good, tmp_path / "m.gw", body))
+        entry["value"]["shape"] = kept
+    store.load(forge(good, tmp_path / "m.gw", body))
