@@ -27,6 +27,7 @@ from graphwright.kernels.tile import (
     KIND,
     TILE,
     add,
+    apart,
     device,
     erf,
     exp,
@@ -121,6 +122,7 @@ def gather(params, slot, position, n, buffer):
 
     The operand's slots: address, kind, scale, zero, four strides. Slots 2 to 5 hold the four sizes.
     """
+    apart()
     p, d = i64(params), f64(params)
     address, kind = p[slot], p[slot + 1]
     scale, zero = real(d[slot + 2]), real(d[slot + 3])

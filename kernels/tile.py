@@ -92,6 +92,16 @@ if numba is not None:
         return types.int64(types.int64), build
 
     @intrinsic
+    def apart(context):
+        """Keep the function that says so out of its callers: called once per tile, it would only make them slow to compile."""
+
+        def build(ctx, b, sig, args):
+            b.function.attributes.add("noinline")
+            return ctx.get_dummy_value()
+
+        return types.void(), build
+
+    @intrinsic
     def bits(context, x):
         """The bits of a float32, as int32."""
         return types.int32(types.float32), lambda ctx, b, sig, args: b.bitcast(args[0], ir.IntType(32))
@@ -107,7 +117,7 @@ else:  # the kernels' records stay importable; ``unavailable()`` keeps their bod
         return body
 
     reducing = device
-    f32 = f64 = u8 = i8 = u16 = i32 = i64 = scratch = wide_scratch = call = bits = from_bits = None
+    f32 = f64 = u8 = i8 = u16 = i32 = i64 = scratch = wide_scratch = call = apart = bits = from_bits = None
 
 
 @device
@@ -210,6 +220,7 @@ def widened(h):
 @device
 def load(kind, address, stride, n, scale, zero, to):
     """``n`` elements ``stride`` apart, as float32, to the address ``to``; integers become ``(q - zero) * scale``."""
+    apart()
     out = f32(to)  # LLVM makes a version of each loop for stride 1
     if kind == F32:
         x = f32(address)
@@ -244,6 +255,7 @@ def store(kind, address, n, source, inverse, zero, low, high):
 
     ``low`` and ``high`` are bounds before the zero point is added. NaN becomes the zero point.
     """
+    apart()
     x, point = f32(source), real(zero)
     if kind == F32:
         f = f32(address)
