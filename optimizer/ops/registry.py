@@ -38,8 +38,8 @@ class OpRow:
         name: ``"aten.linear"`` or ``"graphwright.conv"``: namespace and op without the overload.
         overload: the ``OpOverload`` that the row describes.
         reference: the body: oracle, fallback, shape rule.
-        axes: einops spelling of the tensor arguments and the output (``"* i, o i, o -> * o"``), or a callable
-            ``(node arguments by name, fake values) -> einops spelling`` where the spelling depends on the
+        axes: spelling of the tensor arguments and the output (``"* i, o i, o -> * o"``, see ``graphwright.ops.axes``),
+            or a callable ``(**arguments by name, as fake values) -> spelling or None`` where it depends on the
             arguments (grouped convolution, reshape, cat), or None when neither applies.
         traits: facts, see the constants above.
         flops: ``(args by name, output) -> int`` where the spelling does not give it.

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from graphwright import ops
-from graphwright.errors import InternalError
 from graphwright.ir import normalise, op_name
 from graphwright.ops import facts, registry
 from graphwright.ops.axes import Axes, Dim, total
@@ -81,29 +80,6 @@ def test_every_row_has_samples() -> None:
     elsewhere = set(kernels.load())  # ops that only lowering emits are tested with their kernels' samples
     assert not [name for name in ROWS if name not in SAMPLES and name not in elsewhere]
     assert not [name for name in SAMPLES if name not in ROWS]
-
-
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="older versions may lack some")
-def test_no_row_names_an_op_that_does_not_exist() -> None:
-    assert registry.missing() == ()
-
-
-def test_a_row_may_not_stand_twice_and_own_ops_must_not_collide() -> None:
-    with pytest.raises(InternalError, match="two rows"):
-        ops.op("aten.linear")(lambda *a: None)
-    before = registry.missing()
-    ops.op("aten.no_such_op_at_all")(lambda *a: None)
-    assert set(registry.missing()) - set(before) == {"aten.no_such_op_at_all.default"}
-    registry._MISSING.remove("aten.no_such_op_at_all.default")
-
-
-def test_look_up() -> None:
-    assert ops.resolve("aten.add.Tensor") is torch.ops.aten.add.Tensor
-    assert ops.resolve("graphwright.quantize") is torch.ops.graphwright.quantize.default
-    assert ops.resolve("aten.nothing") is None and ops.row(len) is None
-    found = ops.row(torch.ops.aten.linear.default)
-    assert found is not None and found.summary.startswith("Linear")
-    assert all(r.summary and not r.summary.startswith("lambda") for r in ops.rows())
 
 
 # -- references ------------------------------------------------------------------------------------------------------
@@ -369,22 +345,9 @@ def test_joined_axes_are_what_they_say() -> None:
 # -- work ------------------------------------------------------------------------------------------------------------
 
 COUNTED = [
-    "linear",
-    "matmul",
-    "mm",
-    "bmm",
-    "addmm",
-    "baddbmm",
-    "outer",
-    "conv1d",
-    "conv2d",
-    "conv3d",
-    "conv_transpose1d",
-    "conv_transpose2d",
-    "conv_transpose3d",
-    "convolution",
-    "scaled_dot_product_attention",
-]
+    "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "outer", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
+    "conv_transpose2d", "conv_transpose3d", "convolution", "scaled_dot_product_attention",
+]  # fmt: skip
 
 
 def test_flops_agree_with_pytorchs_counter() -> None:
@@ -400,6 +363,13 @@ def test_flops_agree_with_pytorchs_counter() -> None:
             assert facts.flops(node) == counter.get_total_flops(), (name, k)
             tried += 1
     assert tried > 25
+
+
+def test_flops_of_fused_ops_are_their_contractions() -> None:
+    linear, bare, _ = (facts.flops(node_of("graphwright.linear", k)[0]) for k in range(3))
+    assert (linear, bare) == (2 * 6 * 4 * 5, 2 * 3 * 4 * 5)
+    grouped, plain, deep = (facts.flops(node_of("graphwright.conv", k)[0]) for k in range(3))
+    assert (grouped, plain, deep) == (2 * 2 * 6 * 32 * 18, 2 * 6 * 7 * 12, 2 * 3 * 64 * 2)
 
 
 def test_flops_and_traffic_of_every_row_are_numbers() -> None:
