@@ -64,6 +64,7 @@ class Builder:
         self.where = Origin()
         self.cast: torch.dtype | None = None
         self.bases: list[Base] = []
+        self.calm = False  # nothing is written that anyone else can see: traced fake values hold
         self.home: dict[Base, fx.Node] = {}
         self.refs: dict[str, Ref] = {}
         self.differentiable: set[fx.Node] = set()
@@ -79,6 +80,7 @@ class Builder:
             CaptureError: an op writes in a way that cannot be made functional.
         """
         env: dict[fx.Node, Any] = {}
+        self.calm = functional.calm(self.exported.graph_module)
         self._inputs(env)
         result = self._run(self.exported.graph_module, env)
         outputs: list[Any] = []
@@ -143,7 +145,7 @@ class Builder:
     def _concrete(self, value: torch.Tensor) -> torch.Tensor:
         """The fake of an input; a symbolic size that the trace found to be a constant becomes a plain number."""
         said = [*value.shape, *(value.stride() if value.layout is torch.strided else ())]
-        plain = [int(s.node.expr) if isinstance(s, torch.SymInt) and s.node.expr.is_number else s for s in said]
+        plain = [_plain_number(s) for s in said]
         if all(a is b for a, b in zip(said, plain, strict=True)):
             return value
         with self.fake_mode:
@@ -399,8 +401,9 @@ class Builder:
         return node
 
     def _value(self, old: fx.Node | None, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
-        if old is not None and old.meta.get("unbacked_bindings"):
-            return old.meta["val"], args, kwargs
+        calm = self.calm and self.cast is None and old is not None and not old.target._schema.is_mutable  # type: ignore
+        if old is not None and (calm or old.meta.get("unbacked_bindings")) and "val" in old.meta:
+            return _plain_number(old.meta["val"]), args, kwargs
         try:
             value = self._infer(target, args, kwargs)
         except Exception:
@@ -442,6 +445,12 @@ def _attribute(model: nn.Module, name: str) -> torch.Tensor:
 def _float(value: Any) -> bool:
     parts = value if isinstance(value, (list, tuple)) else [value]
     return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in parts)
+
+
+def _plain_number(value: Any) -> Any:
+    """A symbolic size that is a constant as that constant."""
+    constant = isinstance(value, torch.SymInt) and value.node.expr.is_number
+    return int(value.node.expr) if constant else value
 
 
 def _layout(value: torch.Tensor) -> tuple[Any, ...]:

@@ -223,6 +223,30 @@ for _gone in ("matrix_H", "adjoint"):  # conjugating views of complex numbers: r
 METADATA = frozenset(["unsqueeze_", "squeeze_", "transpose_", "t_", "swapaxes_", "swapdims_", "detach_", "as_strided_"])
 
 
+#: Ops whose result is always memory of its own.
+_FRESH = frozenset((
+    "conv1d", "conv2d", "conv3d", "convolution", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear",
+    "batch_norm", "layer_norm", "group_norm", "instance_norm", "add", "sub", "mul", "div", "matmul", "mm", "bmm", "addmm",
+    "cat", "embedding", "max_pool2d", "avg_pool2d", "relu", "gelu", "sigmoid", "softmax",
+))  # fmt: skip
+
+
+def calm(module: fx.GraphModule) -> bool:
+    """Whether nothing is written but fresh tensors that nobody else reads (``relu_`` after a convolution)."""
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            if isinstance(node.target, OpOverload) and node.target._schema.is_mutable and not _private(node):
+                return False
+    return True
+
+
+def _private(node: fx.Node) -> bool:
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or not isinstance(source.target, OpOverload) or len(source.users) > 1:
+        return False
+    return written(node.target) == [0] and source.target._schema.name.partition("::")[2] in _FRESH
+
+
 def written(target: OpOverload) -> list[int]:
     """Positions of the arguments that the op writes."""
     return [k for k, a in enumerate(target._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -112,7 +113,7 @@ def untouched(model: nn.Module) -> Iterator[dict[Any, Any]]:
     versions = {n: (id(b), _version(b)) for n, b in model.named_buffers()}
     versions |= {(n, k): v for n, m in model.named_modules() for k, v in m.__dict__.items()}
     state = [(m, dict(m.__dict__)) for m in model.modules()]
-    holders = [(v, v.copy()) for _, attributes in state for v in attributes.values() if type(v) in (list, dict, set)]
+    holders = [(v, v.copy()) for _, attributes in state for v in attributes.values() if type(v) in (list, dict, set, OrderedDict)]  # module hooks are the ordered ones
     with torch.random.fork_rng(devices=range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)):
         try:
             yield versions
