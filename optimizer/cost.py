@@ -63,7 +63,7 @@ def number(value: Any, sizes: Mapping[str, int] | None = None) -> int:
     if not isinstance(value, (torch.SymInt, torch.SymFloat)):
         return int(value)
     expression, env = value.node.expr, value.node.shape_env
-    hints = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+    hints = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
     given = sizes or {}
     return int(expression.subs({s: given.get(str(s), hints.get(s, 0)) for s in expression.free_symbols}))
 

@@ -330,6 +330,8 @@ class Program(nn.Module):
             return "its arguments are not complete"
         if ops.row(node.target) is None:
             return None  # opaque: it may not be runnable on fakes a second time
+        if _data_decides(node.meta["val"]):
+            return None  # every inference gives a new symbol
         try:
             said, found = describe(node.meta["val"]), describe(self.infer(node))
         except Exception as error:
@@ -367,6 +369,14 @@ class Program(nn.Module):
             return self.text()
         except Exception:  # a broken graph may not print: its own words are the next best thing
             return str(self.graph)
+
+
+def _data_decides(value: Any) -> bool:
+    """Whether a size in ``value`` is known only once the data are (the count of a mask's trues)."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    tensors = value if isinstance(value, (tuple, list)) else [value]
+    return any(bool(free_unbacked_symbols(t)) for t in tensors if isinstance(t, (torch.Tensor, torch.SymInt)))
 
 
 # -- helpers on nodes ------------------------------------------------------------------------------------------------

@@ -90,6 +90,16 @@ def test_symbolic_sizes() -> None:
     assert cost.number(3) == 3
 
 
+def test_sizes_that_the_data_decide_count_as_nothing() -> None:
+    class Picks(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[x > 0] * 2
+
+    found = program(Picks(), torch.randn(3, 4))
+    found.verify()
+    assert of(found, "aten.index.Tensor").written == 0 and of(found, "aten.mul.Tensor") == Cost()
+
+
 def test_opaque_ops_and_tuples() -> None:
     class Opaque(nn.Module):
         def forward(self, x: Tensor) -> Any:
