@@ -384,3 +384,28 @@ def test_key_tells_calls_apart():
     x = torch.zeros(2, 3)
     assert of(x) == of(x + 1) and hash(of(x)) == hash(of(x + 1))
     assert len({of(x), of(x.double()), of(x[:1]), of(x, None), of(x, flag=True), of(x, flag=1)}) == 6
+
+
+def test_hooks_that_the_first_call_installs_are_taken_off_again():
+    """Some models (transformers' output recorders) hook their modules when they first run."""
+
+    class Recording(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.hooked = False
+
+        def forward(self, x):
+            seen = []
+            if not self.hooked:
+                self.inner.register_forward_hook(lambda module, args, out: out * 2)
+                self.hooked = True
+            seen.append(self.inner(x))
+            return seen[0]
+
+    model, x = Recording().eval(), torch.randn(2, 4)
+    capture(model, (x,), {})
+    assert not model.hooked
+    assert not model.inner._forward_hooks
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), 2 * torch.nn.functional.linear(x, model.inner.weight, model.inner.bias))
