@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from graphwright.errors import InputError, InternalError
 from graphwright.ir import Program
@@ -39,15 +40,24 @@ class Culprit:
         return f"pass {self.index} ({self.name}): {self.problem}" + (f"\n  it did: {done}" if done else "")
 
 
-def bisect(program: Program, passes: Sequence[Pass], check: Check | None = None) -> Culprit | None:
-    """The first of ``passes`` after which ``check`` finds fault, or None when it never does.
+def bisect(model: nn.Module, example_inputs: Any = None, recipe: Any = "default", *, check: Check | None = None) -> Culprit | None:
+    """The first pass of a recipe after which ``check`` finds fault, or None when it never does.
 
     Every pass runs once; the check runs about log2(number of passes) times, on the assumption that what is broken stays
-    broken. Without a check, outputs on ``program.example`` are held to each pass's own promise.
+    broken. Without a check, outputs on the example inputs are held to what the passes promise.
+
+    Args:
+        model: a model, or a ``Program`` (whose own example is used where no inputs are given).
+        example_inputs: a tensor, a tuple (positional) or a dict (keyword), as for ``optimize``.
+        recipe: a name, a pass, or a sequence of them.
+        check: takes a program; gives None where it is well, or what is wrong with it.
 
     Raises:
         InputError: the program is broken before any pass, or there is neither check nor example.
     """
+    from graphwright.passes.pipeline import resolve
+
+    passes, program = resolve(recipe), _captured(model, example_inputs)
     check = check or _numbers(program, passes)
     if problem := check(program):
         raise InputError(f"the check fails before any pass: {problem}", where="bisect")
@@ -69,6 +79,24 @@ def bisect(program: Program, passes: Sequence[Pass], check: Check | None = None)
         problems[middle] = check(states[middle])
         good, bad = (middle, bad) if problems[middle] is None else (good, middle)
     return Culprit(bad - 1, passes[bad - 1].name, str(problems[bad]), states[bad - 1], states[bad], results[bad - 1])
+
+
+def _captured(model: nn.Module, example_inputs: Any) -> Program:
+    from graphwright.capture import capture
+    from graphwright.structure import flatten_call
+
+    if isinstance(model, Program) and example_inputs is None:
+        return model
+    if example_inputs is None:
+        raise InputError("example_inputs are missing", where="bisect", hint="Pass them as for optimize: a tensor, a tuple or a dict.")
+    keyword = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    args = () if keyword else example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    leaves = tuple(flatten_call(args, keyword)[0])
+    program = model.copy() if isinstance(model, Program) else capture(model, args, keyword).program
+    if program is None:
+        raise InputError("the model could not be captured as a whole", where="bisect")
+    program.example = leaves
+    return program
 
 
 def _numbers(program: Program, passes: Sequence[Pass]) -> Check:

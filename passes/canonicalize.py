@@ -27,6 +27,7 @@ from graphwright.passes._nodes import (
     only_user,
     permutation,
     rank,
+    renew,
     root,
     same_kind,
     same_layout,
@@ -70,8 +71,11 @@ class Canonicalize(Pass):
             if made:
                 program.replace(node, new)
             else:  # an identity: its reader's site is no business of the node before it
+                moved = not same_layout(new, node)
                 node.replace_all_uses_with(new)
                 program.graph.erase_node(node)
+                if moved:
+                    renew(program, [new])
         sweep(program, result)
         return result
 
@@ -117,7 +121,9 @@ def cast(program: Program, node: fx.Node) -> fx.Node | str | None:
     if not is_tensor(x) or not same_shape(x, node) or val(x).device != val(node).device:
         return None
     if val(x).dtype == val(node).dtype:
-        return x if same_layout(x, node) else None
+        # reshape takes any layout, and copies where it must: a copy before it is at best a second one
+        settled = is_op(node, "aten.contiguous", "aten.clone") and all(is_op(u, "aten.reshape") for u in node.users)
+        return x if settled or same_layout(x, node) else None
     if is_op(x, "aten.to", "aten._to_copy") and is_tensor(x.args[0]):
         source = x.args[0]
         wider = torch.promote_types(val(source).dtype, val(x).dtype) == val(x).dtype

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from graphwright.errors import RecipeError, nearest
 from graphwright.manager import Pass
 from graphwright.passes.allow_bf16 import AllowBf16
+from graphwright.passes.bisection import bisect as bisect
 from graphwright.passes.canonicalize import Canonicalize
 from graphwright.passes.common_subexpressions import CommonSubexpressions
 from graphwright.passes.dead_code import DeadCode

@@ -212,3 +212,10 @@ def test_any_chain_gives_the_same_numbers(captured, run, steps):
     assert torch.equal(after(x)[0], f(None, x))
     _, second = run(after, Canonicalize())
     assert not second.changes  # it settles at once
+
+
+def test_a_copy_before_a_reshape_is_one_too_many(captured, run, ops):
+    """reshape copies where it must; strides that change with it are inferred anew."""
+    after, result = run(captured(lambda self, x: x.exp().t().contiguous().reshape(6).sin(), X), Canonicalize())
+    assert ops(after) == ["exp", "permute", "reshape", "sin"] and not result.refusals
+    torch.testing.assert_close(after(X)[0], X.exp().t().reshape(6).sin())

@@ -219,7 +219,7 @@ def test_bisect_finds_the_first_pass_that_breaks(place, captured):
     program = captured(nn.Sequential(nn.Linear(4, 3), nn.Dropout()), torch.randn(2, 4))
     passes = [Canonicalize(), DeadCode(), Mine(), Spoil(1.0), DeadCode(), Mine(), Spoil(1.0)]
     passes.insert(place, Spoil())
-    found = bisect(program, passes)
+    found = bisect(program, recipe=passes)
     assert (found.index, found.name) == (place, "spoil")
     assert "RMS error" in found.problem and "times 2.0" in str(found)
     assert len(found.after.nodes) == len(found.before.nodes) + 1
@@ -233,10 +233,10 @@ def test_bisect_with_a_check_of_ones_own(captured):
         calls.append(len(p.nodes))
         return "the dropout is gone" if all(n.target is not aten.dropout.default for n in p.nodes) else None
 
-    found = bisect(program, [Mine(), Mine(), Canonicalize(), Mine(), Mine(), Mine(), Mine()], check)
+    found = bisect(program, recipe=[Mine(), Mine(), Canonicalize(), Mine(), Mine(), Mine(), Mine()], check=check)
     assert (found.index, found.problem) == (2, "the dropout is gone") and len(calls) <= 5
-    assert bisect(program, [Mine()], check) is None
-    assert bisect(program, DEFAULT) is None
+    assert bisect(program, recipe=[Mine()], check=check) is None
+    assert bisect(program) is None
 
 
 def test_bisect_names_a_pass_that_breaks_the_ir(captured):
@@ -250,17 +250,26 @@ def test_bisect_names_a_pass_that_breaks_the_ir(captured):
             del program.nodes[0].meta["val"]
             return PassResult(touched=True)
 
-    found = bisect(captured(nn.Linear(4, 3), torch.randn(2, 4)), [Mine(), Break(), Mine()])
+    found = bisect(captured(nn.Linear(4, 3), torch.randn(2, 4)), recipe=[Mine(), Break(), Mine()])
     assert (found.index, found.name) == (1, "break") and "meta['val'] is missing" in found.problem
 
 
 def test_bisect_needs_something_to_go_by(captured):
     program = captured(nn.Linear(4, 3), torch.randn(2, 4))
     with pytest.raises(InputError, match="the check fails before any pass: bad"):
-        bisect(program, [Mine()], lambda p: "bad")
+        bisect(program, recipe=[Mine()], check=lambda p: "bad")
     program.example = None
     with pytest.raises(InputError, match="nothing to compare"):
-        bisect(program, [Mine()])
+        bisect(program, recipe=[Mine()])
+
+
+@pytest.mark.parametrize("inputs", [torch.ones(2, 4), (torch.ones(2, 4),), {"input": torch.ones(2, 4)}])
+def test_bisect_takes_a_model_and_inputs_as_optimize_does(inputs):
+    model = nn.Linear(4, 3).eval()
+    assert bisect(model, inputs) is None
+    assert bisect(model, inputs, ["default", Spoil()]).name == "spoil"
+    with pytest.raises(InputError, match="example_inputs are missing"):
+        bisect(model)
 
 
 # -- whole models ----------------------------------------------------------------------------------------------------
