@@ -1,11 +1,23 @@
-"""What structured outputs come back as where the user's own types are not loaded."""
+"""Putting structured values together again: from a ``Spec`` (see ``graphwright.structure``) and tensors.
+
+Where the user's own type is not loaded, ``Output`` and its kin take its place.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import enum
+import sys
+from collections import OrderedDict, UserDict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import torch
+
+PAIR = "transformers.cache_utils:EncoderDecoderCache"
+CACHES = ("transformers.cache_utils:DynamicCache", PAIR)
+LAYERS = ("transformers.cache_utils:DynamicLayer", "transformers.cache_utils:DynamicSlidingWindowLayer")
+SIMPLE = {"bool": bool, "int": int, "float": float, "str": str}
 
 
 class Output(Mapping):
@@ -92,3 +104,128 @@ class CacheOutput(Output):
 
 def _brief(value: Any) -> str:
     return f"tensor{list(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+# -- building --------------------------------------------------------------------------------------------------------
+
+
+def _build_constant(spec: Any, leaves: Iterator[Any]) -> Any:
+    kind, value = str(spec.type), spec.value
+    if kind in SIMPLE:
+        return SIMPLE[kind](value)
+    if kind == "device":
+        return torch.device(value)
+    if kind.startswith("enum "):
+        found = _loaded(kind[5:], enum.Enum)
+        return value if found is None else found._value2member_map_.get(value, value)
+    return getattr(torch, value)
+
+
+def _build_sequence(spec: Any, leaves: Iterator[Any]) -> Any:
+    parts = [build(c, leaves) for c in spec.children]
+    if spec.kind == "list":
+        return parts
+    return torch.Size(parts) if spec.type == "torch:Size" else tuple(parts)
+
+
+def _build_mapping(spec: Any, leaves: Iterator[Any]) -> Any:
+    built = {plain(k): build(c, leaves) for k, c in zip(spec.keys, spec.children, strict=True)}
+    if spec.kind == "dict":
+        return OrderedDict(built) if spec.type else built
+    kind = _loaded(spec.type, UserDict)
+    return Output(str(spec.type), built) if kind is None else kind(built)
+
+
+def _build_namedtuple(spec: Any, leaves: Iterator[Any]) -> Any:
+    values = [build(c, leaves) for c in spec.children]
+    kind = _loaded(spec.type, tuple)
+    if kind is None or kind is NamedOutput:
+        return NamedOutput(spec.keys, values)
+    return tuple.__new__(kind, values) if hasattr(kind, "_fields") else kind(values)
+
+
+def _build_dataclass(spec: Any, leaves: Iterator[Any]) -> Any:
+    values = {k: build(c, leaves) for k, c in zip(spec.keys, spec.children, strict=True)}
+    kind = _loaded(spec.type, object)
+    if kind is None or not dataclasses.is_dataclass(kind):
+        return Output(str(spec.type), values)
+    if issubclass(kind, OrderedDict):
+        names = {f.name for f in dataclasses.fields(kind)}
+        built = kind(**{k: v for k, v in values.items() if k in names})
+        for k in [k for k in values if k not in names]:
+            built[k] = values[k]
+        return built
+    built = object.__new__(kind)
+    for k, v in values.items():  # past __init__ and __post_init__: the values are those that an instance had
+        object.__setattr__(built, k, v)
+    return built
+
+
+def _build_cache(spec: Any, leaves: Iterator[Any]) -> Any:
+    parts = [build(c, leaves) for c in spec.children]
+    kind = _loaded(spec.type, object) if spec.type in CACHES else None
+    if spec.keys:
+        return CacheOutput(str(spec.type), dict(zip(spec.keys, parts, strict=True))) if kind is None else kind(*parts)
+    if kind is None:
+        return CacheOutput(str(spec.type), {"layers": parts})
+    cache = kind()
+    cache.layers = parts
+    return cache
+
+
+def _build_layer(spec: Any, leaves: Iterator[Any]) -> Any:
+    keys, values = (next(leaves), next(leaves)) if spec.keys else (None, None)
+    window, seen = spec.value if isinstance(spec.value, tuple) else (spec.value, None)
+    kind = _loaded(spec.type, object) if spec.type in LAYERS else None
+    if kind is None:
+        fields = {"keys": keys, "values": values}
+        if window is not None:
+            fields |= {"sliding_window": window, "cumulative_length": keys.shape[-2] if seen is None else seen}
+        return Output(str(spec.type), fields)
+    layer = kind() if window is None else kind(sliding_window=window)
+    if keys is not None:
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        if window is not None:
+            layer.cumulative_length = keys.shape[-2] if seen is None else seen
+    return layer
+
+
+BUILD = {
+    "tensor": lambda spec, leaves: next(leaves),
+    "none": lambda spec, leaves: None,
+    "const": _build_constant,
+    "tuple": _build_sequence,
+    "list": _build_sequence,
+    "dict": _build_mapping,
+    "mapping": _build_mapping,
+    "namedtuple": _build_namedtuple,
+    "dataclass": _build_dataclass,
+    "cache": _build_cache,
+    "cache-layer": _build_layer,
+}
+
+
+def build(spec: Any, leaves: Iterator[Any]) -> Any:
+    """The value of one spec, taking its tensors from ``leaves``."""
+    return BUILD[spec.kind](spec, leaves)
+
+
+# -- types -----------------------------------------------------------------------------------------------------------
+
+
+def type_name(kind: type) -> str:
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def _loaded(name: str | None, base: type) -> Any:
+    """The type of that name where its module is loaded and it really is a class below ``base``; nothing is imported."""
+    module, _, path = (name or "").partition(":")
+    found: Any = sys.modules.get(module)
+    for part in path.split("."):
+        found = getattr(found, part, None) if found is not None and part else None
+    return found if isinstance(found, type) and issubclass(found, base) and type_name(found) == name else None
+
+
+def plain(key: Any) -> Any:
+    return SIMPLE[key[0]](key[1]) if isinstance(key, tuple) else key

@@ -13,20 +13,26 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-import sys
-from collections import OrderedDict, UserDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from graphwright.errors import InputError, LoadError
-from graphwright.output import CacheOutput, NamedOutput, Output
-
-_PAIR = "transformers.cache_utils:EncoderDecoderCache"
-_CACHES = ("transformers.cache_utils:DynamicCache", _PAIR)
-_LAYERS = ("transformers.cache_utils:DynamicLayer", "transformers.cache_utils:DynamicSlidingWindowLayer")
+from graphwright.output import (
+    BUILD,
+    CACHES,
+    LAYERS,
+    SIMPLE,
+    CacheOutput,
+    NamedOutput,
+    Output,
+    build,
+    plain,
+    type_name,
+)
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,7 @@ class Spec:
         """
         if len(leaves) != self.count:
             raise InputError(f"{len(leaves)} tensors given for a structure of {self.count}: {self.describe()}")
-        return self._build(iter(leaves))
-
-    def _build(self, leaves: Iterator[Any]) -> Any:
-        return _BUILD[self.kind](self, leaves)
+        return build(self, iter(leaves))
 
     # -- words -------------------------------------------------------------------------------------------------
 
@@ -84,7 +87,7 @@ class Spec:
 
     def _step(self, k: int) -> str:
         if self.kind in ("dict", "mapping"):
-            return f"[{_plain(self.keys[k])!r}]"
+            return f"[{plain(self.keys[k])!r}]"
         return f".{self.keys[k]}" if self.kind in ("dataclass", "namedtuple", "cache-layer") else f"[{k}]"
 
     def describe(self) -> str:
@@ -93,9 +96,9 @@ class Spec:
         if self.kind in ("tensor", "none"):
             return "None" if self.kind == "none" else "tensor"
         if self.kind == "const":
-            return repr(self.value) if self.type in _SIMPLE else f"{self.value}"
+            return repr(self.value) if self.type in SIMPLE else f"{self.value}"
         if self.kind in ("dict", "mapping"):
-            return "{" + ", ".join(f"{_plain(k)!r}: {c}" for k, c in zip(self.keys, inner, strict=True)) + "}"
+            return "{" + ", ".join(f"{plain(k)!r}: {c}" for k, c in zip(self.keys, inner, strict=True)) + "}"
         if self.kind == "list":
             return f"[{', '.join(inner)}]"
         if self.kind == "tuple":
@@ -127,7 +130,7 @@ class Spec:
         Raises:
             LoadError: the data are no spec.
         """
-        if not isinstance(data, dict) or depth > 200 or data.get("kind") not in _BUILD:
+        if not isinstance(data, dict) or depth > 200 or data.get("kind") not in BUILD:
             raise LoadError("a structure in the file is malformed, or nested too deep", hint="Save the model again.")
         children = data.get("children", [])
         keys, value, type_ = data.get("keys", []), data.get("value"), data.get("type")
@@ -187,7 +190,7 @@ def _flatten(value: Any, leaves: list[torch.Tensor], path: str) -> Spec:
     constant = _constant(value)
     if constant is not None:
         return constant
-    if _type_name(kind) in _CACHES or isinstance(value, CacheOutput):
+    if type_name(kind) in CACHES or isinstance(value, CacheOutput):
         return _flatten_cache(value, leaves, path)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [f.name for f in dataclasses.fields(value)]
@@ -195,18 +198,18 @@ def _flatten(value: Any, leaves: list[torch.Tensor], path: str) -> Spec:
             names += [k for k in value if k not in names]
         read = [value[k] if isinstance(value, OrderedDict) and k in value else getattr(value, k, None) for k in names]
         parts = tuple(_flatten(v, leaves, f"{path}.{k}") for k, v in zip(names, read, strict=True))
-        return Spec("dataclass", _type_name(kind), tuple(names), parts)
+        return Spec("dataclass", type_name(kind), tuple(names), parts)
     if isinstance(value, tuple):
         return _flatten_tuple(value, leaves, path)
     if isinstance(value, list):
         return Spec("list", None, (), tuple(_flatten(v, leaves, f"{path}[{k}]") for k, v in enumerate(value)))
     if isinstance(value, OrderedDict) or type(value).__name__ == "defaultdict":
-        return _flatten_mapping("dict", None if kind is not OrderedDict else _type_name(kind), value, leaves, path)
+        return _flatten_mapping("dict", None if kind is not OrderedDict else type_name(kind), value, leaves, path)
     if isinstance(value, Output):
         parts = tuple(_flatten(v, leaves, f"{path}.{k}") for k, v in value._fields.items())
         return Spec("dataclass", value._type, tuple(value._fields), parts)
     if isinstance(value, Mapping):
-        return _flatten_mapping("mapping", _type_name(kind), value, leaves, path)
+        return _flatten_mapping("mapping", type_name(kind), value, leaves, path)
     raise InputError(
         f"a value of type {kind.__module__}.{kind.__qualname__} cannot be part of a captured model's inputs or outputs",
         where=path or None,
@@ -233,14 +236,14 @@ def _flatten_tuple(value: tuple, leaves: list[torch.Tensor], path: str) -> Spec:
     if isinstance(value, NamedOutput):
         names = value._fields
     if names is None:
-        type_ = _type_name(kind) if kind is torch.Size else None
+        type_ = type_name(kind) if kind is torch.Size else None
         return Spec("tuple", type_, (), tuple(_flatten(v, leaves, f"{path}[{k}]") for k, v in enumerate(value)))
     parts = tuple(_flatten(v, leaves, f"{path}.{k}") for k, v in zip(names, value, strict=True))
-    return Spec("namedtuple", _type_name(kind), tuple(names), parts)
+    return Spec("namedtuple", type_name(kind), tuple(names), parts)
 
 
 def _flatten_cache(value: Any, leaves: list[torch.Tensor], path: str) -> Spec:
-    type_ = value._type if isinstance(value, Output) else _type_name(type(value))
+    type_ = value._type if isinstance(value, Output) else type_name(type(value))
     if not hasattr(value, "layers"):
         names = ("self_attention_cache", "cross_attention_cache")
         parts = tuple(_flatten(getattr(value, n), leaves, f"{path}.{n}") for n in names)
@@ -250,10 +253,10 @@ def _flatten_cache(value: Any, leaves: list[torch.Tensor], path: str) -> Spec:
 
 
 def _flatten_layer(layer: Any, leaves: list[torch.Tensor], path: str) -> Spec:
-    if _type_name(type(layer)) not in _LAYERS and not isinstance(layer, Output):
-        known = ", ".join(n.rpartition(":")[2] for n in _LAYERS)
+    if type_name(type(layer)) not in LAYERS and not isinstance(layer, Output):
+        known = ", ".join(n.rpartition(":")[2] for n in LAYERS)
         raise InputError(f"a cache layer of type {type(layer).__name__} is not known", where=path, hint=f"Known: {known}.")
-    type_ = layer._type if isinstance(layer, Output) else _type_name(type(layer))
+    type_ = layer._type if isinstance(layer, Output) else type_name(type(layer))
     window = getattr(layer, "sliding_window", None)
     if layer.keys is None or getattr(layer, "is_initialized", True) is False:
         return Spec("cache-layer", type_, (), (), window)
@@ -264,143 +267,20 @@ def _flatten_layer(layer: Any, leaves: list[torch.Tensor], path: str) -> Spec:
     return Spec("cache-layer", type_, ("keys", "values"), (TENSOR, TENSOR), value)
 
 
-_SIMPLE = {"bool": bool, "int": int, "float": float, "str": str}
-
-
 def _constant(value: Any) -> Spec | None:
     """The spec of a constant, by value; None for anything else."""
     kind = type(value)
-    if kind.__name__ in _SIMPLE and kind is _SIMPLE[kind.__name__]:
+    if kind.__name__ in SIMPLE and kind is SIMPLE[kind.__name__]:
         plain = repr(value) if kind is float and not math.isfinite(value) else value
         return Spec("const", kind.__name__, value=plain)
     if isinstance(value, (torch.dtype, torch.device, torch.memory_format, torch.layout)):
         return Spec("const", kind.__name__, value=str(value).removeprefix("torch."))
     if isinstance(value, enum.Enum) and isinstance(value.value, (bool, int, float, str)):
-        return Spec("const", f"enum {_type_name(kind)}", value=value.value)
+        return Spec("const", f"enum {type_name(kind)}", value=value.value)
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
         raise InputError("a number that depends on the inputs' sizes cannot be returned by a captured model as it is",
                          hint="Return it as a tensor.")  # fmt: skip
     return None
-
-
-# -- putting together ------------------------------------------------------------------------------------------------
-
-
-def _build_constant(spec: Spec, leaves: Iterator[Any]) -> Any:
-    kind, value = str(spec.type), spec.value
-    if kind in _SIMPLE:
-        return _SIMPLE[kind](value)
-    if kind == "device":
-        return torch.device(value)
-    if kind.startswith("enum "):
-        found = _loaded(kind[5:], enum.Enum)
-        return value if found is None else found._value2member_map_.get(value, value)
-    return getattr(torch, value)
-
-
-def _build_sequence(spec: Spec, leaves: Iterator[Any]) -> Any:
-    parts = [c._build(leaves) for c in spec.children]
-    if spec.kind == "list":
-        return parts
-    return torch.Size(parts) if spec.type == "torch:Size" else tuple(parts)
-
-
-def _build_mapping(spec: Spec, leaves: Iterator[Any]) -> Any:
-    built = {_plain(k): c._build(leaves) for k, c in zip(spec.keys, spec.children, strict=True)}
-    if spec.kind == "dict":
-        return OrderedDict(built) if spec.type else built
-    kind = _loaded(spec.type, UserDict)
-    return Output(str(spec.type), built) if kind is None else kind(built)
-
-
-def _build_namedtuple(spec: Spec, leaves: Iterator[Any]) -> Any:
-    values = [c._build(leaves) for c in spec.children]
-    kind = _loaded(spec.type, tuple)
-    if kind is None or kind is NamedOutput:
-        return NamedOutput(spec.keys, values)
-    return tuple.__new__(kind, values) if hasattr(kind, "_fields") else kind(values)
-
-
-def _build_dataclass(spec: Spec, leaves: Iterator[Any]) -> Any:
-    values = {k: c._build(leaves) for k, c in zip(spec.keys, spec.children, strict=True)}
-    kind = _loaded(spec.type, object)
-    if kind is None or not dataclasses.is_dataclass(kind):
-        return Output(str(spec.type), values)
-    if issubclass(kind, OrderedDict):
-        names = {f.name for f in dataclasses.fields(kind)}
-        built = kind(**{k: v for k, v in values.items() if k in names})
-        for k in [k for k in values if k not in names]:
-            built[k] = values[k]
-        return built
-    built = object.__new__(kind)
-    for k, v in values.items():  # past __init__ and __post_init__: the values are those that an instance had
-        object.__setattr__(built, k, v)
-    return built
-
-
-def _build_cache(spec: Spec, leaves: Iterator[Any]) -> Any:
-    parts = [c._build(leaves) for c in spec.children]
-    kind = _loaded(spec.type, object) if spec.type in _CACHES else None
-    if spec.keys:
-        return CacheOutput(str(spec.type), dict(zip(spec.keys, parts, strict=True))) if kind is None else kind(*parts)
-    if kind is None:
-        return CacheOutput(str(spec.type), {"layers": parts})
-    cache = kind()
-    cache.layers = parts
-    return cache
-
-
-def _build_layer(spec: Spec, leaves: Iterator[Any]) -> Any:
-    keys, values = (next(leaves), next(leaves)) if spec.keys else (None, None)
-    window, seen = spec.value if isinstance(spec.value, tuple) else (spec.value, None)
-    kind = _loaded(spec.type, object) if spec.type in _LAYERS else None
-    if kind is None:
-        fields = {"keys": keys, "values": values}
-        if window is not None:
-            fields |= {"sliding_window": window, "cumulative_length": keys.shape[-2] if seen is None else seen}
-        return Output(str(spec.type), fields)
-    layer = kind() if window is None else kind(sliding_window=window)
-    if keys is not None:
-        layer.lazy_initialization(keys, values)
-        layer.keys, layer.values = keys, values
-        if window is not None:
-            layer.cumulative_length = keys.shape[-2] if seen is None else seen
-    return layer
-
-
-_BUILD = {
-    "tensor": lambda spec, leaves: next(leaves),
-    "none": lambda spec, leaves: None,
-    "const": _build_constant,
-    "tuple": _build_sequence,
-    "list": _build_sequence,
-    "dict": _build_mapping,
-    "mapping": _build_mapping,
-    "namedtuple": _build_namedtuple,
-    "dataclass": _build_dataclass,
-    "cache": _build_cache,
-    "cache-layer": _build_layer,
-}
-
-
-# -- types -----------------------------------------------------------------------------------------------------------
-
-
-def _type_name(kind: type) -> str:
-    return f"{kind.__module__}:{kind.__qualname__}"
-
-
-def _loaded(name: str | None, base: type) -> Any:
-    """The type of that name where its module is loaded and it really is a class below ``base``; nothing is imported."""
-    module, _, path = (name or "").partition(":")
-    found: Any = sys.modules.get(module)
-    for part in path.split("."):
-        found = getattr(found, part, None) if found is not None and part else None
-    return found if isinstance(found, type) and issubclass(found, base) and _type_name(found) == name else None
-
-
-def _plain(key: Any) -> Any:
-    return _SIMPLE[key[0]](key[1]) if isinstance(key, tuple) else key
 
 
 def _check(spec: Spec) -> None:
@@ -410,7 +290,7 @@ def _check(spec: Spec) -> None:
     if spec.kind in ("namedtuple", "dataclass"):
         good &= all(isinstance(k, str) and k.isidentifier() and not k.startswith("__") for k in spec.keys)
     elif named:
-        good &= all(isinstance(k, str) or (isinstance(k, tuple) and len(k) == 2 and k[0] in _SIMPLE) for k in spec.keys)
+        good &= all(isinstance(k, str) or (isinstance(k, tuple) and len(k) == 2 and k[0] in SIMPLE) for k in spec.keys)
     elif spec.kind == "cache-layer":
         window = spec.value[0] if isinstance(spec.value, tuple) and len(spec.value) == 2 else spec.value
         good &= spec.keys in ((), ("keys", "values")) and all(c.kind == "tensor" for c in spec.children)
@@ -428,8 +308,8 @@ def _check(spec: Spec) -> None:
 
 def _good_constant(spec: Spec) -> bool:
     kind, value = str(spec.type), spec.value
-    if kind in _SIMPLE:
-        return type(value) is _SIMPLE[kind] or (kind == "float" and value in ("nan", "inf", "-inf"))
+    if kind in SIMPLE:
+        return type(value) is SIMPLE[kind] or (kind == "float" and value in ("nan", "inf", "-inf"))
     if kind in ("dtype", "memory_format", "layout"):
         return isinstance(value, str) and type(getattr(torch, value, None)).__name__ == kind
     return isinstance(value, str) if kind == "device" else kind.startswith("enum ") and isinstance(

@@ -8,7 +8,6 @@ gets its fake value, site and source line.
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,8 +21,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from graphwright import ir
 from graphwright.capture import functional
 from graphwright.capture.functional import Base, Ref, Refused, ViewStep
-from graphwright.capture.rehearse import clone_tensor
 from graphwright.capture.sites import WRAPPED, Origin, name_sites, origin
+from graphwright.capture.weights import Weights
 from graphwright.errors import CaptureError
 
 aten = torch.ops.aten
@@ -56,9 +55,8 @@ class Builder:
     def __init__(self, exported: Any, model: nn.Module, names: Sequence[str], prefix: str = "",
                  storage: dict[int, torch.UntypedStorage] | None = None):  # fmt: skip
         self.exported, self.model, self.names, self.prefix = exported, model, names, prefix
-        self.storage: dict[int, torch.UntypedStorage] = {} if storage is None else storage
+        self.weights = Weights(model, exported, {} if storage is None else storage)
         self.graph = fx.Graph()
-        self.root = nn.Module()
         self.notes: list[str] = []
         self.made: list[tuple[fx.Node, Origin]] = []
         self.where = Origin()
@@ -66,7 +64,6 @@ class Builder:
         self.bases: list[Base] = []
         self.calm = False  # nothing is written that anyone else can see: traced fake values hold
         self.home: dict[Base, fx.Node] = {}
-        self.refs: dict[str, Ref] = {}
         self.differentiable: set[fx.Node] = set()
         held = [n.meta["val"] for n in exported.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)]
         self.fake_mode = next((v.fake_mode for v in held), None) or torch._subclasses.FakeTensorMode()
@@ -97,7 +94,7 @@ class Builder:
                 flat.append(base.node)
                 mutations.append(ir.Mutation(buffer=base.buffer, input=base.input))
         self.graph.output(tuple(flat))
-        module = fx.GraphModule(self.root, self.graph)
+        module = fx.GraphModule(self.weights.root, self.graph)
         program = ir.Program(module, replace(signature, mutations=tuple(mutations)), self.fake_mode)
         program.train(self.model.training)
         program.tidy()
@@ -108,39 +105,26 @@ class Builder:
 
     def _inputs(self, env: dict[fx.Node, Any]) -> None:
         specs = self.exported.graph_signature.input_specs
-        placeholders = [n for n in self.exported.graph.nodes if n.op == "placeholder"]
-        known: dict[tuple[Any, ...], tuple[str, fx.Node]] = {}
-        order = sorted(range(len(specs)), key=lambda k: specs[k].kind != InputKind.USER_INPUT)
-        count = 0
-        names = list(dict.fromkeys([*(n for n, _ in self.model.named_parameters(remove_duplicate=False)),
-                                    *(n for n, _ in self.model.named_buffers(remove_duplicate=False))]))  # fmt: skip
-        first: dict[tuple[Any, ...], str] = {}
-        for name in names:
-            first.setdefault(_identity(_attribute(self.model, name)), name)
-        for k in order:
-            spec, old = specs[k], placeholders[k]
-            if spec.kind == InputKind.USER_INPUT:
-                node = self.graph.placeholder(self.names[count])
-                node.meta["val"] = self._concrete(old.meta["val"])
-                env[old] = self._fresh(node, input=count)
-                if old.meta["val"].is_floating_point():
-                    self.differentiable.add(node)
-                count += 1
-                continue
-            value = self._held(spec)
-            identity = _identity(value)
-            name = first.get(identity) or str(spec.target).removeprefix(f"{WRAPPED}.")
-            if identity in known:
-                env[old] = self.refs[known[identity][0]]
-                continue
-            clone = clone_tensor(value, self.storage)
-            self._store(name, clone)
-            node = self.graph.get_attr(name)
-            node.meta["val"] = self.fake_mode.from_tensor(clone.detach(), static_shapes=True)
-            if clone.requires_grad:
+        olds = [n for n in self.exported.graph.nodes if n.op == "placeholder"]
+        given = [old for spec, old in zip(specs, olds, strict=True) if spec.kind == InputKind.USER_INPUT]
+        for k, old in enumerate(given):
+            node = self.graph.placeholder(self.names[k])
+            node.meta["val"] = self._concrete(old.meta["val"])
+            env[old] = self._fresh(node, input=k)
+            if old.meta["val"].is_floating_point():
                 self.differentiable.add(node)
-            known[identity] = (name, node)
-            env[old] = self.refs[name] = self._fresh(node, buffer=name)
+        refs: dict[str, Ref] = {}
+        for spec, old in zip(specs, olds, strict=True):
+            if spec.kind == InputKind.USER_INPUT:
+                continue
+            name, tensor = self.weights.take(str(spec.target))
+            if name not in refs:
+                node = self.graph.get_attr(name)
+                node.meta["val"] = self.fake_mode.from_tensor(tensor.detach(), static_shapes=True)
+                if tensor.requires_grad:
+                    self.differentiable.add(node)
+                refs[name] = self._fresh(node, buffer=name)
+            env[old] = refs[name]
 
     def _concrete(self, value: torch.Tensor) -> torch.Tensor:
         """The fake of an input; a symbolic size that the trace found to be a constant becomes a plain number."""
@@ -150,25 +134,6 @@ class Builder:
             return value
         with self.fake_mode:
             return torch.empty_strided(plain[: value.ndim], plain[value.ndim :], dtype=value.dtype, device=value.device)
-
-    def _held(self, spec: Any) -> torch.Tensor:
-        """The user's tensor behind an input of the traced graph."""
-        for store in (self.exported.state_dict, self.exported.constants):
-            if spec.target in store and isinstance(store[spec.target], torch.Tensor):
-                return store[spec.target]
-        raise CaptureError(f"the model holds {spec.target!r}, which is no tensor")
-
-    def _store(self, name: str, value: torch.Tensor) -> None:
-        owner = self.root
-        *path, leaf = name.split(".")
-        for part in path:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner._modules[part]  # type: ignore[assignment]
-        if isinstance(value, nn.Parameter):
-            owner.register_parameter(leaf, value)
-        else:
-            owner.register_buffer(leaf, value)
 
     def _fresh(self, node: fx.Node, **source: Any) -> Ref:
         base = Base(node, **source)
@@ -431,17 +396,6 @@ class Builder:
 # -- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _identity(value: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for the same tensor under two names."""
-    if value.numel() == 0 or value.layout is not torch.strided:
-        return (id(value),)
-    return (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, value.device)
-
-
-def _attribute(model: nn.Module, name: str) -> torch.Tensor:
-    return operator.attrgetter(name)(model)
-
-
 def _float(value: Any) -> bool:
     parts = value if isinstance(value, (list, tuple)) else [value]
     return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in parts)
@@ -474,28 +428,3 @@ def _walk(value: Any) -> Iterator[Any]:
         yield from value.parts
     else:
         yield value
-
-
-def leaf_names(paths: Sequence[str], positional: Sequence[str]) -> list[str]:
-    """A readable identifier for each leaf of a call: ``input_ids``, ``past_key_values_0_keys``.
-
-    Args:
-        paths: of the leaves within ``(args, kwargs)``.
-        positional: names of the model's positional parameters.
-    """
-    found: list[str] = []
-    for path in paths:
-        match = re.match(r"\[0\]\[(\d+)\](.*)", path)
-        if match:
-            k = int(match[1])
-            path = (positional[k] if k < len(positional) else f"input_{k}") + match[2]
-        else:
-            path = path[3:]
-        name = re.sub(r"\W+", "_", path).strip("_") or "input"
-        name = name if name[0].isalpha() or name[0] == "_" else f"input_{name}"
-        k, unique = 1, name
-        while unique in found:
-            k += 1
-            unique = f"{name}_{k}"
-        found.append(unique)
-    return found

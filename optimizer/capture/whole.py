@@ -11,10 +11,10 @@ from torch import nn
 
 from graphwright import ir
 from graphwright.capture import dynamic as sizes
-from graphwright.capture.build import leaf_names
 from graphwright.capture.dynamic import Group, Plan
 from graphwright.capture.export import export, positional_names
 from graphwright.capture.rehearse import Rehearsal, disagreement, rehearse, where
+from graphwright.capture.weights import leaf_names
 from graphwright.errors import CaptureError, GraphwrightError, InputError
 from graphwright.structure import Spec
 
