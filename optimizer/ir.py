@@ -14,6 +14,7 @@ import copy
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -272,6 +273,8 @@ class Program(nn.Module):
             new.meta = dict(old.meta)
         graph_module = _LazyGraphModule(_tensor_tree(self.graph_module), graph)
         next(iter(reversed(graph_module.graph.nodes))).meta = dict(self.output.meta)
+        for name in (m.buffer for m in self.signature.mutations if m.buffer):
+            _register(graph_module, name, self.tensor(name))  # fx keeps only what the graph reads
         twin = Program(graph_module, copy.copy(self.signature), self.fake_mode, self.provenance)
         twin.example, twin.calibration = self.example, self.calibration
         twin.training = self.training
@@ -279,6 +282,19 @@ class Program(nn.Module):
 
     def recompile(self) -> None:
         self.graph_module.recompile()
+
+    @contextmanager
+    def preserved(self, leaves: Sequence[torch.Tensor] = ()) -> Iterator[None]:
+        """Run inside without leaving a trace: mutated buffers, and the mutated ones of ``leaves``, come back."""
+        held = [self.tensor(m.buffer) if m.buffer is not None else leaves[m.input] for m in self.signature.mutations
+                if m.buffer is not None or (m.input is not None and m.input < len(leaves))]  # fmt: skip
+        kept = [(t, t.detach().clone()) for t in held]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in kept:
+                    tensor.copy_(value)
 
     # -- checking ----------------------------------------------------------------------------------------------
 
@@ -504,6 +520,17 @@ def _evidence(node: fx.Node) -> tuple[Any, ...]:
     """What the check of a node's value depends on; comparing it is far cheaper than inferring the value anew."""
     args = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _Same(n.meta.get("val")))
     return node.target, _Same(node.meta.get("val")), args
+
+
+def _register(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Register a buffer under a qualified name where nothing has it yet."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module._modules[part]  # type: ignore[assignment]
+    if leaf not in module._buffers:
+        module.register_buffer(leaf, tensor)
 
 
 def _tensor_tree(module: nn.Module) -> nn.Module:

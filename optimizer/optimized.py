@@ -184,6 +184,7 @@ class Optimized(nn.Module):
         if not self._variants:
             raise SaveError("nothing has been optimized yet", where=str(path), hint="Call the model once first.")
         store.save(path, archive_of(self))
+        self.report.file_bytes = Path(path).stat().st_size
 
     def export_onnx(self, path: str | Path) -> None:
         """Not offered yet; says what to do instead."""

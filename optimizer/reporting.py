@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from graphwright import search
+from graphwright.capture.rehearse import untouched
 from graphwright.ir import describe
 from graphwright.lower import Choice
 from graphwright.measure import interleaved, machine
@@ -36,16 +38,21 @@ def make_report(job: Job, model: nn.Module, variant: Variant, call: Call, leaves
     job.say("timing original and result side by side")
     original = _quiet(lambda: model(*args, **kwargs))
     result = _quiet(lambda: variant.run(list(leaves)))
-    wanted, got = _tensors(original()), _tensors(result())
-    report.original, report.optimized = interleaved([original, result], rounds=30, budget_s=3.0, warmup=2)
-    _decide(job, variant, report, leaves)
-    if variant.built is not None and variant.built.unchanged:
-        result = _quiet(lambda: variant.run(list(leaves)))
-        got = _tensors(result())
-        report.original, report.optimized = interleaved([original, result], rounds=20, budget_s=2.0)
+    with untouched(model), _preserved(variant, leaves):
+        with _preserved(variant, leaves):
+            wanted = [t.clone() for t in _tensors(original())]
+        with _preserved(variant, leaves):
+            got = [t.clone() for t in _tensors(result())]
+        report.original, report.optimized = interleaved([original, result], rounds=30, budget_s=3.0, warmup=2)
+        _decide(job, variant, report, leaves)
+        if variant.built is not None and variant.built.unchanged:
+            with _preserved(variant, leaves):
+                got = [t.clone() for t in _tensors(result())]
+            report.original, report.optimized = interleaved([original, result], rounds=20, budget_s=2.0)
     _errors(report, wanted, got)
     if variant.built is not None:
-        _fill(report, variant.built, leaves)
+        with _preserved(variant, leaves):
+            _fill(report, variant.built, leaves)
     scores = job.scores(model, variant)
     if scores is not None:
         report.accuracy = Accuracy(*scores, budget=job.goal.max_drop)
@@ -60,6 +67,11 @@ def _quiet(call: Callable[[], Any]) -> Callable[[], Any]:
             return call()
 
     return run
+
+
+def _preserved(variant: Variant, leaves: Sequence[Tensor]) -> AbstractContextManager[None]:
+    """Measuring leaves no trace in the result's own state, nor in the inputs."""
+    return nullcontext() if variant.built is None else variant.built.captured.preserved(leaves)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -113,7 +113,8 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
     if len(built) > 1 and example:
         say(f"timing {len(built)} whole assignments")
         runs = [(lambda r=r: r(*example)) for _, r in built.values()]
-        timings = interleaved(runs, rounds=10, budget_s=2.0)
+        with program.preserved(example):
+            timings = interleaved(runs, rounds=10, budget_s=2.0)
         variants = sorted(zip(built, timings, strict=True), key=lambda v: v[1].minimum)
         best = variants[0][0]
     picks, runner = built[best]

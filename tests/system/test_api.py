@@ -285,6 +285,36 @@ def test_what_cannot_be_captured_runs_and_is_named(tmp_path, faster):
     assert not (tmp_path / "m.gw").exists()
 
 
+class Counting(nn.Module):
+    """State that each call changes: one buffer that is read, one that is only written."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(2, 4))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        y = self.linear(x) + self.calls
+        self.last.copy_(y)
+        return y
+
+
+def test_state_starts_where_the_model_stood_and_moves_on(tmp_path, faster):
+    model, x = Counting().eval(), torch.randn(2, 4)
+    fast = gw.optimize(model, x)
+    assert model.calls == 0
+    fast.save(tmp_path / "m.gw")
+    loaded = gw.load(tmp_path / "m.gw")
+    with torch.no_grad():
+        for _ in range(3):
+            wanted = model(x)
+            torch.testing.assert_close(fast(x), wanted)
+            torch.testing.assert_close(loaded(x), wanted)
+    torch.testing.assert_close(fast.state_dict()["calls"], torch.tensor(3.0))
+
+
 # -- bad input -----------------------------------------------------------------------------------------------------------
 
 
