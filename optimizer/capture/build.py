@@ -129,7 +129,7 @@ class Builder:
     def _concrete(self, value: torch.Tensor) -> torch.Tensor:
         """The fake of an input; a symbolic size that the trace found to be a constant becomes a plain number."""
         said = [*value.shape, *(value.stride() if value.layout is torch.strided else ())]
-        plain = [_plain_number(s) for s in said]
+        plain = [functional.plain_number(s) for s in said]
         if all(a is b for a, b in zip(said, plain, strict=True)):
             return value
         with self.fake_mode:
@@ -158,9 +158,8 @@ class Builder:
                 env[old] = operator.attrgetter(old.target)(module)
                 continue
             self.where = origin(old)
-            env[old] = self._call(old, fx.node.map_aggregate(old.args, lambda a: env[a] if isinstance(a, fx.Node) else a),
-                                  {k: fx.node.map_aggregate(v, lambda a: env[a] if isinstance(a, fx.Node) else a)
-                                   for k, v in old.kwargs.items()})  # fmt: skip
+            args, kwargs = fx.node.map_arg((old.args, old.kwargs), lambda n: env[n])
+            env[old] = self._call(old, args, dict(kwargs))
         return ()
 
     def _call(self, old: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -294,7 +293,7 @@ class Builder:
                 continue
             if not (op.args and op.args[0] is ref.node):
                 break  # shares memory with an argument that is not its first (or one in a list): no view we can replay
-            same = _layout(under) == _layout(value)
+            same = functional.layout(under) == functional.layout(value)
             step = ViewStep(op.target, op.args, dict(op.kwargs), index, same)  # type: ignore[arg-type]
             return Ref(ref.base, (*ref.chain, step), node, ref.version)
         return self._fresh(node)
@@ -326,7 +325,7 @@ class Builder:
 
     def _copied(self, ref: Ref, source: Any, was: torch.Tensor) -> fx.Node:
         node = self._like(self._read(source), was)
-        if _shape(node) == tuple(map(str, was.shape)):
+        if functional.shape_text(node) == tuple(map(str, was.shape)):
             return node
         return self.emit(aten.expand.default, node, functional._sizes(self._read(ref), self.emit))
 
@@ -360,7 +359,7 @@ class Builder:
         value, args, kwargs = self._value(old, target, args, kwargs)
         node = self.graph.create_node("call_function", target, args, kwargs)
         node.meta["val"] = value
-        if any(n in self.differentiable for n in ir.walk_nodes((args, kwargs))) and _float(value):
+        if any(n in self.differentiable for n in ir.walk_nodes((args, kwargs))) and functional.is_float(value):
             self.differentiable.add(node)
         self.made.append((node, replace(self.where, primary=old is not None)))
         return node
@@ -368,7 +367,7 @@ class Builder:
     def _value(self, old: fx.Node | None, target: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
         calm = self.calm and self.cast is None and old is not None and not old.target._schema.is_mutable  # type: ignore
         if old is not None and (calm or old.meta.get("unbacked_bindings")) and "val" in old.meta:
-            return _plain_number(old.meta["val"]), args, kwargs
+            return functional.plain_number(old.meta["val"]), args, kwargs
         try:
             value = self._infer(target, args, kwargs)
         except Exception:
@@ -378,7 +377,7 @@ class Builder:
         said = old.meta.get("val") if old is not None else None
         if self.cast is not None and isinstance(said, torch.Tensor) and getattr(value, "dtype", None) != said.dtype:
             args, kwargs = fx.node.map_arg(
-                (args, kwargs), lambda n: self._like(n, said) if _float(n.meta["val"]) else n)  # fmt: skip
+                (args, kwargs), lambda n: self._like(n, said) if functional.is_float(n.meta["val"]) else n)  # fmt: skip
             value = self._infer(target, args, kwargs)
         return value, args, kwargs
 
@@ -391,30 +390,6 @@ class Builder:
         """Inferring a second time must not narrow the sizes that the trace allows."""
         env = self.fake_mode.shape_env
         return nullcontext() if env is None else env.suppress_guards()
-
-
-# -- helpers ---------------------------------------------------------------------------------------------------------
-
-
-def _float(value: Any) -> bool:
-    parts = value if isinstance(value, (list, tuple)) else [value]
-    return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in parts)
-
-
-def _plain_number(value: Any) -> Any:
-    """A symbolic size that is a constant as that constant."""
-    constant = isinstance(value, torch.SymInt) and value.node.expr.is_number
-    return int(value.node.expr) if constant else value
-
-
-def _layout(value: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for two tensors on the same memory that read it alike; symbols are compared as written, never assumed."""
-    sizes = [*value.shape, *value.stride(), value.storage_offset()]
-    return value.dtype, tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes)
-
-
-def _shape(node: fx.Node) -> tuple[str, ...]:
-    return tuple(map(str, node.meta["val"].shape))
 
 
 def _walk(value: Any) -> Iterator[Any]:

@@ -273,3 +273,29 @@ def twin(target: OpOverload) -> OpOverload:
 def _kinds(arguments: Iterable[Any]) -> list[tuple[str, str]]:
     """Names and types of arguments; the first one's name may differ (``self`` in ``dropout_``, ``input`` in ``dropout``)."""
     return [(a.name if k else "", str(a.type)) for k, a in enumerate(arguments)]
+
+
+# -- values ----------------------------------------------------------------------------------------------------------
+
+
+def is_float(value: Any) -> bool:
+    """Whether a fake value, or one of several, is a tensor of real or complex numbers."""
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return any(isinstance(v, torch.Tensor) and (v.is_floating_point() or v.is_complex()) for v in parts)
+
+
+def plain_number(value: Any) -> Any:
+    """A symbolic size that is a constant as that constant."""
+    constant = isinstance(value, torch.SymInt) and value.node.expr.is_number
+    return int(value.node.expr) if constant else value
+
+
+def layout(value: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors on the same memory that read it alike; symbols are compared as written, never assumed."""
+    sizes = [*value.shape, *value.stride(), value.storage_offset()]
+    return value.dtype, tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes)
+
+
+def shape_text(node: fx.Node) -> tuple[str, ...]:
+    """A node's shape as written, comparable without a guard on its symbols."""
+    return tuple(map(str, node.meta["val"].shape))
