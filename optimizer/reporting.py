@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graphwright import search
 from graphwright.capture.rehearse import untouched
+from graphwright.cost import cost
 from graphwright.ir import describe
 from graphwright.lower import Choice
 from graphwright.measure import interleaved, machine
@@ -156,11 +157,11 @@ def _row(choice: Choice, ms: float, share: float, unchanged: str | None) -> Site
         tried = [o for o in choice.options if "int8" in o.name]
         reason = ("int8 measured slower than float here" if any(o.ms is not None for o in tried)
                   else f"int8 could not run: {tried[0].problem}" if tried else "no int8 kernel serves this op: its weights are int8, its arithmetic is float")  # fmt: skip
-    flops, moved = facts.flops(node), None
+    work_done = cost(node)
     return SiteRow(
         tuple(node.meta.get("sites") or (node.name,)), work.op, decision, choice.name, choice.name.partition(".")[0],
         describe(node.meta.get("val")), tuple(Option(o.name, o.ms, o.problem) for o in choice.options), ms, share,
-        node.meta.get("sqnr_db"), flops if isinstance(flops, int) else None, moved, unchanged or reason, node.meta.get("trace"),
+        node.meta.get("sqnr_db"), work_done.flops, work_done.bytes, unchanged or reason, node.meta.get("trace"),
     )  # fmt: skip
 
 
