@@ -108,7 +108,9 @@ def _narrow(old: Tensor, weight: Tensor, bias: Tensor | None) -> Folded | str:
     return Folded(kept[0], kept[1])  # type: ignore[arg-type]
 
 
-def install(program: Program, node: fx.Node, folded: Folded, origin: Sequence[fx.Node], sites: Sequence[str], suffix: str) -> None:
+def install(
+    program: Program, node: fx.Node, folded: Folded, origin: Sequence[fx.Node], sites: Sequence[str], suffix: str
+) -> None:
     """Give ``node`` its folded weight and bias, under new names: other nodes may read the old ones."""
     weight, bias = arg(node, "weight"), arg(node, "bias")
     was = program.tensor(str(weight.target))
@@ -118,8 +120,16 @@ def install(program: Program, node: fx.Node, folded: Folded, origin: Sequence[fx
     set_arg(node, "weight", made)
     if folded.bias is not None:
         source = [str(bias.target)] if bias is not None else []
-        name = source[0] if source else (f"{stem.removesuffix('weight')}bias" if stem.endswith("weight") else f"{stem}_bias")
-        set_arg(node, "bias", program.add_tensor(f"{name}_{suffix}", folded.bias, origin=[*source, *names], trainable=trainable([was])))
+        name = (
+            source[0]
+            if source
+            else (f"{stem.removesuffix('weight')}bias" if stem.endswith("weight") else f"{stem}_bias")
+        )
+        set_arg(
+            node,
+            "bias",
+            program.add_tensor(f"{name}_{suffix}", folded.bias, origin=[*source, *names], trainable=trainable([was])),
+        )
     node.meta["sites"] = tuple(dict.fromkeys([*node.meta["sites"], *sites]))
 
 
@@ -127,4 +137,3 @@ def cancels(scale: Tensor, mean: Tensor, spread: Tensor) -> float:
     """How much larger what a fold subtracts is than what is left: RMS over channels of ``scale * mean`` over ``spread``."""
     left = float(spread.pow(2).mean().sqrt())
     return float((scale * mean).pow(2).mean().sqrt()) / left if left > 0 else float("inf")
-

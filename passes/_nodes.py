@@ -14,7 +14,15 @@ from graphwright.ir import Program, walk_nodes
 from graphwright.manager import PassResult
 
 #: Ops that give their input's numbers in the same order under another shape.
-RESHAPES = ("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.unsqueeze", "aten.squeeze")
+RESHAPES = (
+    "aten.view",
+    "aten.reshape",
+    "aten._unsafe_view",
+    "aten.flatten",
+    "aten.unflatten",
+    "aten.unsqueeze",
+    "aten.squeeze",
+)
 #: Ops whose result shares memory with their input.
 ALIASING = (*RESHAPES, "aten.permute", "aten.transpose", "aten.t", "aten.expand", "aten.slice", "aten.select", "aten.split",
             "aten.split_with_sizes", "aten.chunk", "aten.unbind", "aten.narrow", "aten.alias", "aten.detach", "operator.getitem")  # fmt: skip

@@ -40,7 +40,9 @@ class Culprit:
         return f"pass {self.index} ({self.name}): {self.problem}" + (f"\n  it did: {done}" if done else "")
 
 
-def bisect(model: nn.Module, example_inputs: Any = None, recipe: Any = "default", *, check: Check | None = None) -> Culprit | None:
+def bisect(
+    model: nn.Module, example_inputs: Any = None, recipe: Any = "default", *, check: Check | None = None
+) -> Culprit | None:
     """The first pass of a recipe after which ``check`` finds fault, or None when it never does.
 
     Every pass runs once; the check runs about log2(number of passes) times, on the assumption that what is broken stays
@@ -88,7 +90,9 @@ def _captured(model: nn.Module, example_inputs: Any) -> Program:
     if isinstance(model, Program) and example_inputs is None:
         return model
     if example_inputs is None:
-        raise InputError("example_inputs are missing", where="bisect", hint="Pass them as for optimize: a tensor, a tuple or a dict.")
+        raise InputError(
+            "example_inputs are missing", where="bisect", hint="Pass them as for optimize: a tensor, a tuple or a dict."
+        )
     keyword = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
     args = () if keyword else example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     leaves = tuple(flatten_call(args, keyword)[0])
@@ -103,7 +107,11 @@ def _numbers(program: Program, passes: Sequence[Pass]) -> Check:
     """Outputs stay as near to float64 as the most lenient of the passes promises."""
     leaves = program.example
     if leaves is None:
-        raise InputError("there is nothing to compare outputs on", where="bisect", hint="Pass a check, or capture with example inputs.")
+        raise InputError(
+            "there is nothing to compare outputs on",
+            where="bisect",
+            hint="Pass a check, or capture with example inputs.",
+        )
     before = run_pure(program, leaves)
     try:
         reference = run_double(program, leaves)

@@ -144,7 +144,9 @@ def reshape(program: Program, node: fx.Node) -> fx.Node | str | None:
     source = x.args[0]
     if same_shape(source, node):
         return source if same_layout(source, node) else None
-    merges = is_op(node, "aten.view", "aten.reshape", "aten._unsafe_view") and (is_op(x, "aten.view") or only_user(x) is node)
+    merges = is_op(node, "aten.view", "aten.reshape", "aten._unsafe_view") and (
+        is_op(x, "aten.view") or only_user(x) is node
+    )
     if not merges:
         return None
     try:
@@ -159,7 +161,9 @@ def _as_reshape(program: Program, node: fx.Node) -> fx.Node | None:
     vary = [k for k, n in enumerate(sizes) if not isinstance(n, int)]
     if len(vary) > 1 or (vary and 0 in sizes):
         return None
-    return program.call(aten.reshape.default, node.args[0], [-1 if k in vary else n for k, n in enumerate(sizes)], like=node)
+    return program.call(
+        aten.reshape.default, node.args[0], [-1 if k in vary else n for k, n in enumerate(sizes)], like=node
+    )
 
 
 def unchanged(program: Program, node: fx.Node) -> fx.Node | str | None:
@@ -239,7 +243,9 @@ _TRANSPOSES = ("aten.permute", "aten.transpose", "aten.t", "aten.numpy_T", "aten
                "aten.movedim", "aten.moveaxis", "aten.swapaxes", "aten.swapdims")  # fmt: skip
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"), dropout),
+    **dict.fromkeys(
+        ("aten.dropout", "aten.feature_dropout", "aten.alpha_dropout", "aten.feature_alpha_dropout"), dropout
+    ),
     "aten.add": fresh(add),
     "aten.sub": fresh(sub),
     **dict.fromkeys(("aten.mul", "aten.div", "aten.pow"), fresh(mul)),
@@ -252,7 +258,15 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("aten.pad", "aten.constant_pad_nd"), fresh(pad)),
 }
 
-_SIGN_ENDS = ("aten.softmax", "aten._softmax", "aten.exp", "aten.sigmoid", "aten.layer_norm", "aten.batch_norm", "aten.group_norm")
+_SIGN_ENDS = (
+    "aten.softmax",
+    "aten._softmax",
+    "aten.exp",
+    "aten.sigmoid",
+    "aten.layer_norm",
+    "aten.batch_norm",
+    "aten.group_norm",
+)
 _SIGN_READ = ("aten.reciprocal", "aten.rsqrt", "aten.atan2", "aten.copysign", "aten.signbit", "aten.nextafter")
 
 

@@ -28,7 +28,9 @@ class CommonSubexpressions(Pass):
             if first is node or self.refused(result, node):
                 continue
             if escapes(program, node) and escapes(program, first):
-                result.refuse(site_of(node), f"it and {site_of(first)} leave the program: two outputs would share memory")
+                result.refuse(
+                    site_of(node), f"it and {site_of(first)} leave the program: two outputs would share memory"
+                )
                 continue
             result.change(site_of(node), f"{op_name(node.target)} shared with {site_of(first)}")
             program.replace(node, first)

@@ -77,9 +77,13 @@ class FoldBatchNorm(Pass):
         self._install(program, node, product, norm, folded, result)
         return None
 
-    def _install(self, program: Program, node: fx.Node, product: fx.Node, norm: Norm, folded: affine.Folded, result: PassResult) -> None:
+    def _install(
+        self, program: Program, node: fx.Node, product: fx.Node, norm: Norm, folded: affine.Folded, result: PassResult
+    ) -> None:
         affine.install(program, product, folded, norm.tensors, sites_of(node), "folded")
-        result.change(site_of(node), f"batch norm folded into {op_name(product.target).split('.')[1]} {site_of(product)}")
+        result.change(
+            site_of(node), f"batch norm folded into {op_name(product.target).split('.')[1]} {site_of(product)}"
+        )
         node.replace_all_uses_with(product)
         program.graph.erase_node(node)
 
@@ -102,12 +106,16 @@ class FoldBatchNorm(Pass):
         if isinstance(folded, str):
             return folded
         affine.install(program, product, folded, norm.tensors, sites_of(node), "folded")
-        result.change(site_of(node), f"batch norm folded into {op_name(product.target).split('.')[1]} {site_of(product)} after it")
+        result.change(
+            site_of(node), f"batch norm folded into {op_name(product.target).split('.')[1]} {site_of(product)} after it"
+        )
         node.replace_all_uses_with(node.args[0])
         program.graph.erase_node(node)
         return None
 
-    def _decide(self, program: Program, doubtful: list[tuple[fx.Node, fx.Node, Norm, affine.Folded]], result: PassResult) -> None:
+    def _decide(
+        self, program: Program, doubtful: list[tuple[fx.Node, fx.Node, Norm, affine.Folded]], result: PassResult
+    ) -> None:
         """Measure the sites where folding might break the exact rule, all in one run."""
         inputs = values(program, {product.args[0] for _, product, _, _ in doubtful}) if doubtful else {}
         for node, product, norm, folded in doubtful:

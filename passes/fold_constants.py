@@ -16,7 +16,14 @@ from graphwright.manager import Pass, PassResult
 from graphwright.passes._nodes import base, is_random, sweep, trainable, val
 
 #: Their numbers are whatever memory held.
-_UNDEFINED = ("aten.empty", "aten.empty_like", "aten.new_empty", "aten.empty_strided", "aten.new_empty_strided", "aten.empty_permuted")
+_UNDEFINED = (
+    "aten.empty",
+    "aten.empty_like",
+    "aten.new_empty",
+    "aten.empty_strided",
+    "aten.new_empty_strided",
+    "aten.empty_permuted",
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,9 @@ class FoldConstants(Pass):
                 node.replace_all_uses_with(known)  # type: ignore[arg-type]  # numbers may stand for nodes in arguments
                 program.graph.erase_node(node)
 
-    def _compute(self, node: fx.Node, inputs: dict[fx.Node, Tensor], known: dict[fx.Node, Tensor], result: PassResult) -> None:
+    def _compute(
+        self, node: fx.Node, inputs: dict[fx.Node, Tensor], known: dict[fx.Node, Tensor], result: PassResult
+    ) -> None:
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), inputs.__getitem__)
         try:
             with torch.no_grad():
@@ -109,11 +118,16 @@ def _store(program: Program, node: fx.Node, family: set[fx.Node], value: Tensor,
     stem = program.provenance.get(names[0], names)[0] if names else site_of(node).replace("#", "_")
     new = program.add_tensor(f"{stem}_folded", value, origin=names, trainable=trainable(sources))
     count = sum(1 for n in family if n.op == "call_function")
-    result.change(site_of(node), f"{op_name(node.target)} computed once" + (f", with {count - 1} ops before it" if count > 1 else ""))
+    result.change(
+        site_of(node),
+        f"{op_name(node.target)} computed once" + (f", with {count - 1} ops before it" if count > 1 else ""),
+    )
     node.replace_all_uses_with(new)
 
 
-def constants_of(program: Program, node: fx.Node, known: Mapping[fx.Node, Tensor] = MappingProxyType({})) -> dict[fx.Node, Tensor] | None:
+def constants_of(
+    program: Program, node: fx.Node, known: Mapping[fx.Node, Tensor] = MappingProxyType({})
+) -> dict[fx.Node, Tensor] | None:
     """The tensors behind the inputs of an op that gives one tensor; None where an input is neither constant nor ``known``."""
     if not isinstance(node.target, OpOverload) or not isinstance(val(node), Tensor):
         return None

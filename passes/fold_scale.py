@@ -26,14 +26,24 @@ class FoldScale(Pass):
                 continue
             pairs = [tuple(node.args[:2])] + ([tuple(node.args[1::-1])] if is_op(node, "aten.mul") else [])
             product, factor = next(((p, f) for p, f in pairs if affine.is_contraction(p)), (None, None))
-            if product is None or (not is_number(factor) and program.constant(factor) is None) or self.refused(result, node):
+            if (
+                product is None
+                or (not is_number(factor) and program.constant(factor) is None)
+                or self.refused(result, node)
+            ):
                 continue
             scale = _scale(program, node, product, factor)
-            folded = scale if isinstance(scale, str) else affine.fits(program, product, node) or affine.after(program, product, scale, None)
+            folded = (
+                scale
+                if isinstance(scale, str)
+                else affine.fits(program, product, node) or affine.after(program, product, scale, None)
+            )
             if isinstance(folded, str):
                 result.refuse(site_of(node), folded)
                 continue
-            affine.install(program, product, folded, [factor] if isinstance(factor, fx.Node) else [], sites_of(node), "scaled")
+            affine.install(
+                program, product, folded, [factor] if isinstance(factor, fx.Node) else [], sites_of(node), "scaled"
+            )
             result.change(site_of(node), f"factor folded into {site_of(product)}")
             node.replace_all_uses_with(product)
             program.graph.erase_node(node)

@@ -32,7 +32,9 @@ class FuseEpilogue(Pass):
     def run(self, program: Program) -> PassResult:
         result = PassResult()
         for node in program.nodes:
-            if is_op(node, "aten.convolution", "aten.linear", *affine.CONVOLUTIONS, *affine.TRANSPOSED) and not self.refused(result, node):
+            if is_op(
+                node, "aten.convolution", "aten.linear", *affine.CONVOLUTIONS, *affine.TRANSPOSED
+            ) and not self.refused(result, node):
                 self._convert(program, node, result)
         for node in program.nodes:
             if not node._erased and is_op(node, *OURS) and self.selects(sites_of(node)):
@@ -148,5 +150,3 @@ def _padding(value: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list
     if any(w % 2 for w in widths):
         return f"padding 'same' adds {widths} in all: an odd number cannot stand on both sides alike"
     return [w // 2 for w in widths]
-
-

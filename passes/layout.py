@@ -35,7 +35,9 @@ class Layout(Pass):
             if not chain or not ends or self.refused(result, node):
                 continue
             for done in _sink(program, node, chain, ends):
-                result.change(done, f"transposes joined across {len(chain)} elementwise op{'s' if len(chain) > 1 else ''}")
+                result.change(
+                    done, f"transposes joined across {len(chain)} elementwise op{'s' if len(chain) > 1 else ''}"
+                )
         sweep(program, result)
         return result
 

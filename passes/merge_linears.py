@@ -82,7 +82,9 @@ class MergeLinears(Pass):
         if any(b is not None for b in biases):
             parts = [_bias(program, b, w) for b, w in zip(biases, held, strict=True)]
             names = [str(b.target) for b in biases if b is not None]
-            given["bias"] = program.add_tensor(f"{names[0]}_merged", torch.cat(parts), origin=names, trainable=trainable(held))
+            given["bias"] = program.add_tensor(
+                f"{names[0]}_merged", torch.cat(parts), origin=names, trainable=trainable(held)
+            )
         sites = [s for n in nodes for s in sites_of(n)]
         with program.graph.inserting_before(first):
             merged = program.call(first.target, *given.values(), sites=sites)  # type: ignore[arg-type]

@@ -90,11 +90,17 @@ def register_pass(cls: P | None = None, *, after: str | None = None, before: str
         if not (isinstance(cls, type) and issubclass(cls, Pass)):
             raise RecipeError(f"{cls!r} is no Pass", where="register_pass")
         if not cls.name:
-            raise RecipeError(f"{cls.__name__} has no name", where="register_pass", hint="Give it a class attribute: name = \"my-pass\".")
+            raise RecipeError(
+                f"{cls.__name__} has no name",
+                where="register_pass",
+                hint='Give it a class attribute: name = "my-pass".',
+            )
         if cls.name in _built_in() or cls.name in RECIPES:
             raise RecipeError(f"the name {cls.name!r} is taken", where=f"register_pass({cls.__name__})")
         if after and before:
-            raise RecipeError("after and before are given both", where=f"register_pass({cls.__name__})", hint="Give one of them.")
+            raise RecipeError(
+                "after and before are given both", where=f"register_pass({cls.__name__})", hint="Give one of them."
+            )
         neighbour = after or before
         names = [p.name for p in DEFAULT] + [n for n, a in _added.items() if a.after or a.before]
         if neighbour and (neighbour not in names or neighbour == cls.name):
@@ -118,13 +124,25 @@ def default_recipe() -> tuple[Pass, ...]:
     passes = list(DEFAULT)
     for name, added in _added.items():
         names = [p.name for p in passes]
-        place = names.index(added.after) + 1 if added.after in names else names.index(added.before) if added.before in names else None
+        place = (
+            names.index(added.after) + 1
+            if added.after in names
+            else names.index(added.before)
+            if added.before in names
+            else None
+        )
         if place is not None:
-            while added.after and place < len(passes) and getattr(_added.get(passes[place].name), "after", None) == added.after:
+            while (
+                added.after
+                and place < len(passes)
+                and getattr(_added.get(passes[place].name), "after", None) == added.after
+            ):
                 place += 1  # in order of registration
             passes.insert(place, _instance(added.cls))
         elif added.after or added.before:
-            warnings.warn(f"pass {name!r} is left out: its neighbour {added.after or added.before!r} is gone", stacklevel=2)
+            warnings.warn(
+                f"pass {name!r} is left out: its neighbour {added.after or added.before!r} is gone", stacklevel=2
+            )
     return tuple(passes)
 
 
@@ -151,7 +169,9 @@ def resolve(recipe: str | Pass | Sequence[str | Pass]) -> tuple[Pass, ...]:
     if isinstance(recipe, Pass):
         return (recipe,)
     if isinstance(recipe, type) and issubclass(recipe, Pass):
-        raise RecipeError(f"{recipe.__name__} is a class, not a pass", where="recipe", hint=f"Write {recipe.__name__}().")
+        raise RecipeError(
+            f"{recipe.__name__} is a class, not a pass", where="recipe", hint=f"Write {recipe.__name__}()."
+        )
     if isinstance(recipe, (list, tuple)):
         return tuple(p for part in recipe for p in resolve(part))
     raise RecipeError(f"{type(recipe).__name__} is no recipe", where="recipe",

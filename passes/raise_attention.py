@@ -69,7 +69,18 @@ class RaiseAttention(Pass):
             q = _unscaled(q, found)  # type: ignore[arg-type]
             sites = sites_in(found.cone)
             k, mask = _swapped(program, k, sites), _mask(program, found, q, sites)  # type: ignore[arg-type]
-            new = program.call(aten.scaled_dot_product_attention.default, q, k, v, mask, 0.0, False, scale=found.scale, sites=sites, like=node)
+            new = program.call(
+                aten.scaled_dot_product_attention.default,
+                q,
+                k,
+                v,
+                mask,
+                0.0,
+                False,
+                scale=found.scale,
+                sites=sites,
+                like=node,
+            )
         result.change(site_of(node), f"{len(found.cone)} ops → scaled_dot_product_attention")
         program.replace(node, new)
         sweep(program, result)
@@ -117,7 +128,9 @@ def _is_scores(node: object) -> bool:
     return False
 
 
-def _reason(softmax: fx.Node, first: fx.Node, q: object, k: object, v: object, node: fx.Node, found: _Attention) -> str | None:
+def _reason(
+    softmax: fx.Node, first: fx.Node, q: object, k: object, v: object, node: fx.Node, found: _Attention
+) -> str | None:
     given = args_by_name(softmax)
     if not last_axis(softmax, given["dim"]):
         return f"its softmax runs over axis {given['dim']}"
@@ -143,7 +156,13 @@ def _reason(softmax: fx.Node, first: fx.Node, q: object, k: object, v: object, n
 
 def _unscaled(q: fx.Node, found: _Attention) -> fx.Node:
     """``q`` before a multiplication by a number of its own, which joins the scale."""
-    if is_op(q, "aten.mul", "aten.div") and is_number(q.args[1]) and q.args[1] and only_user(q) and q.kwargs.get("rounding_mode") is None:
+    if (
+        is_op(q, "aten.mul", "aten.div")
+        and is_number(q.args[1])
+        and q.args[1]
+        and only_user(q)
+        and q.kwargs.get("rounding_mode") is None
+    ):
         factor = float(q.args[1])  # type: ignore[arg-type]
         same = is_tensor(q.args[0]) and val(q.args[0]).dtype == val(q).dtype
         if same and math.isfinite(factor):
@@ -170,7 +189,9 @@ def _mask(program: Program, found: _Attention, q: fx.Node, sites: list[str]) -> 
         if isinstance(mask, tuple):
             like = val(q)
             zero = program.call(aten.full.default, [], 0.0, dtype=like.dtype, device=like.device, sites=sites)
-            mask = program.call(aten.masked_fill.Scalar, _expand(program, zero, mask[0], sites), mask[0], mask[1], sites=sites)
+            mask = program.call(
+                aten.masked_fill.Scalar, _expand(program, zero, mask[0], sites), mask[0], mask[1], sites=sites
+            )
         total = mask if total is None else program.call(aten.add.Tensor, total, mask, sites=sites)
     while total is not None and rank(total) < 2:
         total = program.call(aten.unsqueeze.default, total, 0, sites=sites)

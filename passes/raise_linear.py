@@ -76,14 +76,18 @@ class RaiseLinear(Pass):
         return weight if isinstance(weight, str) else program.call(aten.linear.default, x, weight, bias, like=node)
 
     def _transposed(self, program: Program, matrix: fx.Node) -> fx.Node | str:
-        others = [u for u in matrix.users if u.args[_PRODUCTS.get(base(u), 0) :][:1] != (matrix,) or base(u) not in _PRODUCTS]
+        others = [
+            u for u in matrix.users if u.args[_PRODUCTS.get(base(u), 0) :][:1] != (matrix,) or base(u) not in _PRODUCTS
+        ]
         if others:
             return f"its matrix is read by {readers(matrix, set(matrix.users) - set(others))} too: it would be stored twice"
         name = f"{matrix.target}_transposed"
         for found in program.graph.find_nodes(op="get_attr", target=name):
             return found  # another product with the same matrix
         held = program.tensor(str(matrix.target))
-        return program.add_tensor(name, held.detach().t().contiguous(), origin=[str(matrix.target)], trainable=trainable([held]))
+        return program.add_tensor(
+            name, held.detach().t().contiguous(), origin=[str(matrix.target)], trainable=trainable([held])
+        )
 
     def _bias(self, program: Program, node: fx.Node, result: PassResult) -> fx.Node | str | None:
         """``linear(x, w) + c`` with a constant ``c [o]`` (or ``[1, .., o]``): linear with a bias."""
@@ -107,7 +111,9 @@ class RaiseLinear(Pass):
             if constant.ndim > 1:
                 bias = program.add_tensor(f"{added.target}_flat", constant.detach().reshape(-1), origin=[str(added.target)],
                                           trainable=trainable([constant]))  # fmt: skip
-            return program.call(aten.linear.default, product.args[0], product.args[1], bias, sites=product.meta["sites"], like=node)
+            return program.call(
+                aten.linear.default, product.args[0], product.args[1], bias, sites=product.meta["sites"], like=node
+            )
         return None
 
     def _flattened(self, program: Program, node: fx.Node, result: PassResult) -> fx.Node | str | None:
@@ -125,7 +131,9 @@ class RaiseLinear(Pass):
             return None
         if self.refused(result, node):
             return None
-        return program.call(aten.linear.default, x, product.args[1], product.args[2], sites=product.meta["sites"], like=node)
+        return program.call(
+            aten.linear.default, x, product.args[1], product.args[2], sites=product.meta["sites"], like=node
+        )
 
 
 def program_out(product: fx.Node) -> int:

@@ -57,7 +57,9 @@ class RaiseNorms(Pass):
                 op = aten.layer_norm.default if found.centred else aten.rms_norm.default
                 affine = (found.weight, found.bias) if found.centred else (found.weight,)
                 new = program.call(op, found.x, shape, *affine, found.eps, sites=sites_in(found.cone), like=found.last)
-            result.change(site_of(found.last), f"{len(found.cone)} ops → {'layer_norm' if found.centred else 'rms_norm'}")
+            result.change(
+                site_of(found.last), f"{len(found.cone)} ops → {'layer_norm' if found.centred else 'rms_norm'}"
+            )
             program.replace(found.last, new)
             sweep(program, result)
         return result
@@ -173,7 +175,13 @@ def _affine(program: Program, found: _Norm) -> None:
             vector = constant is not None and tuple(constant.shape) == (size,) and constant.dtype == val(found.x).dtype
             if is_op(user, "aten.mul") and vector and found.weight is None and found.bias is None:
                 found.weight = other  # type: ignore[assignment]
-            elif is_op(user, "aten.add") and vector and found.centred and found.bias is None and user.kwargs["alpha"] == 1:
+            elif (
+                is_op(user, "aten.add")
+                and vector
+                and found.centred
+                and found.bias is None
+                and user.kwargs["alpha"] == 1
+            ):
                 found.bias = other  # type: ignore[assignment]
             else:
                 return

@@ -82,7 +82,10 @@ def test_every_kind_is_folded(name, captured, run, ops):
 def test_the_fp64_rule_holds(captured, run, ops, groups, inner, outer, kernel, bias, affine, transposed, seed):
     torch.manual_seed(seed)
     cls = nn.ConvTranspose2d if transposed else nn.Conv2d
-    model = nn.Sequential(cls(groups * inner, groups * outer, kernel, groups=groups, bias=bias), norm(nn.BatchNorm2d, groups * outer, seed, affine=affine))
+    model = nn.Sequential(
+        cls(groups * inner, groups * outer, kernel, groups=groups, bias=bias),
+        norm(nn.BatchNorm2d, groups * outer, seed, affine=affine),
+    )
     after, result = run(captured(model, torch.randn(2, groups * inner, 5, 4)), FoldBatchNorm())
     # strict: the manager compared with float64; a site where the rule breaks must have been refused by measurement
     assert ("batch_norm" not in ops(after)) or "measured on the example" in result.refusals[0][1]
@@ -132,12 +135,36 @@ def test_refusals(captured, run):
     image, flat = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 6)
     cases = [
         (Branch(), image, "conv is read by exp too"),
-        (norm(nn.BatchNorm2d, 3), image, "no convolution or linear stands before it (an input), nor after it: it is read by the output"),
-        (nn.Sequential(nn.ReLU(), norm(nn.BatchNorm2d, 3)), image, "no convolution or linear stands before it (aten.relu), nor after it: it is read by the output"),
-        (nn.Sequential(norm(nn.BatchNorm2d, 3), nn.Conv2d(3, 4, 3, padding=1)), image, "no convolution or linear stands before it (an input), and 1 pads with zeros, which the norm would shift"),
-        (nn.Sequential(norm(nn.BatchNorm2d, 3), nn.ConvTranspose2d(3, 4, 1)), image, "no convolution or linear stands before it (an input), and 1 is transposed"),
-        (nn.Sequential(nn.Linear(6, 6), norm(nn.BatchNorm1d, 3)), flat, "its channels (axis 1) are not those of 0 (axis 2)"),
-        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)), image, "batch norm in train mode computes its statistics from the input"),
+        (
+            norm(nn.BatchNorm2d, 3),
+            image,
+            "no convolution or linear stands before it (an input), nor after it: it is read by the output",
+        ),
+        (
+            nn.Sequential(nn.ReLU(), norm(nn.BatchNorm2d, 3)),
+            image,
+            "no convolution or linear stands before it (aten.relu), nor after it: it is read by the output",
+        ),
+        (
+            nn.Sequential(norm(nn.BatchNorm2d, 3), nn.Conv2d(3, 4, 3, padding=1)),
+            image,
+            "no convolution or linear stands before it (an input), and 1 pads with zeros, which the norm would shift",
+        ),
+        (
+            nn.Sequential(norm(nn.BatchNorm2d, 3), nn.ConvTranspose2d(3, 4, 1)),
+            image,
+            "no convolution or linear stands before it (an input), and 1 is transposed",
+        ),
+        (
+            nn.Sequential(nn.Linear(6, 6), norm(nn.BatchNorm1d, 3)),
+            flat,
+            "its channels (axis 1) are not those of 0 (axis 2)",
+        ),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)),
+            image,
+            "batch norm in train mode computes its statistics from the input",
+        ),
     ]
     for model, x, reason in cases:
         _, result = run(captured(model, x), FoldBatchNorm())
@@ -213,7 +240,11 @@ def test_padding_of_one_two_and_three_axes_for_several_readers(captured, run, op
     after, result = run(captured(f, torch.randn(1, 3, 6, 6), w=torch.randn(4, 3, 3, 3)), FoldPadding())
     assert ops(after) == ["conv2d", "conv2d", "add"] and len(result.changes) == 2
     for n, conv in ((1, F.conv1d), (3, F.conv3d)):
-        program = captured(lambda s, x, n=n, conv=conv: conv(F.pad(x, (1, 1) * n), s.w), torch.randn(1, 2, *[4] * n), w=torch.randn(3, 2, *[3] * n))
+        program = captured(
+            lambda s, x, n=n, conv=conv: conv(F.pad(x, (1, 1) * n), s.w),
+            torch.randn(1, 2, *[4] * n),
+            w=torch.randn(3, 2, *[3] * n),
+        )
         after, _ = run(program, FoldPadding())
         assert ops(after) == [f"conv{n}d"]
 
@@ -223,10 +254,16 @@ def test_padding_of_one_two_and_three_axes_for_several_readers(captured, run, op
     [
         (lambda s, x: F.conv2d(F.pad(x, (0, 1)), s.w), "it pads one side more than the other: 0 and 1"),
         (lambda s, x: F.conv2d(F.pad(x, (1, 1), value=1.0), s.w), "it pads with 1.0, not with zeros"),
-        (lambda s, x: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), s.w), "it pads in mode 'reflect', not with zeros"),
+        (
+            lambda s, x: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), s.w),
+            "it pads in mode 'reflect', not with zeros",
+        ),
         (lambda s, x: F.conv2d(F.pad(x, (-1, -1)), s.w), "its widths are not known, or crop"),
         (lambda s, x: F.pad(x, (1, 1)).exp(), "it is read by exp, no convolution"),
-        (lambda s, x: F.conv2d(F.pad(x, (1, 1, 1, 1)), s.w, padding="same"), "conv2d sizes its own padding by its input ('same')"),
+        (
+            lambda s, x: F.conv2d(F.pad(x, (1, 1, 1, 1)), s.w, padding="same"),
+            "conv2d sizes its own padding by its input ('same')",
+        ),
         (lambda s, x: F.conv2d(F.pad(x, (0, 0, 0, 0, 1, 1)), s.v), "it pads 3 axes, conv2d has 2"),
     ],
 )
@@ -254,7 +291,13 @@ def test_padding_that_stays(f, reason, captured, run):
 def test_scales_are_folded(f, captured, run, ops):
     from graphwright.passes.fold_constants import FoldConstants
 
-    tensors = {"w": torch.randn(4, 8), "b": torch.randn(4), "g": torch.rand(4) + 0.5, "v": torch.randn(4, 5, 3), "t": torch.randn(5, 4, 3)}
+    tensors = {
+        "w": torch.randn(4, 8),
+        "b": torch.randn(4),
+        "g": torch.rand(4) + 0.5,
+        "v": torch.randn(4, 5, 3),
+        "t": torch.randn(5, 4, 3),
+    }
     after, result = run(captured(f, torch.randn(2, 5, 8), **tensors), Canonicalize(), FoldConstants(), FoldScale())
     assert len(ops(after)) == 1 and len(result.changes) == 1
 
@@ -262,7 +305,10 @@ def test_scales_are_folded(f, captured, run, ops):
 @pytest.mark.parametrize(
     ("f", "reason"),
     [
-        (lambda s, x: F.linear(x, s.w) * s.g[:, None], "the factor has shape (4, 1): it varies along other axes than the channels"),
+        (
+            lambda s, x: F.linear(x, s.w) * s.g[:, None],
+            "the factor has shape (4, 1): it varies along other axes than the channels",
+        ),
         (lambda s, x: F.linear(x, s.w) / (s.g * 0), "the factor is not finite"),
         (lambda s, x: F.linear(x, s.w) * s.g.double(), "the factor changes dtype or shape"),
     ],
@@ -276,5 +322,7 @@ def test_scales_that_stay(f, reason, captured, run):
 
 
 def test_a_factor_that_is_computed_is_none_of_its_business(captured, run):
-    _, result = run(captured(lambda s, x: F.linear(x, s.w) * x[:, :4], torch.randn(2, 8), w=torch.randn(4, 8)), FoldScale())
+    _, result = run(
+        captured(lambda s, x: F.linear(x, s.w) * x[:, :4], torch.randn(2, 8), w=torch.randn(4, 8)), FoldScale()
+    )
     assert not result.changes and not result.refusals

@@ -21,8 +21,7 @@ def test_golden(captured, run, body):
 
     after, result = run(captured(f, X, w=torch.ones(8)), FoldConstants())
     assert body(after) == (
-        "add_tensor: f32[3, 8] = aten.add.Tensor(input_0, w_folded, alpha=1)  # add\n"
-        "return (add_tensor, w_folded_2)"
+        "add_tensor: f32[3, 8] = aten.add.Tensor(input_0, w_folded, alpha=1)  # add\nreturn (add_tensor, w_folded_2)"
     )
     assert result.changes[0] == ("mul", "aten.mul.Tensor computed once, with 2 ops before it")
     assert after.provenance == {"w_folded": ("w",), "w_folded_2": ("w",)}
@@ -86,7 +85,9 @@ def test_a_mutated_buffer_is_no_constant(captured, run, ops):
 
 
 def test_sizes_that_vary_stay(captured, run, ops):
-    program = captured(lambda self, x: x + torch.arange(x.shape[0]).reshape(-1, 1) * torch.arange(x.shape[1]), X, dynamic="auto")
+    program = captured(
+        lambda self, x: x + torch.arange(x.shape[0]).reshape(-1, 1) * torch.arange(x.shape[1]), X, dynamic="auto"
+    )
     after, _ = run(program, FoldConstants())
     x = torch.randn(6, 8)
     torch.testing.assert_close(after(x)[0], x + torch.arange(6).reshape(-1, 1) * torch.arange(8))
@@ -114,7 +115,9 @@ def test_left_out_sites_stay(captured, run, ops):
 
 
 def test_golden_common(captured, run, body):
-    after, result = run(captured(lambda self, x: (x.exp() + 1) * (x.exp() + 1.0) * (x.exp() + 1), X), CommonSubexpressions())
+    after, result = run(
+        captured(lambda self, x: (x.exp() + 1) * (x.exp() + 1.0) * (x.exp() + 1), X), CommonSubexpressions()
+    )
     assert body(after) == (
         "exp_default: f32[3, 8] = aten.exp(input_0)  # exp, exp#2, exp#3\n"
         "add_tensor: f32[3, 8] = aten.add.Tensor(exp_default, 1, alpha=1)  # add, add#3\n"

@@ -79,7 +79,10 @@ def test_the_earlier_takes_it_where_the_later_cannot(captured, run):
 
 CASES = [
     (lambda s, x: F.linear(x, s.w) + s.b, "the other operand has shape [8], not the output's [2, 8]"),
-    (lambda s, x: x.reshape(1, 2, 8) + F.linear(x, s.w), "the other operand has shape [1, 2, 8], not the output's [2, 8]"),
+    (
+        lambda s, x: x.reshape(1, 2, 8) + F.linear(x, s.w),
+        "the other operand has shape [1, 2, 8], not the output's [2, 8]",
+    ),
     (lambda s, x: torch.add(F.linear(x, s.w), x, alpha=2), "its alpha is 2, not 1"),
     (lambda s, x: F.linear(x, s.w) + x.double(), "it mixes torch.float32 and torch.float64"),
     (lambda s, x: (lambda y: y + y)(F.linear(x, s.w)), "it adds linear to itself"),
@@ -87,7 +90,10 @@ CASES = [
     (lambda s, x: (lambda y: F.relu(y) + y.exp())(F.linear(x, s.w)), "linear is read by exp too"),
     (lambda s, x: F.linear(x, x), "its weight is computed, or written to"),
     (lambda s, x: F.conv_transpose1d(x[None], s.t), "a transposed convolution has no fused form"),
-    (lambda s, x: F.conv1d(x[None], s.e, padding="same"), "padding 'same' adds [1] in all: an odd number cannot stand on both sides alike"),
+    (
+        lambda s, x: F.conv1d(x[None], s.e, padding="same"),
+        "padding 'same' adds [1] in all: an odd number cannot stand on both sides alike",
+    ),
 ]
 
 
@@ -186,8 +192,14 @@ def test_views_that_no_longer_fit_are_copied(captured, run, ops):
 @pytest.mark.parametrize(
     ("f", "reason"),
     [
-        (lambda s, x: (F.linear(x, s.w), F.linear(x, s.v).exp()), "it leaves the program, and would share memory with the others"),
-        (lambda s, x: F.linear(x, s.w).exp() + F.linear(x, s.w, s.b).sin(), "its weight w is read elsewhere too: it would be stored twice"),
+        (
+            lambda s, x: (F.linear(x, s.w), F.linear(x, s.v).exp()),
+            "it leaves the program, and would share memory with the others",
+        ),
+        (
+            lambda s, x: F.linear(x, s.w).exp() + F.linear(x, s.w, s.b).sin(),
+            "its weight w is read elsewhere too: it would be stored twice",
+        ),
         (lambda s, x: F.linear(x, s.w).exp() + F.linear(x, s.v * x.sum()).sin(), "its weight or bias is no constant"),
     ],
 )

@@ -92,9 +92,18 @@ def test_merged_heads_with_sizes_that_vary(captured, run, ops):
 @pytest.mark.parametrize(
     ("f", "reason"),
     [
-        (lambda s, x: attend(s, x.bfloat16()), "it gives torch.bfloat16: the merged form is computed in float32 and stays there"),
-        (lambda s, x: attend(s, x, (0, 2, 3, 1)), "the permutation [0, 2, 3, 1] does not bring heads behind the sequence"),
-        (lambda s, x: F.scaled_dot_product_attention(x, x, x).permute(0, 2, 1, 3).reshape(4, -1), "the reshape gives (4, 30), not (2, 4, 15)"),
+        (
+            lambda s, x: attend(s, x.bfloat16()),
+            "it gives torch.bfloat16: the merged form is computed in float32 and stays there",
+        ),
+        (
+            lambda s, x: attend(s, x, (0, 2, 3, 1)),
+            "the permutation [0, 2, 3, 1] does not bring heads behind the sequence",
+        ),
+        (
+            lambda s, x: F.scaled_dot_product_attention(x, x, x).permute(0, 2, 1, 3).reshape(4, -1),
+            "the reshape gives (4, 30), not (2, 4, 15)",
+        ),
     ],
 )
 def test_heads_that_stay(f, reason, captured, run):

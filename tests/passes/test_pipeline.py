@@ -18,7 +18,15 @@ from graphwright.passes.allow_bf16 import AllowBf16
 from graphwright.passes.bisection import bisect
 from graphwright.passes.canonicalize import Canonicalize
 from graphwright.passes.dead_code import DeadCode
-from graphwright.passes.pipeline import DEFAULT, default_recipe, known_passes, precisions, recipes, register_pass, resolve
+from graphwright.passes.pipeline import (
+    DEFAULT,
+    default_recipe,
+    known_passes,
+    precisions,
+    recipes,
+    register_pass,
+    resolve,
+)
 from graphwright.passes.quantize import Quantize
 
 aten = torch.ops.aten
@@ -184,11 +192,17 @@ def test_plug_ins_are_loaded_once_and_a_broken_one_is_left_out_with_a_warning(mo
 
     def entry_points(group):
         asked.append(group)
-        return [_Point("good", Mine), _Point("broken", ImportError("no module named gone")), _Point("caller", lambda: asked.append("called"))]
+        return [
+            _Point("good", Mine),
+            _Point("broken", ImportError("no module named gone")),
+            _Point("caller", lambda: asked.append("called")),
+        ]
 
     monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
     pipeline.load_plugins.cache_clear()
-    with pytest.warns(UserWarning, match=r"plug-in 'broken' \(somewhere:thing\) is left out.*ImportError: no module named gone"):
+    with pytest.warns(
+        UserWarning, match=r"plug-in 'broken' \(somewhere:thing\) is left out.*ImportError: no module named gone"
+    ):
         assert known_passes()["mine"] is Mine
     assert resolve("mine") == (Mine(),)
     assert asked == ["graphwright.passes", "called"]
@@ -278,7 +292,11 @@ def test_bisect_takes_a_model_and_inputs_as_optimize_does(inputs):
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.norm, self.qkv, self.out = nn.LayerNorm(16), nn.ModuleList(nn.Linear(16, 16) for _ in range(3)), nn.Linear(16, 16)
+        self.norm, self.qkv, self.out = (
+            nn.LayerNorm(16),
+            nn.ModuleList(nn.Linear(16, 16) for _ in range(3)),
+            nn.Linear(16, 16),
+        )
         self.up, self.down, self.drop = nn.Linear(16, 32), nn.Linear(32, 16), nn.Dropout(0.1)
 
     def forward(self, x):
@@ -340,7 +358,21 @@ LEFT = {
     "convnext": {"conv", "linear", "layer_norm", "add", "mean"},
     "dinov2": {"layer_norm", "linear", "conv", "attention", "cat", "add", "upsample_bicubic2d"},
 }  # fmt: skip
-VIEWS = {"getitem", "permute", "reshape", "view", "split_with_sizes", "split", "select", "slice", "unsqueeze", "expand", "flatten", "embedding", "contiguous"}
+VIEWS = {
+    "getitem",
+    "permute",
+    "reshape",
+    "view",
+    "split_with_sizes",
+    "split",
+    "select",
+    "slice",
+    "unsqueeze",
+    "expand",
+    "flatten",
+    "embedding",
+    "contiguous",
+}
 
 
 @pytest.mark.slow

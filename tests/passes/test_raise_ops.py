@@ -158,10 +158,19 @@ def test_a_bias_after_rms_norm_stays_a_sum(captured, run, ops):
 @pytest.mark.parametrize(
     ("f", "reason"),
     [
-        (lambda s, x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6), "it normalises over axes [1], not over the last one alone"),
-        (lambda s, x: x * torch.rsqrt(x.pow(2).mean((1, 2), keepdim=True) + 1e-6), "it normalises over axes [1, 2], not over the last one alone"),
+        (
+            lambda s, x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6),
+            "it normalises over axes [1], not over the last one alone",
+        ),
+        (
+            lambda s, x: x * torch.rsqrt(x.pow(2).mean((1, 2), keepdim=True) + 1e-6),
+            "it normalises over axes [1, 2], not over the last one alone",
+        ),
         (lambda s, x: (lambda r: x * r + r.sum())(torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), None),
-        (lambda s, x: (lambda v: x * torch.rsqrt(v + 1e-6) + v.sum())(x.pow(2).mean(-1, keepdim=True)), "it spells RMS norm, but mean is read by sum too"),
+        (
+            lambda s, x: (lambda v: x * torch.rsqrt(v + 1e-6) + v.sum())(x.pow(2).mean(-1, keepdim=True)),
+            "it spells RMS norm, but mean is read by sum too",
+        ),
         (lambda s, x: x * torch.rsqrt(x.abs().mean(-1, keepdim=True) + 1e-6), None),
         (lambda s, x: x.exp() * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), None),
         (lambda s, x: (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-6), None),
@@ -211,7 +220,9 @@ def test_golden_attention(captured, run, body):
     ],
 )  # fmt: skip
 def test_attention(f, captured, run, ops):
-    after, _ = run(captured(lambda s, q, k, v: f(q, k, v), Q, KEYS, V), Canonicalize(), FoldConstants(), RaiseAttention())
+    after, _ = run(
+        captured(lambda s, q, k, v: f(q, k, v), Q, KEYS, V), Canonicalize(), FoldConstants(), RaiseAttention()
+    )
     assert ops(after).count("scaled_dot_product_attention") == 1
     assert not {"matmul", "bmm", "softmax"} & set(ops(after))
 
@@ -230,7 +241,10 @@ def test_masks_that_vary_are_turned_into_sums(captured, run):
     ("f", "reason"),
     [
         (lambda q, k, v: torch.softmax(q @ k.mT, -2) @ v, "its softmax runs over axis -2"),
-        (lambda q, k, v: torch.softmax((q @ k.mT).masked_fill(MASK < 0, -100.0), -1) @ v, "it replaces scores by -100.0, which does not hide them altogether"),
+        (
+            lambda q, k, v: torch.softmax((q @ k.mT).masked_fill(MASK < 0, -100.0), -1) @ v,
+            "it replaces scores by -100.0, which does not hide them altogether",
+        ),
         (lambda q, k, v: torch.softmax(q @ k[:1].mT, -1) @ v, "its operands are broadcast over the batch"),
         (lambda q, k, v: torch.softmax(q @ k.mT + MASK.double(), -1).float() @ v, "its mask is torch.float64"),
         (lambda q, k, v: (lambda w: w @ v + w.sum())(torch.softmax(q @ k.mT, -1)), "softmax is read by sum too"),
@@ -243,7 +257,9 @@ def test_attention_that_stays(f, reason, captured, run):
 
 
 def test_a_scale_outside_the_mask_is_no_scale_of_the_scores(captured, run):
-    _, result = run(captured(lambda s, q, k, v: torch.softmax((q @ k.mT + MASK.sign()) * 0.5, -1) @ v, Q, KEYS, V), RaiseAttention())
+    _, result = run(
+        captured(lambda s, q, k, v: torch.softmax((q @ k.mT + MASK.sign()) * 0.5, -1) @ v, Q, KEYS, V), RaiseAttention()
+    )
     assert not result.modified
 
 
@@ -275,5 +291,7 @@ def test_known_masks(mask, argument, causal, captured, run):
 def test_a_mask_for_other_lengths_is_not_causal(captured, run):
     """With fewer queries than keys the lower triangle is not what is_causal means everywhere: it stays a mask."""
     mask = torch.ones(4, 5, dtype=torch.bool).tril()
-    after, result = run(captured(lambda s, q, k, v: F.scaled_dot_product_attention(q, k, v, s.m), Q, KEYS, V, m=mask), SimplifyMasks())
+    after, result = run(
+        captured(lambda s, q, k, v: F.scaled_dot_product_attention(q, k, v, s.m), Q, KEYS, V, m=mask), SimplifyMasks()
+    )
     assert not result.modified and after.nodes[-1].args[5] is False
