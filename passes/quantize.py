@@ -6,7 +6,7 @@ one pair, read by all quantized readers; float readers keep reading the value it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -56,7 +56,8 @@ class Quantize(Pass):
         per_channel: a scale for each output channel of a weight, or one for all.
         residual: how adds and products read operands that exist as int8: ``"auto"`` (as int8 between convolutions, as
             float elsewhere), ``"float"`` or ``"int8"``.
-        bias_correction: take the mean error that rounding the weights causes back out of the bias (static only).
+        bias_correction: where there are calibration data, take the mean error that rounding the weights causes back
+            out of the bias.
         embeddings: store the tables of look-ups as int8 too, a scale per row: smaller files, the same speed.
     """
 
@@ -101,9 +102,10 @@ class Quantize(Pass):
             raise missing("static int8")
         before = program.copy()
         twins = dict(zip(program.nodes, before.nodes, strict=True))
-        writer = Writer(program)
+        ranges = _Ranges(plan(anchors, program.graph.nodes, self.residual) if self.mode == "static" else Plan(anchors))
+        writer = Writer(program, ranges.observe(program, [a for a in anchors if self.bias_correction]))
         if self.mode == "static":
-            anchors = self._static(program, anchors, writer, result)
+            anchors = self._static(program, anchors, ranges, writer, result)
         elif self.mode == "dynamic":
             writer.dynamic(anchors, symmetric=self.activations == "int8")
         anchors = [a for a in every if a.table or a in anchors]  # in graph order: the first reader comes first
@@ -133,11 +135,9 @@ class Quantize(Pass):
                 found.append(anchor)
         return found
 
-    def _static(self, program: Program, anchors: list[Anchor], writer: Writer, result: PassResult) -> list[Anchor]:
-        """Observe, decide and insert the activations' pairs; gives the anchors that are left."""
-        ranges = _Ranges(plan(anchors, program.graph.nodes, self.residual))
-        means = {a: ChannelMean(axis) for a in anchors if self.bias_correction and (axis := _input_axis(a)) is not None}
-        ranges.observe(program, means)
+    def _static(self, program: Program, anchors: list[Anchor], ranges: _Ranges, writer: Writer,
+                result: PassResult) -> list[Anchor]:  # fmt: skip
+        """Decide and insert the activations' pairs; gives the anchors that are left."""
         kept = []
         for a in anchors:
             reason = ranges.trouble(a.source)
@@ -147,7 +147,6 @@ class Quantize(Pass):
                 kept.append(a)
         found = plan(kept, program.graph.nodes, self.residual)
         writer.static(found, ranges.grids(found, self.observer, self.activations == "int8"))
-        writer.means = means
         return kept
 
 
@@ -166,15 +165,26 @@ class _Ranges:
     plan: Plan
     seen: dict[fx.Node, Histogram] = field(default_factory=dict)
 
-    def observe(self, program: Program, means: Mapping[Anchor, ChannelMean]) -> None:
-        """Only values that are no copies of others are watched."""
+    def observe(self, program: Program, corrected: Iterable[Anchor]) -> dict[Anchor, ChannelMean]:
+        """Watch the values of the plan, as far as they are no copies of others.
+
+        Args:
+            corrected: anchors for which the mean of their input per channel is wanted.
+
+        Returns:
+            Those means; none without calibration data.
+        """
+        if not program.calibration:
+            return {}
         derived = {n for _, n in self.plan.shared}
         self.seen = {v: Histogram() for v in self.plan.values if v not in derived}
         watchers: dict[fx.Node, list[Any]] = {v: [h] for v, h in self.seen.items()}
+        means = {a: ChannelMean(axis) for a in corrected if (axis := _input_axis(a)) is not None}
         for a, mean in means.items():
             watchers.setdefault(a.source, []).append(mean)
         hooks = {v: (lambda x, ws=tuple(ws): [w.update(x) for w in ws]) for v, ws in watchers.items()}
         observe(program, program.calibration, hooks)  # type: ignore[arg-type]
+        return {a: m for a, m in means.items() if m.count}
 
     def of(self, value: fx.Node) -> Histogram:
         """What was seen of a value, or of the values that it copies."""

@@ -23,13 +23,12 @@ _OPS = torch.ops.graphwright
 class Writer:
     """Inserts quantize/dequantize pairs and int8 weights.
 
-    Attributes:
+    Args:
         means: per anchor the mean of its input per channel; those anchors get their bias corrected.
     """
 
-    def __init__(self, program: Program):
-        self.program = program
-        self.means: Mapping[Anchor, ChannelMean] = {}
+    def __init__(self, program: Program, means: Mapping[Anchor, ChannelMean]):
+        self.program, self.means = program, means
         self._grids: Mapping[fx.Node, Grid] = {}
         self._weights: dict[tuple[str, int | None], tuple[fx.Node, Int8Weight]] = {}
         self._about: dict[Anchor, list[str]] = {}
@@ -136,6 +135,8 @@ class Writer:
         old = self.program.constant(node) if node is not None else None
         if node is not None and old is None:
             return False  # the bias is computed at run time
+        if not bool(torch.isfinite(error).all()):
+            return False  # what was seen was not finite
         base = error.new_zeros(error.shape) if old is None else old.double()
         name = (name if node is None else str(node.target)) + "_corrected"
         corrected = self.program.add_tensor(name.removeprefix("."), (base - error).to(weight.dtype),

@@ -156,11 +156,15 @@ def test_bias_correction_removes_the_mean_error(fused: Prepare, run: Any) -> Non
     x = torch.rand(8, 6, 12, 12) + 1.0  # a large mean makes rounding errors of the weights add up
     program = fused(model, x, batches=0)
 
-    def bias_of_error(correct: bool) -> float:
-        after, _ = run(program, Quantize(bias_correction=correct, observer="min-max"))
+    def bias_of_error(**options: Any) -> float:
+        after, _ = run(program, Quantize(observer="min-max", **options))
         return float((after(x)[0] - program(x)[0]).detach().mean((0, 2, 3)).abs().max())
 
-    assert bias_of_error(True) < 0.2 * bias_of_error(False)
+    assert bias_of_error() < 0.2 * bias_of_error(bias_correction=False)
+    assert bias_of_error(mode="weight-only") < 0.1 * bias_of_error(mode="weight-only", bias_correction=False)
+    program.calibration = []
+    uncorrected, _ = run(program, Quantize(mode="weight-only"))
+    assert "0.bias_corrected" not in uncorrected.tensors()
 
 
 def test_bias_correction_of_groups_and_unbatched_inputs(fused: Prepare, run: Any) -> None:
