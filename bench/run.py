@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import random
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -72,30 +73,31 @@ def measure(entry: models.Entry, chosen: Sequence[peers.Peer], settings: Setting
     shapes = _shapes(entry.example())
     dtype, reference = _reference(model, entry)
     del model
-    rows, seats = {}, {}
+    rows, seats, opened = {}, {}, []
     try:
         for peer in chosen:
-            rows[peer.name], seat = _seated(entry, peer, settings, reference, seat_for)
+            opened.append(seat_for(entry, peer, settings))
+            rows[peer.name] = _prepared(opened[-1], entry, peer, reference)
+            if rows[peer.name]["status"] == "ok":
+                seats[peer.name] = opened[-1]
+            else:
+                opened[-1].close()
             say(_told(rows[peer.name]))
-            if seat is not None:
-                seats[peer.name] = seat
         rounds = _rounds(seats, rows, settings, say)
         _still_right(seats, rows, reference, say)
     finally:
-        for seat in seats.values():
+        for seat in opened:                              # also when the user stops the run; closing twice is no error
             seat.close()
     _summed_up(rows, rounds)
     return {"model": entry.name, "description": entry.description, "inputs": shapes, "parameters": parameters,
             "reference": dtype, "peers": list(rows.values())}
 
 
-def _seated(entry: models.Entry, peer: peers.Peer, settings: Settings, reference: worker.Outputs,
-            seat_for: MakeSeat) -> tuple[dict[str, Any], worker.Seat | None]:
-    """Prepare and check one peer; a seat comes back only where it may be timed."""
+def _prepared(seat: worker.Seat, entry: models.Entry, peer: peers.Peer, reference: worker.Outputs) -> dict[str, Any]:
+    """Prepare and check one peer: its row of the record, with no times yet. It may be timed where the status is ok."""
     row: dict[str, Any] = {"peer": peer.name, "precision": peer.precision, "sqnr_db": None,
                            "floor_db": float(entry.tolerance.floor(peer.precision)), "latency": None, "speedup": None,
                            "rounds_ms": []}
-    seat = seat_for(entry, peer, settings)
     row |= asdict(seat.prepare())
     if row["status"] == "ok":
         try:
@@ -104,10 +106,7 @@ def _seated(entry: models.Entry, peer: peers.Peer, settings: Settings, reference
             row |= {"status": "wrong", "reason": wrong} if wrong else {}
         except Exception as error:  # noqa: BLE001 - a peer may raise anything
             row |= {"status": "failed", "reason": peers.first_line(error)}
-    if row["status"] == "ok":
-        return row, seat
-    seat.close()
-    return row, None
+    return row
 
 
 def _rounds(seats: dict[str, worker.Seat], rows: dict[str, dict[str, Any]], settings: Settings,
@@ -247,4 +246,5 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))       # leave through the doors that close the seats
     sys.exit(main())

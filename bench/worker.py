@@ -14,10 +14,12 @@ A process is asked in lines of JSON on its standard input and answers in lines o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -142,7 +144,8 @@ class ProcessSeat:
                    "--threads", str(threads), "--batches", str(batches)]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                                             env=self._environment(threads, warm_caches), bufsize=0)
+                                             env=self._environment(threads, warm_caches), bufsize=0,
+                                             start_new_session=True)
 
     def prepare(self) -> Prepared:
         """As LocalSeat's; a process that dies or takes longer than `timeout_s` gives status failed."""
@@ -164,14 +167,16 @@ class ProcessSeat:
         return self._ask(do="time", warmup=warmup, calls=calls)["ms"]
 
     def close(self) -> None:
-        """End the process and remove its folder; safe to call twice."""
-        if self._process.poll() is None:
-            self._process.kill()
+        """End the process and the compilers it started, and remove its folder; safe to call twice."""
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
-        self._folder.cleanup()
+        with contextlib.suppress(OSError):          # a compiler that is still dying may write into it
+            self._folder.cleanup()
 
     def _environment(self, threads: int, warm_caches: bool) -> dict[str, str]:
         count = str(threads)

@@ -175,6 +175,21 @@ def test_the_command_line_writes_a_file_and_prints_a_table(tmp_path: Path):
     assert "SQNR" in done.stderr
 
 
+def test_a_run_that_is_stopped_leaves_no_process_and_no_folder(tmp_path: Path):
+    words = [sys.executable, run.__file__, "--model", "tiny", "--peers", "eager", "--rounds", "1000000"]
+    process = subprocess.Popen(words, env={**os.environ, "TMPDIR": str(tmp_path)}, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "eager: ready" in line:
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 1 and list(tmp_path.glob("bench-eager-*"))
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert not Path(f"/proc/{children[0]}").exists()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("words", "said"), [(["--model", "resnet99"], "no model 'resnet99' in the zoo; known: resnet50"),
                                              (["--model", "tiny", "--peers", "eager,magic"], "no peer 'magic'; known: eager")])
 def test_unknown_names_are_told_with_the_known_ones(words: list[str], said: str, capsys: pytest.CaptureFixture[str]):
