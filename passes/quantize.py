@@ -145,7 +145,8 @@ class Quantize(Pass):
                 result.refuse(site_of(a.node), f"its input {reason}")
             else:
                 kept.append(a)
-        found = plan(kept, program.graph.nodes, self.residual)
+        barred = {v for v in ranges.plan.values if ranges.trouble(v)}
+        found = plan(kept, program.graph.nodes, self.residual, barred)
         writer.static(found, ranges.grids(found, self.observer, self.activations == "int8"))
         return kept
 

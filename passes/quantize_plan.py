@@ -7,7 +7,7 @@ operand of such an op comes from a quantized op too. Where it stops, the value i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,13 +162,14 @@ def rescales(node: fx.Node) -> bool:
     return all(s.meta["val"].dtype == node.meta["val"].dtype for s in float_inputs(node))
 
 
-def plan(anchors: Iterable[Anchor], order: Iterable[fx.Node], residual: str) -> Plan:
+def plan(anchors: Iterable[Anchor], order: Iterable[fx.Node], residual: str, barred: Collection[fx.Node] = ()) -> Plan:
     """Decide what is quantized.
 
     Args:
         order: all nodes in graph order.
         residual: ``"auto"``, ``"float"`` or ``"int8"``: how adds, products and means read their operands; ``"auto"``
             is int8 where all operands come from or go to convolutions.
+        barred: values that have no scale.
     """
     anchors = list(anchors)
     made = {a.node: a for a in anchors}
@@ -179,7 +180,9 @@ def plan(anchors: Iterable[Anchor], order: Iterable[fx.Node], residual: str) -> 
     def origin(value: fx.Node) -> tuple[bool, bool]:
         """Whether the value is at hand in int8, and whether it belongs to convolutions."""
         if value not in seen:
-            if value in made:
+            if value in barred:
+                seen[value] = (False, False)
+            elif value in made:
                 seen[value] = (True, made[value].conv)
             elif shares_scale(value) or rescales(value):
                 inner = [origin(s) for s in float_inputs(value)]

@@ -330,6 +330,19 @@ def test_one_refused_site_leaves_the_rest_quantized(fused: Prepare, run: Any) ->
     assert not any(behind_pair(v) for v in node(after, "aten.cat").args[0]), "one operand is float: the op reads float"
 
 
+@pytest.mark.parametrize("fill", [0.0, math.nan])
+def test_an_operand_without_a_range_stays_float(fill: float, fused: Prepare, captured: Any) -> None:
+    def function(m: Any, x: Tensor, y: Tensor) -> Tensor:
+        return F.conv2d(F.relu(F.conv2d(x, m.a) + F.conv2d(y, m.a)), m.b)
+
+    x = torch.randn(2, 3, 8, 8)
+    program = fused(function, x, x.clone(), a=torch.randn(4, 3, 1, 1), b=torch.randn(2, 4, 1, 1))
+    program.calibration = [(x, torch.full_like(x, fill))]
+    after, _ = Pipeline((Quantize(),)).run(program)
+    kinds = [behind_pair(arg(n, "other")) for n in after.nodes if op_name(n.target) == "graphwright.conv" and arg(n, "other") is not None]
+    assert kinds == [False]
+
+
 def test_include_exclude_and_second_run(fused: Prepare, run: Any) -> None:
     program = fused(Small(), torch.randn(4, 3, 16, 16))
     after, result = run(program, Quantize(exclude=("head",)))
