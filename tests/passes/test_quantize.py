@@ -69,7 +69,7 @@ def renumbered(text: str) -> str:
             names[found[0]] = f"{found[1]}_{k}"
         return names[found[0]]
 
-    return re.sub(r"\b([a-z_]+)_default(?:_\d+)?\b", name, text)
+    return re.sub(r"\b([a-z_0-9]+?)_default(?:_\d+)?\b", name, text)
 
 
 class Small(nn.Module):
@@ -105,6 +105,27 @@ dequantize_channel_1: f32[2, 3] = graphwright.dequantize_channel(_2_weight_int8,
 linear_1: f32[2, 2] = graphwright.linear(dequantize_1, dequantize_channel_1, _2_bias, None, 'none', [])  # 2
 return (linear_1)"""
     assert [s for s, _ in result.changes] == sorted(["0", "2"], key=lambda s: node(after, "graphwright.linear", s == "2").meta["sqnr_db"])
+
+
+def test_golden_convolutions(fused: Prepare, run: Any, body: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(2, 1, 1))
+    program = fused(model, torch.linspace(0, 1, 16).reshape(1, 1, 4, 4), batches=0)
+    after, _ = run(program, Quantize())
+    (x, zero, *_), (h, *_), (pooled, *_) = pairs(after).values()
+    assert zero == 0 and pooled == h
+    assert renumbered(body(after)) == f"""\
+quantize_0: u8[1, 1, 4, 4] = graphwright.quantize(input_1, {x}, 0, 0, 255, torch.uint8)  # 0, 1
+dequantize_0: f32[1, 1, 4, 4] = graphwright.dequantize(quantize_0, {x}, 0, torch.float32)  # 0, 1
+dequantize_channel_0: f32[2, 1, 1, 1] = graphwright.dequantize_channel(_0_weight_int8, _0_weight_scale, None, 0, torch.float32)  # 0, 1
+conv_0: f32[1, 2, 4, 4] = graphwright.conv(dequantize_0, dequantize_channel_0, _0_bias_corrected, [1, 1], [0, 0], [1, 1], 1, None, 'relu', [])  # 0, 1
+quantize_1: u8[1, 2, 4, 4] = graphwright.quantize(conv_0, {h}, 0, 0, 255, torch.uint8)  # 0, 1
+dequantize_1: f32[1, 2, 4, 4] = graphwright.dequantize(quantize_1, {h}, 0, torch.float32)  # 0, 1
+max_pool2d_0: f32[1, 2, 2, 2] = aten.max_pool2d(dequantize_1, [2, 2], [2, 2], [0, 0], [1, 1], False)  # 2
+quantize_2: u8[1, 2, 2, 2] = graphwright.quantize(max_pool2d_0, {h}, 0, 0, 255, torch.uint8)  # 2
+dequantize_2: f32[1, 2, 2, 2] = graphwright.dequantize(quantize_2, {h}, 0, torch.float32)  # 2
+dequantize_channel_1: f32[1, 2, 1, 1] = graphwright.dequantize_channel(_3_weight_int8, _3_weight_scale, None, 0, torch.float32)  # 3
+conv_1: f32[1, 1, 2, 2] = graphwright.conv(dequantize_2, dequantize_channel_1, _3_bias_corrected, [1, 1], [0, 0], [1, 1], 1, None, 'none', [])  # 3
+return (conv_1)"""
 
 
 def test_integers_flow_through_a_residual_network(fused: Prepare, run: Any, ops: Any) -> None:
