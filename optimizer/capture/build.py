@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,6 +62,7 @@ class Builder:
         self.where = Origin()
         self.cast: torch.dtype | None = None
         self.bases: list[Base] = []
+        self.stands_for: fx.Node | None = None  # the traced node that the next one emitted is
         self.calm = False  # nothing is written that anyone else can see: traced fake values hold
         self.home: dict[Base, fx.Node] = {}
         self.differentiable: set[fx.Node] = set()
@@ -269,8 +270,9 @@ class Builder:
     def _op(self, old: fx.Node, target: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A functional op: new node, and for each tensor it gives whose memory it shares."""
         refs = [r for r in _walk((args, kwargs)) if isinstance(r, Ref)]
-        with self._keeping(old):
-            node = self.emit(target, *self._read(args), **self._read(kwargs))
+        args, kwargs = self._read(args), self._read(kwargs)
+        self.stands_for = old
+        node = self.emit(target, *args, **kwargs)
         value = node.meta["val"]
         if type(value) in (int, float, bool):
             return value  # a size that turned out to be a constant
@@ -315,8 +317,8 @@ class Builder:
             known = [a.name for a in target._schema.arguments if not a.is_out]
             twins = dict(zip(known, (a.name for a in plain._schema.arguments), strict=True))
             complete, extra = ir.normalise(plain, (), {twins[k]: self._read(v) for k, v in named.items() if k in twins})
-            with self._keeping(old):
-                node = self.emit(plain, *complete, **extra)
+            self.stands_for = old
+            node = self.emit(plain, *complete, **extra)
             values = [node] if len(refs) == 1 and isinstance(node.meta["val"], torch.Tensor) else [
                 self.emit(operator.getitem, node, k) for k in range(len(node.meta["val"]))][-len(refs):]  # fmt: skip
         for ref, value, was in zip(refs, values, before, strict=True):
@@ -337,17 +339,6 @@ class Builder:
         return node if now.dtype == was.dtype else self.emit(aten.to.dtype, node, was.dtype)
 
     # -- nodes ---------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _keeping(self, old: fx.Node) -> Iterator[None]:
-        """The next node stands for ``old`` itself: its site is the plain one, its fake value may be ``old``'s."""
-        self.stands_for: fx.Node | None = old
-        try:
-            yield
-        finally:
-            self.stands_for = None
-
-    stands_for = None
 
     def emit(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Append a normalised node and infer its value."""

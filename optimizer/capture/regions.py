@@ -146,8 +146,14 @@ class Regions:
 
     def _descend(self, module: nn.Module, path: str) -> None:
         """Capture the children of a module that could not be captured itself."""
-        children = [(p, m) for p, m in _called(module, path) if id(m) not in self.programs]
-        for child, (site, calls) in self._watch(children).items():
+        self._each(list(_called(module, path)))
+
+    def _each(self, children: Sequence[tuple[str, nn.Module]]) -> None:
+        children = [(p, m) for p, m in children if id(m) not in self.programs]
+        if not children:
+            return
+        found = self._watch(children)
+        for child, (site, calls) in found.items():
             programs: list[ir.Program] = []
             failure: BaseException | None = None
             for leaves, spec in calls:
@@ -160,6 +166,8 @@ class Regions:
             elif failure is not None:
                 self._refused(site, failure)
                 self._descend(child, site)
+        # a module that holds others without being called itself: its user calls them
+        self._each([inner for p, m in children if m not in found for inner in _called(m, p)])
 
     def _one(self, child: nn.Module, site: str, leaves: list[torch.Tensor], spec: Spec,
              ) -> tuple[ir.Program | None, BaseException | None]:  # fmt: skip

@@ -175,6 +175,7 @@ def explain(error: BaseException) -> tuple[str | None, str]:
     if isinstance(error, GraphwrightError):
         return error.where, error.what
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    said = said.partition(" (unhinted")[0]  # torch's own bookkeeping
     for sign, words in _PLAIN.items():
         if sign in f"{type(error).__name__}: {error}":
             return where(error), f"{words} ({type(error).__name__}: {said})"

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import re
 import typing
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_mixed_model_keeps_composite_ops_names_and_sites():
 def test_source_lines_are_the_users():
     found = check(Mixed().eval(), torch.randn(2, 3, 9, 9))
     lines = {s: n.meta["trace"] for n in found.program.nodes for s in sites_of(n)}
-    text = open(__file__).read().splitlines()
+    text = Path(__file__).read_text().splitlines()
     for site, code in (("head", "self.head(x.mean(1))"), ("attention.qkv", "self.qkv(x)"), ("stem.0", "self.stem(image)")):
         file, number = lines[site].rsplit(":", 1)
         assert file.endswith("test_capture.py") and code in text[int(number) - 1]
@@ -343,7 +344,7 @@ def test_wrong_inputs_are_the_models_own_words_and_line():
     with pytest.raises(InputError, match=r"test_capture\.py:\d+: .*RuntimeError: .*") as caught:
         capture(Mixed().eval(), (torch.randn(2, 4, 9, 9),))
     line = int(re.search(r"test_capture\.py:(\d+)", str(caught.value))[1])
-    assert "self.stem(image)" in open(__file__).read().splitlines()[line - 1]
+    assert "self.stem(image)" in Path(__file__).read_text().splitlines()[line - 1]
     assert "full traceback" in caught.value.hint
     with pytest.raises(InputError, match="TypeError.*missing 1 required"):
         capture(Mixed().eval(), ())

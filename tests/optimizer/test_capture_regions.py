@@ -1,6 +1,7 @@
 """Models that cannot be captured whole: what can be is, the rest runs as it was, and the report says where and why."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def agree(found, model, *args, **kwargs):
 
 
 def line_of(code):
-    return next(k for k, text in enumerate(open(__file__), 1) if code in text)
+    return next(k for k, text in enumerate(Path(__file__).read_text().splitlines(), 1) if code in text)
 
 
 def test_data_dependent_control_flow():
@@ -245,6 +246,23 @@ def test_buffers_of_the_twin_are_its_own():
     for _ in range(3):
         agree(found, model, x)
     assert model.calls == 3
+
+
+def test_submodules_of_a_module_that_is_never_called():
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = nn.Module()
+            self.inside.block = Block()
+
+        def forward(self, x):
+            y = self.inside.block(x)
+            return y * 2 if y.sum() > -1e9 else y
+
+    model = Holder().eval()
+    found = capture(model, (torch.randn(2, 4),))
+    assert [p.site for p in found.pieces] == ["inside.block"]
+    agree(found, model, torch.randn(2, 4))
 
 
 def test_script_modules_run_as_they_are():
