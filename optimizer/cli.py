@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -148,8 +149,9 @@ def optimize(
     """Optimize a model that a Python file defines."""
     import graphwright as gw
     from graphwright.console import Progress, out_console
-    from graphwright.userfile import inputs_of, model_of, resolve, value_of
+    from graphwright.userfile import batches_of, inputs_of, model_of, score_of
 
+    _check_folders(out, html, json)
     built, given = model_of(model)
     example = inputs_of(inputs, seed) if inputs else given
     if example is None:
@@ -166,8 +168,8 @@ def optimize(
             built,
             example,
             recipe,
-            calibration=value_of(calibrate, "--calibrate") if calibrate else None,
-            evaluate=resolve(evaluate, "--evaluate") if evaluate else None,
+            calibration=batches_of(calibrate) if calibrate else None,
+            evaluate=score_of(evaluate) if evaluate else None,
             goal=gw.Goal(**wishes) if wishes else None,
             dynamic="auto" if dynamic else None,
             seed=seed,
@@ -185,6 +187,14 @@ def optimize(
     if json:
         _write(json, fast.report.to_json())
         typer.echo(f"report: {json}")
+
+
+def _check_folders(*paths: Path | None) -> None:
+    """Before minutes are spent: the folders of all files to write exist and can be written."""
+    for path in paths:
+        if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+            reason = "its folder cannot be written" if path.parent.is_dir() else "its folder does not exist"
+            raise SaveError(f"{path} cannot be written: {reason}", hint="Make the folder, or choose another.")
 
 
 def _write(path: Path, text: str) -> None:

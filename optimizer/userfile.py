@@ -79,6 +79,20 @@ def value_of(target: str, option: str) -> Any:
     return call(target, option, found) if callable(found) and not isinstance(found, nn.Module) else found
 
 
+def batches_of(target: str) -> Any:
+    """Calibration inputs: what `value_of` gives; a generator is read here, so that its errors name the user's line."""
+    found = value_of(target, "--calibrate")
+    return call(target, "--calibrate", lambda: list(found)) if hasattr(found, "__next__") else found
+
+
+def score_of(target: str) -> Callable[[Any], float]:
+    """The function that scores a model, with its errors naming the user's line."""
+    function = resolve(target, "--evaluate")
+    if not callable(function):
+        raise InputError(f"{target} is {type(function).__name__}, not a function", where="--evaluate")
+    return lambda model: call(target, "--evaluate", lambda: function(model))
+
+
 def inputs_of(specs: Sequence[str], seed: int = 0) -> tuple[Tensor, ...] | dict[str, Tensor] | Any:
     """Example inputs from `--inputs`.
 

@@ -37,6 +37,13 @@ def wide():
 
 def score(model):
     return float(model(torch.ones(5, 16)).sum())
+
+def broken_score(model):
+    return {}["accuracy"]
+
+def broken_loader():
+    yield torch.ones(5, 16)
+    raise OSError("the disk is gone")
 """
 
 
@@ -110,10 +117,18 @@ def test_inputs_of_the_factory_serve_when_none_are_given(file):
         (["net.py:both", "--html", "no/such/folder/net.html"], "cannot be written"),
         (["net.py:both", "--json", "no/such/folder/net.json"], "cannot be written"),
         (["net.py:both", "--explain", "nowhere.*"], "matches no site"),
+        (["net.py:both", "--evaluate", "net.py:broken_score"], "net.py:27: net.py:broken_score raised KeyError"),
+        (["net.py:both", "--evaluate", "net.py:SIZE"], "has no 'SIZE'"),
+        (["net.py:both", "--recipe", "int8", "--calibrate", "net.py:broken_loader"], "net.py:31: net.py:broken_loader raised OSError"),
     ],
 )
 def test_what_a_user_can_mend_ends_with_status_2(file, words, says):
     assert says in _run("optimize", *words, "-q", status=2).stderr
+
+
+def test_a_folder_that_is_missing_is_told_before_the_model_is_built(file, monkeypatch):
+    monkeypatch.setattr("graphwright.userfile.model_of", lambda target: pytest.fail("built"))
+    _run("optimize", f"{file}:both", "--out", "no/such/folder/net.gw", status=2)
 
 
 def test_our_own_defects_are_not_dressed_as_the_users(monkeypatch):
