@@ -20,7 +20,7 @@ from graphwright.capture.regions import Piece, Region, Regions
 from graphwright.capture.rehearse import Rehearsal, rehearse
 from graphwright.capture.whole import Whole
 from graphwright.errors import CoverageError, InputError
-from graphwright.structure import flatten_call
+from graphwright.structure import Spec, flatten_call
 
 __all__ = ["Capture", "Guard", "Piece", "Region", "capture", "covers", "key", "weights_fingerprint"]
 
@@ -62,8 +62,14 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
     if any(isinstance(t, UninitializedTensorMixin) for t in [*model.parameters(), *model.buffers()]):
         raise InputError("the model has parameters without a shape yet (lazy modules)",
                          hint="Call the model once on an example first.")  # fmt: skip
-    leaves, spec = flatten_call(args, kwargs or {})
-    storage = {} if storage is None else storage
+    with torch.inference_mode(False):  # its tensors cannot be traced
+        leaves, spec = flatten_call(args, kwargs or {})
+        leaves = [t.clone() if t.is_inference() else t for t in leaves]
+        return _capture(model, leaves, spec, dynamic, {} if storage is None else storage)
+
+
+def _capture(model: nn.Module, leaves: list[torch.Tensor], spec: Spec, dynamic: Any,
+             storage: dict[int, torch.UntypedStorage]) -> Capture:  # fmt: skip
     said = rehearse(model, leaves, spec)
     notes = observations(model, said)
     program, failure = None, None

@@ -119,8 +119,10 @@ def untouched(model: nn.Module) -> Iterator[dict[Any, Any]]:
             yield versions
         finally:
             for module, attributes in state:
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
+                now = module.__dict__
+                for k in [k for k in now if k not in attributes]:
+                    del now[k]
+                now.update({k: v for k, v in attributes.items() if now.get(k, _MISSING) is not v})
             for holder, content in holders:
                 holder.clear()
                 holder.extend(content) if isinstance(holder, list) else holder.update(content)

@@ -316,6 +316,18 @@ def test_train_mode_is_captured_as_what_it_does():
     assert model[1].num_batches_tracked == 0
 
 
+def test_inference_mode_around_the_capture_or_the_example():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(True)).eval()
+    with torch.inference_mode():
+        x = torch.randn(2, 3, 8, 8)
+        inside = capture(model, (x,), dynamic="auto")
+    outside = capture(model, (x,))
+    for found in (inside, outside):
+        assert found.program is not None, [str(r) for r in found.regions]
+        with torch.inference_mode():
+            torch.testing.assert_close(found.run(x), model(x))
+
+
 def test_hooks_run_while_tracing_and_are_noted():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU()).eval()
     model[0].register_forward_hook(lambda m, a, out: out * 2)
