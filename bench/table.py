@@ -56,7 +56,7 @@ def _model(model: dict[str, Any]) -> str:
 
 
 def _shares(peer: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {share:.0%}" for name, share in peer["details"]["backend_shares"].items())
+    return ", ".join(f"{name} {share:.0%}" for name, share in peer["details"]["backend_shares"].items() if share >= 0.005)
 
 
 def _row(peer: dict[str, Any]) -> list[str]:
