@@ -91,6 +91,7 @@ def tensors(inputs: Inputs) -> list[Tensor]:
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
     """`inputs` with every floating-point tensor converted to `dtype`; token ids and masks stay."""
+
     def one(t: Tensor) -> Tensor:
         return t.to(dtype) if t.is_floating_point() else t
 
@@ -124,7 +125,7 @@ def _settle_batch_norm(model: nn.Module, samples: list[Inputs]) -> None:
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.train()
-        norm.momentum = None                         # cumulative average instead of an exponential one
+        norm.momentum = None  # cumulative average instead of an exponential one
         norm.reset_running_stats()
     with torch.no_grad():
         call(model, _concatenated(samples))
@@ -141,6 +142,7 @@ def _concatenated(samples: list[Inputs]) -> Inputs:
 
 def _image(*shape: int) -> Callable[[torch.Generator], Inputs]:
     """Images with large soft shapes and fine noise, about zero mean and unit variance, float32 [N, C, H, W]."""
+
     def sample(generator: torch.Generator) -> Inputs:
         n, c, h, w = shape
         coarse = torch.randn(n, c, max(h // 16, 2), max(w // 16, 2), generator=generator)
@@ -152,6 +154,7 @@ def _image(*shape: int) -> Callable[[torch.Generator], Inputs]:
 
 def _tokens(batch: int, length: int, vocabulary: int, padded: bool) -> Callable[[torch.Generator], Inputs]:
     """Token ids and attention mask, int64 [batch, length]; `padded` gives each row a length of its own."""
+
     def sample(generator: torch.Generator) -> Inputs:
         ids = torch.randint(0, vocabulary, (batch, length), generator=generator)
         lengths = torch.full((batch,), length)
@@ -167,29 +170,46 @@ def _tokens(batch: int, length: int, vocabulary: int, padded: bool) -> Callable[
 
 def _resnet50() -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
+
     return ResNetForImageClassification(ResNetConfig(num_labels=1000))
 
 
 def _bert(hidden: int, layers: int, heads: int, intermediate: int) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         from transformers import BertConfig, BertModel
-        return BertModel(BertConfig(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-                                    intermediate_size=intermediate))
+
+        return BertModel(
+            BertConfig(
+                hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=intermediate
+            )
+        )
 
     return build
 
 
 def _vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
-    return ViTForImageClassification(ViTConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6,
-                                               intermediate_size=1536, num_labels=1000))
+
+    return ViTForImageClassification(
+        ViTConfig(hidden_size=384, num_hidden_layers=12, num_attention_heads=6, intermediate_size=1536, num_labels=1000)
+    )
 
 
 def _causal_lm() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
+
     # Prompt processing only. Set `model.config.use_cache = True` to get the past keys and values as well.
-    return LlamaForCausalLM(LlamaConfig(vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=4,
-                                        num_attention_heads=8, num_key_value_heads=4, use_cache=False))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=4096,
+            hidden_size=256,
+            intermediate_size=688,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            use_cache=False,
+        )
+    )
 
 
 class _SamePad(nn.Conv2d):
@@ -231,20 +251,43 @@ class ResNet8(nn.Module):
 
 
 def _tiny() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(4),
-                         nn.Flatten(), nn.Linear(128, 10))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(4),
+        nn.Flatten(),
+        nn.Linear(128, 10),
+    )
 
 
 ZOO: tuple[Entry, ...] = (
     Entry("resnet50", "ResNet-50 (transformers), 1x3x224x224", _resnet50, _image(1, 3, 224, 224), settle=2),
-    Entry("minilm", "MiniLM-L6 (BertModel 384/6/12/1536), 8x128, padded", _bert(384, 6, 12, 1536),
-          _tokens(8, 128, 30522, padded=True)),
-    Entry("bert-base", "BERT-base (BertModel 768/12/12/3072), 1x128", _bert(768, 12, 12, 3072),
-          _tokens(1, 128, 30522, padded=False)),
+    Entry(
+        "minilm",
+        "MiniLM-L6 (BertModel 384/6/12/1536), 8x128, padded",
+        _bert(384, 6, 12, 1536),
+        _tokens(8, 128, 30522, padded=True),
+    ),
+    Entry(
+        "bert-base",
+        "BERT-base (BertModel 768/12/12/3072), 1x128",
+        _bert(768, 12, 12, 3072),
+        _tokens(1, 128, 30522, padded=False),
+    ),
     Entry("vit-s16", "ViT-S/16 (transformers 384/12/6/1536), 1x3x224x224", _vit, _image(1, 3, 224, 224)),
     Entry("resnet8", "ResNet8 of MLPerf Tiny, 1x3x32x32", ResNet8, _image(1, 3, 32, 32), settle=16),
-    Entry("causal-lm", "Llama 256/4/8 with 4 key-value heads, prompt of 1x64", _causal_lm,
-          _tokens(1, 64, 4096, padded=False)),
-    Entry("tiny", "one convolution and one linear, 2x3x16x16: the harness's own check", _tiny, _image(2, 3, 16, 16),
-          settle=4),
+    Entry(
+        "causal-lm",
+        "Llama 256/4/8 with 4 key-value heads, prompt of 1x64",
+        _causal_lm,
+        _tokens(1, 64, 4096, padded=False),
+    ),
+    Entry(
+        "tiny",
+        "one convolution and one linear, 2x3x16x16: the harness's own check",
+        _tiny,
+        _image(2, 3, 16, 16),
+        settle=4,
+    ),
 )

@@ -68,7 +68,7 @@ def arrays(outputs: object) -> list[np.ndarray]:
 
 
 def _leaves(value: object) -> Iterator[object]:
-    if isinstance(value, Mapping):                        # ModelOutput is one
+    if isinstance(value, Mapping):  # ModelOutput is one
         value = list(value.values())
     if isinstance(value, list | tuple):
         for item in value:
@@ -117,6 +117,7 @@ class TorchAO(Peer):
     def prepare(self, model: nn.Module, inputs: Inputs, calibration: Sequence[Inputs]) -> Runner:
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
         from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
         quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
         with torch.no_grad():
             observed = prepare_pt2e(_exported(model, inputs).module(), quantizer)
@@ -147,6 +148,7 @@ def _frozen(model: nn.Module, inputs: Inputs, dtype: torch.dtype) -> Runner:
     the weights stay inputs and nothing that depends on constant weights is folded.
     """
     from torch._inductor import config
+
     run = _inference(torch.compile(model, dynamic=False), dtype)
     with config.patch(freezing=True):
         run(inputs)
@@ -173,6 +175,7 @@ class OnnxRuntime(Peer):
 
     def prepare(self, model: nn.Module, inputs: Inputs, calibration: Sequence[Inputs]) -> Runner:
         import onnxruntime as ort
+
         with tempfile.TemporaryDirectory(prefix="bench-onnx-") as folder:
             path = _export_onnx(model, inputs, Path(folder) / "model.onnx")
             names = [i.name for i in ort.InferenceSession(str(path), providers=["CPUExecutionProvider"]).get_inputs()]
@@ -213,8 +216,15 @@ def _quantize_onnx(path: Path, feeds: list[dict[str, np.ndarray]]) -> Path:
 
     ready, quantized = path.with_name("ready.onnx"), path.with_name("int8.onnx")
     quant_pre_process(str(path), str(ready))
-    quantize_static(str(ready), str(quantized), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-                    activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
+    quantize_static(
+        str(ready),
+        str(quantized),
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
     return quantized
 
 
@@ -229,21 +239,30 @@ class OpenVINO(Peer):
         if reason := super().available():
             return reason
         import openvino as ov
+
         if self.precision == "bf16" and "BF16" not in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             return "openvino: this CPU has no bf16 instructions, and OpenVINO would run float32 instead"
         return None
 
     def prepare(self, model: nn.Module, inputs: Inputs, calibration: Sequence[Inputs]) -> Runner:
         import openvino as ov
+
         core = ov.Core()
         graph = ov.convert_model(_exported(model, inputs))
         if self.precision == "int8":
             graph = _quantize_openvino(graph, model, calibration)
         # What stays float in the int8 model runs in the type that the plugin prefers on this CPU.
         precision = {"float32": {"INFERENCE_PRECISION_HINT": "f32"}, "bf16": {"INFERENCE_PRECISION_HINT": "bf16"}}
-        compiled = core.compile_model(graph, "CPU", {
-            "PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": "1", "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
-            **precision.get(self.precision, {})})
+        compiled = core.compile_model(
+            graph,
+            "CPU",
+            {
+                "PERFORMANCE_HINT": "LATENCY",
+                "NUM_STREAMS": "1",
+                "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
+                **precision.get(self.precision, {}),
+            },
+        )
         request = compiled.create_infer_request()
 
         def run(inputs: Inputs) -> object:
@@ -255,10 +274,12 @@ class OpenVINO(Peer):
 
 def _quantize_openvino(graph: Any, model: nn.Module, calibration: Sequence[Inputs]) -> Any:
     import nncf
+
     attention = any("attention" in type(m).__name__.lower() for m in model.modules())
     data = nncf.Dataset(list(calibration), lambda batch: [t.numpy() for t in tensors(batch)])
-    return nncf.quantize(graph, data, subset_size=len(calibration),
-                         model_type=nncf.ModelType.TRANSFORMER if attention else None)
+    return nncf.quantize(
+        graph, data, subset_size=len(calibration), model_type=nncf.ModelType.TRANSFORMER if attention else None
+    )
 
 
 # -- Graphwright -----------------------------------------------------------------------------------------------
@@ -278,6 +299,7 @@ class Graphwright(Peer):
 
     def prepare(self, model: nn.Module, inputs: Inputs, calibration: Sequence[Inputs]) -> Runner:
         import graphwright as gw
+
         data = {"calibration": list(calibration)} if self.recipe == "int8" else {}
         return _Optimized(gw.optimize(model, inputs, self.recipe, **data))
 
@@ -285,9 +307,13 @@ class Graphwright(Peer):
         """The verdict of its own side-by-side timing, the share of time per backend, ops per decision, phases."""
         assert isinstance(run, _Optimized)
         report = run.model.report
-        return {"verdict": report.verdict, "own_speedup": report.speedup, "decisions": report.decisions(),
-                "backend_shares": {name: round(share, 4) for name, share in report.backend_shares().items()},
-                "seconds": {name: round(seconds, 3) for name, seconds in report.seconds.items()}}
+        return {
+            "verdict": report.verdict,
+            "own_speedup": report.speedup,
+            "decisions": report.decisions(),
+            "backend_shares": {name: round(share, 4) for name, share in report.backend_shares().items()},
+            "seconds": {name: round(seconds, 3) for name, seconds in report.seconds.items()},
+        }
 
 
 class _Optimized:

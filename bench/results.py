@@ -44,11 +44,37 @@ from typing import Any
 import numpy as np
 
 SCHEMA = "graphwright-bench/1"
-FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16", "amx_fp16",
-         "asimd", "asimddp", "i8mm", "bf16", "sve")
-LIBRARIES = ("torch", "numpy", "transformers", "graphwright", "torchao", "onnx", "onnxscript", "onnxruntime", "openvino",
-             "nncf", "numba", "triton")
-HIGHEST_DB = 300.0                        # what identical outputs count as: JSON has no infinity
+FLAGS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_int8",
+    "amx_bf16",
+    "amx_fp16",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+)
+LIBRARIES = (
+    "torch",
+    "numpy",
+    "transformers",
+    "graphwright",
+    "torchao",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "numba",
+    "triton",
+)
+HIGHEST_DB = 300.0  # what identical outputs count as: JSON has no infinity
 
 
 # -- statistics ------------------------------------------------------------------------------------------------
@@ -59,8 +85,12 @@ def latency(rounds: Sequence[Sequence[float]]) -> dict[str, float]:
     calls = [ms for turn in rounds for ms in turn]
     if not calls:
         raise ValueError("no timed call")
-    return {"median_ms": round(statistics.median(calls), 4), "min_ms": round(min(calls), 4),
-            "p95_ms": round(float(np.percentile(calls, 95)), 4), "calls": len(calls)}
+    return {
+        "median_ms": round(statistics.median(calls), 4),
+        "min_ms": round(min(calls), 4),
+        "p95_ms": round(float(np.percentile(calls, 95)), 4),
+        "calls": len(calls),
+    }
 
 
 def speedup(base: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> dict[str, float]:
@@ -86,7 +116,9 @@ def sqnr_db(reference: np.ndarray, value: np.ndarray) -> float:
     return -HIGHEST_DB if power == 0 else float(np.clip(10 * math.log10(power / noise), -HIGHEST_DB, HIGHEST_DB))
 
 
-def check(reference: list[list[np.ndarray]], outputs: list[list[np.ndarray]], floor_db: float) -> tuple[float, str | None]:
+def check(
+    reference: list[list[np.ndarray]], outputs: list[list[np.ndarray]], floor_db: float
+) -> tuple[float, str | None]:
     """The worst SQNR over all outputs of all check inputs, and one line that says what is wrong, or None.
 
     Number and shapes of the outputs must agree; integer outputs must be equal.
@@ -117,12 +149,18 @@ def machine() -> dict[str, Any]:
     flags = set(fields.get("flags", fields.get("Features", "")).split())
     governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    return {"cpu": fields.get("model name", platform.processor() or None), "architecture": platform.machine(),
-            "flags": [flag for flag in FLAGS if flag in flags], "physical_cores": physical_cores(),
-            "logical_cores": os.cpu_count(), "memory_gb": round(memory, 1), "cache_kb": fields.get("cache size"),
-            "system": f"{platform.system()} {platform.release()}",
-            "governor": governor.read_text().strip() if governor.exists() else None,
-            "load_at_start": [round(x, 2) for x in os.getloadavg()]}
+    return {
+        "cpu": fields.get("model name", platform.processor() or None),
+        "architecture": platform.machine(),
+        "flags": [flag for flag in FLAGS if flag in flags],
+        "physical_cores": physical_cores(),
+        "logical_cores": os.cpu_count(),
+        "memory_gb": round(memory, 1),
+        "cache_kb": fields.get("cache size"),
+        "system": f"{platform.system()} {platform.release()}",
+        "governor": governor.read_text().strip() if governor.exists() else None,
+        "load_at_start": [round(x, 2) for x in os.getloadavg()],
+    }
 
 
 def physical_cores() -> int:
@@ -151,6 +189,7 @@ def versions() -> dict[str, str | None]:
 
 def commit(folder: Path) -> dict[str, Any] | None:
     """Hash of the commit checked out in `folder` and whether tracked files differ from it; None without git."""
+
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
 
@@ -205,12 +244,32 @@ def load(path: Path) -> dict[str, Any]:
     return record
 
 
-_TOP = {"schema": str, "date": str, "commit": dict | None, "command": str, "machine": dict, "versions": dict,
-        "settings": dict, "models": list}
+_TOP = {
+    "schema": str,
+    "date": str,
+    "commit": dict | None,
+    "command": str,
+    "machine": dict,
+    "versions": dict,
+    "settings": dict,
+    "models": list,
+}
 _MODEL = {"model": str, "description": str, "inputs": dict, "parameters": int, "reference": str, "peers": list}
-_PEER = {"peer": str, "precision": str, "status": str, "reason": str | None, "sqnr_db": float | None, "floor_db": float,
-         "prepare_s": float | None, "memory_mb": float | None, "peak_memory_mb": float | None, "latency": dict | None,
-         "speedup": dict | None, "rounds_ms": list, "details": dict}
+_PEER = {
+    "peer": str,
+    "precision": str,
+    "status": str,
+    "reason": str | None,
+    "sqnr_db": float | None,
+    "floor_db": float,
+    "prepare_s": float | None,
+    "memory_mb": float | None,
+    "peak_memory_mb": float | None,
+    "latency": dict | None,
+    "speedup": dict | None,
+    "rounds_ms": list,
+    "details": dict,
+}
 
 
 def validate(record: Any) -> None:
@@ -223,8 +282,12 @@ def validate(record: Any) -> None:
             place = f"{model['model']}, {peer.get('peer', 'a peer')}" if isinstance(peer, dict) else "a peer"
             _fields(peer, _PEER, place)
             right = peer["status"] == "ok"
-            _require(peer["status"] in ("ok", "skipped", "failed", "wrong"), f"{place}: unknown status {peer['status']!r}")
-            _require(right == (peer["latency"] is not None), f"{place}: a latency stands exactly where the status is ok")
+            _require(
+                peer["status"] in ("ok", "skipped", "failed", "wrong"), f"{place}: unknown status {peer['status']!r}"
+            )
+            _require(
+                right == (peer["latency"] is not None), f"{place}: a latency stands exactly where the status is ok"
+            )
             _require(right == (peer["reason"] is None), f"{place}: a reason stands exactly where the status is not ok")
 
 

@@ -60,12 +60,19 @@ def make_seat(entry: models.Entry, peer: peers.Peer, settings: Settings) -> work
     """The seat that `settings` ask for."""
     if not settings.processes:
         return worker.LocalSeat(entry, peer, settings.threads, settings.calibration_batches)
-    return worker.ProcessSeat(entry, peer, settings.threads, settings.calibration_batches, timeout_s=settings.timeout_s,
-                              warm_caches=settings.warm_caches)
+    return worker.ProcessSeat(
+        entry,
+        peer,
+        settings.threads,
+        settings.calibration_batches,
+        timeout_s=settings.timeout_s,
+        warm_caches=settings.warm_caches,
+    )
 
 
-def measure(entry: models.Entry, chosen: Sequence[peers.Peer], settings: Settings, say: Say,
-            seat_for: MakeSeat = make_seat) -> dict[str, Any]:
+def measure(
+    entry: models.Entry, chosen: Sequence[peers.Peer], settings: Settings, say: Say, seat_for: MakeSeat = make_seat
+) -> dict[str, Any]:
     """One model with all `chosen` peers: the record described in `results`. Never raises for what a peer does."""
     torch.set_num_threads(settings.threads)
     model = entry.model()
@@ -86,18 +93,30 @@ def measure(entry: models.Entry, chosen: Sequence[peers.Peer], settings: Setting
         rounds = _rounds(seats, rows, settings, say)
         _still_right(seats, rows, reference, say)
     finally:
-        for seat in opened:                              # also when the user stops the run; closing twice is no error
+        for seat in opened:  # also when the user stops the run; closing twice is no error
             seat.close()
     _summed_up(rows, rounds)
-    return {"model": entry.name, "description": entry.description, "inputs": shapes, "parameters": parameters,
-            "reference": dtype, "peers": list(rows.values())}
+    return {
+        "model": entry.name,
+        "description": entry.description,
+        "inputs": shapes,
+        "parameters": parameters,
+        "reference": dtype,
+        "peers": list(rows.values()),
+    }
 
 
 def _prepared(seat: worker.Seat, entry: models.Entry, peer: peers.Peer, reference: worker.Outputs) -> dict[str, Any]:
     """Prepare and check one peer: its row of the record, with no times yet. It may be timed where the status is ok."""
-    row: dict[str, Any] = {"peer": peer.name, "precision": peer.precision, "sqnr_db": None,
-                           "floor_db": float(entry.tolerance.floor(peer.precision)), "latency": None, "speedup": None,
-                           "rounds_ms": []}
+    row: dict[str, Any] = {
+        "peer": peer.name,
+        "precision": peer.precision,
+        "sqnr_db": None,
+        "floor_db": float(entry.tolerance.floor(peer.precision)),
+        "latency": None,
+        "speedup": None,
+        "rounds_ms": [],
+    }
     row |= asdict(seat.prepare())
     if row["status"] == "ok":
         try:
@@ -109,8 +128,9 @@ def _prepared(seat: worker.Seat, entry: models.Entry, peer: peers.Peer, referenc
     return row
 
 
-def _rounds(seats: dict[str, worker.Seat], rows: dict[str, dict[str, Any]], settings: Settings,
-            say: Say) -> dict[str, list[list[float]]]:
+def _rounds(
+    seats: dict[str, worker.Seat], rows: dict[str, dict[str, Any]], settings: Settings, say: Say
+) -> dict[str, list[list[float]]]:
     """The interleaved rounds: per peer, per round, the calls' milliseconds. A peer that fails leaves the run."""
     order, shuffle = list(seats), random.Random(0).shuffle
     spent: dict[str, list[list[float]]] = {name: [] for name in order}
@@ -131,8 +151,9 @@ def _rounds(seats: dict[str, worker.Seat], rows: dict[str, dict[str, Any]], sett
     return spent
 
 
-def _still_right(seats: dict[str, worker.Seat], rows: dict[str, dict[str, Any]], reference: worker.Outputs,
-                 say: Say) -> None:
+def _still_right(
+    seats: dict[str, worker.Seat], rows: dict[str, dict[str, Any]], reference: worker.Outputs, say: Say
+) -> None:
     for name, seat in seats.items():
         try:
             _, wrong = results.check(reference, seat.outputs(), rows[name]["floor_db"])
@@ -154,6 +175,7 @@ def _summed_up(rows: dict[str, dict[str, Any]], rounds: dict[str, list[list[floa
 
 def _reference(model: torch.nn.Module, entry: models.Entry) -> tuple[str, worker.Outputs]:
     """The outputs that count as right: in float64, or in float32 where the model refuses that."""
+
     def run(dtype: torch.dtype) -> worker.Outputs:
         with torch.no_grad():
             model.to(dtype)
@@ -176,13 +198,22 @@ def _told(row: dict[str, Any]) -> str:
     return f"  {row['peer']}: ready in {row['prepare_s']:.1f} s, SQNR {row['sqnr_db']:.1f} dB"
 
 
-def run(names: Sequence[str], peer_names: Sequence[str], settings: Settings, out: Path | None, say: Say) -> dict[str, Any]:
+def run(
+    names: Sequence[str], peer_names: Sequence[str], settings: Settings, out: Path | None, say: Say
+) -> dict[str, Any]:
     """All of `names` with all of `peer_names`; written to `out` after every model, so that nothing measured is lost."""
     chosen = [peers.get(name) for name in peer_names]
     entries = [models.get(name) for name in names]
-    record = {"schema": results.SCHEMA, "date": results.now(), "commit": results.commit(ROOT),
-              "command": shlex.join(["python", *sys.argv]), "machine": results.machine(), "versions": results.versions(),
-              "settings": asdict(settings), "models": []}
+    record = {
+        "schema": results.SCHEMA,
+        "date": results.now(),
+        "commit": results.commit(ROOT),
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": results.machine(),
+        "versions": results.versions(),
+        "settings": asdict(settings),
+        "models": [],
+    }
     for entry in entries:
         say(f"{entry.name}: {entry.description}")
         record["models"].append(measure(entry, chosen, settings, say))
@@ -212,7 +243,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--warmup", type=int, default=default.warmup, help="untimed calls before them (default: %(default)s)")
     add("--threads", type=_positive, default=results.physical_cores(), help="for every peer (default: physical cores)")
     add("--calibration", type=_positive, default=default.calibration_batches, help="batches (default: %(default)s)")
-    add("--timeout", type=float, default=default.timeout_s, help="seconds for one peer to prepare (default: %(default)s)")
+    add(
+        "--timeout",
+        type=float,
+        default=default.timeout_s,
+        help="seconds for one peer to prepare (default: %(default)s)",
+    )
     add("--one-process", action="store_true", help="all peers in this process instead of one each")
     add("--warm-caches", action="store_true", help="leave compilers their caches from earlier runs")
     add("--out", type=Path, help="the JSON file to write")
@@ -233,11 +269,24 @@ def main(words: Sequence[str] | None = None) -> int:
         print(listing())
         return 0
     chosen = [p.name for p in peers.PEERS] if options.peers == "all" else options.peers.split(",")
-    settings = Settings(options.rounds, options.calls, options.warmup, options.threads, options.calibration,
-                        not options.one_process, options.warm_caches, timeout_s=options.timeout)
+    settings = Settings(
+        options.rounds,
+        options.calls,
+        options.warmup,
+        options.threads,
+        options.calibration,
+        not options.one_process,
+        options.warm_caches,
+        timeout_s=options.timeout,
+    )
     try:
-        record = run(options.model.split(","), chosen, settings, options.out,
-                     lambda line: print(line, file=sys.stderr, flush=True))
+        record = run(
+            options.model.split(","),
+            chosen,
+            settings,
+            options.out,
+            lambda line: print(line, file=sys.stderr, flush=True),
+        )
     except KeyError as error:
         print(error.args[0], file=sys.stderr)
         return 2
@@ -246,5 +295,5 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))       # leave through the doors that close the seats
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leave through the doors that close the seats
     sys.exit(main())

@@ -39,15 +39,19 @@ def _heading(record: dict[str, Any]) -> str:
     machine, settings, versions = record["machine"], record["settings"], record["versions"]
     commit = record["commit"] or {"hash": "no commit", "dirty": False}
     flags = [flag for flag in machine["flags"] if flag not in ("avx2", "avx512f")]
-    return (f"{machine['cpu']}, {machine['physical_cores']} cores ({', '.join(flags) or 'no int8 or bf16 instructions'}), "
-            f"{settings['threads']} threads, torch {versions['torch']}; {settings['rounds']} interleaved rounds of "
-            f"{settings['calls']} calls; {record['date'][:10]}, commit {commit['hash'][:10]}"
-            f"{' with changes' if commit['dirty'] else ''}.")
+    return (
+        f"{machine['cpu']}, {machine['physical_cores']} cores ({', '.join(flags) or 'no int8 or bf16 instructions'}), "
+        f"{settings['threads']} threads, torch {versions['torch']}; {settings['rounds']} interleaved rounds of "
+        f"{settings['calls']} calls; {record['date'][:10]}, commit {commit['hash'][:10]}"
+        f"{' with changes' if commit['dirty'] else ''}."
+    )
 
 
 def _model(model: dict[str, Any]) -> str:
     timed = [peer for peer in model["peers"] if peer["status"] == "ok"]
-    notes = [f"- {peer['peer']}: time by backend: {_shares(peer)}" for peer in timed if peer["details"].get("backend_shares")]
+    notes = [
+        f"- {peer['peer']}: time by backend: {_shares(peer)}" for peer in timed if peer["details"].get("backend_shares")
+    ]
     untimed = [f"- {peer['peer']}: {peer['status']}: {peer['reason']}" for peer in model["peers"] if peer not in timed]
     parts = [f"**{model['model']}**: {model['description']}, {model['parameters'] / 1e6:.1f} M parameters"]
     if timed:
@@ -56,14 +60,21 @@ def _model(model: dict[str, Any]) -> str:
 
 
 def _shares(peer: dict[str, Any]) -> str:
-    return ", ".join(f"{name} {share:.0%}" for name, share in peer["details"]["backend_shares"].items() if share >= 0.005)
+    return ", ".join(
+        f"{name} {share:.0%}" for name, share in peer["details"]["backend_shares"].items() if share >= 0.005
+    )
 
 
 def _row(peer: dict[str, Any]) -> list[str]:
     latency = peer["latency"]
-    return [peer["peer"], *(_number(latency[name]) for name in ("median_ms", "min_ms", "p95_ms")),
-            f"{peer['speedup']['median']:.2f}" if peer["speedup"] else "", f"{peer['sqnr_db']:.1f}",
-            _number(peer["prepare_s"]), "" if peer["peak_memory_mb"] is None else f"{peer['peak_memory_mb']:.0f}"]
+    return [
+        peer["peer"],
+        *(_number(latency[name]) for name in ("median_ms", "min_ms", "p95_ms")),
+        f"{peer['speedup']['median']:.2f}" if peer["speedup"] else "",
+        f"{peer['sqnr_db']:.1f}",
+        _number(peer["prepare_s"]),
+        "" if peer["peak_memory_mb"] is None else f"{peer['peak_memory_mb']:.0f}",
+    ]
 
 
 def _brief(peer: dict[str, Any] | None) -> str:

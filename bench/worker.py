@@ -138,17 +138,41 @@ class LocalSeat:
 class ProcessSeat:
     """A peer in a process of its own: the same methods, over a pipe."""
 
-    def __init__(self, entry: models.Entry, peer: peers.Peer, threads: int, batches: int, *, timeout_s: float = 900,
-                 warm_caches: bool = False) -> None:
+    def __init__(
+        self,
+        entry: models.Entry,
+        peer: peers.Peer,
+        threads: int,
+        batches: int,
+        *,
+        timeout_s: float = 900,
+        warm_caches: bool = False,
+    ) -> None:
         self.entry, self.peer, self.timeout_s = entry, peer, timeout_s
         self._folder = tempfile.TemporaryDirectory(prefix=f"bench-{peer.name}-")
         self._log = Path(self._folder.name) / "log.txt"
-        command = [sys.executable, str(Path(__file__).resolve()), "--model", entry.name, "--peer", peer.name,
-                   "--threads", str(threads), "--batches", str(batches)]
+        command = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "--model",
+            entry.name,
+            "--peer",
+            peer.name,
+            "--threads",
+            str(threads),
+            "--batches",
+            str(batches),
+        ]
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                                             env=self._environment(threads, warm_caches), bufsize=0,
-                                             start_new_session=True)
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=self._environment(threads, warm_caches),
+                bufsize=0,
+                start_new_session=True,
+            )
 
     def prepare(self) -> Prepared:
         """As LocalSeat's; a process that dies or takes longer than `timeout_s` gives status failed."""
@@ -178,7 +202,7 @@ class ProcessSeat:
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 pipe.close()
-        with contextlib.suppress(OSError):          # a compiler that is still dying may write into it
+        with contextlib.suppress(OSError):  # a compiler that is still dying may write into it
             self._folder.cleanup()
 
     def _environment(self, threads: int, warm_caches: bool) -> dict[str, str]:
@@ -209,7 +233,9 @@ class ProcessSeat:
 
     def _ended(self) -> str:
         code = self._process.wait()
-        lines = [x for x in self._log.read_text(errors="replace").splitlines() if x.strip()] if self._log.exists() else []
+        lines = (
+            [x for x in self._log.read_text(errors="replace").splitlines() if x.strip()] if self._log.exists() else []
+        )
         how = f"signal {-code}" if code < 0 else f"exit status {code}"
         return f"the process ended with {how}" + (f"; its last line: {lines[-1].strip()[:200]}" if lines else "")
 
@@ -217,7 +243,7 @@ class ProcessSeat:
 def _give_back_memory() -> None:
     """Return freed memory to the system: a dozen processes wait beside each other, and preparing needs much of it."""
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)        # glibc only
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
     if trim is not None:
         trim(0)
 

@@ -36,7 +36,7 @@ def test_weights_look_trained(name: str):
             assert module.running_mean.abs().max() > 1e-3
             assert module.momentum == 0.1
     first, second = (model(*x) for x in entry.checks())
-    assert (first - second).abs().max() > 1e-2 * first.abs().max()          # the outputs depend on the inputs
+    assert (first - second).abs().max() > 1e-2 * first.abs().max()  # the outputs depend on the inputs
 
 
 @pytest.mark.parametrize("entry", models.ZOO, ids=lambda e: e.name)
@@ -89,8 +89,14 @@ def test_a_missing_package_is_a_reason_of_one_line():
     assert reason == "no_such_package_at_all: ModuleNotFoundError: No module named 'no_such_package_at_all'"
 
 
-@pytest.mark.parametrize(("error", "line"), [(RuntimeError("\n\n  a \nb"), "RuntimeError: a"), (KeyError(), "KeyError"),
-                                             (ValueError("x" * 999), "ValueError: " + "x" * 288)])
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (RuntimeError("\n\n  a \nb"), "RuntimeError: a"),
+        (KeyError(), "KeyError"),
+        (ValueError("x" * 999), "ValueError: " + "x" * 288),
+    ],
+)
 def test_first_line(error: Exception, line: str):
     assert peers.first_line(error) == line
 

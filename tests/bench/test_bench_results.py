@@ -13,7 +13,12 @@ from bench import results, table
 
 
 def test_latency_is_over_all_calls_of_all_rounds():
-    assert results.latency([[1.0, 9.0], [2.0, 3.0], [4.0]]) == {"median_ms": 3.0, "min_ms": 1.0, "p95_ms": 8.0, "calls": 5}
+    assert results.latency([[1.0, 9.0], [2.0, 3.0], [4.0]]) == {
+        "median_ms": 3.0,
+        "min_ms": 1.0,
+        "p95_ms": 8.0,
+        "calls": 5,
+    }
 
 
 def test_latency_without_a_call_is_an_error():
@@ -22,7 +27,7 @@ def test_latency_without_a_call_is_an_error():
 
 
 def test_speedup_pairs_rounds_so_that_a_slow_spell_hits_both_sides():
-    base = [[10.0], [10.0], [100.0], [10.0]]               # the machine was ten times slower in round 3
+    base = [[10.0], [10.0], [100.0], [10.0]]  # the machine was ten times slower in round 3
     other = [[5.0], [5.0], [50.0], [5.0]]
     assert results.speedup(base, other) == {"median": 2.0, "low": 2.0, "high": 2.0, "of_minima": 2.0}
 
@@ -59,11 +64,14 @@ def test_check_names_the_worst_output():
     assert results.check([[good]], [[noisy]], 6.0)[1] is None
 
 
-@pytest.mark.parametrize(("got", "words"), [
-    ([[np.ones(3)]], "shape \\(3,\\) instead of \\(2, 3\\)"),
-    ([[np.ones((2, 3)), np.ones(1)]], "2 outputs instead of 1"),
-    ([[]], "0 outputs instead of 1"),
-])
+@pytest.mark.parametrize(
+    ("got", "words"),
+    [
+        ([[np.ones(3)]], "shape \\(3,\\) instead of \\(2, 3\\)"),
+        ([[np.ones((2, 3)), np.ones(1)]], "2 outputs instead of 1"),
+        ([[]], "0 outputs instead of 1"),
+    ],
+)
 def test_check_refuses_other_structures(got: list[list[np.ndarray]], words: str):
     worst, reason = results.check([[np.ones((2, 3))]], got, -1000.0)
     assert worst == -results.HIGHEST_DB
@@ -74,32 +82,65 @@ def test_check_refuses_other_structures(got: list[list[np.ndarray]], words: str)
 def test_check_wants_integers_equal():
     want = np.arange(100)
     have = want.copy()
-    have[7] += 1                                            # 51 dB, but another token
+    have[7] += 1  # 51 dB, but another token
     assert "must be equal" in str(results.check([[want]], [[have]], 20.0)[1])
     assert results.check([[want]], [[want.copy()]], 20.0)[1] is None
 
 
 def peer(name: str, **changes: object) -> dict:
-    row = {"peer": name, "precision": "float32", "status": "ok", "reason": None, "sqnr_db": 120.0, "floor_db": 60.0,
-           "prepare_s": 1.25, "memory_mb": 300.0, "peak_memory_mb": 400.0,
-           "latency": {"median_ms": 12.5, "min_ms": 12.0, "p95_ms": 13.0, "calls": 6},
-           "speedup": {"median": 1.5, "low": 1.4, "high": 1.6, "of_minima": 1.5}, "rounds_ms": [12.5, 12.4],
-           "details": {}}
+    row = {
+        "peer": name,
+        "precision": "float32",
+        "status": "ok",
+        "reason": None,
+        "sqnr_db": 120.0,
+        "floor_db": 60.0,
+        "prepare_s": 1.25,
+        "memory_mb": 300.0,
+        "peak_memory_mb": 400.0,
+        "latency": {"median_ms": 12.5, "min_ms": 12.0, "p95_ms": 13.0, "calls": 6},
+        "speedup": {"median": 1.5, "low": 1.4, "high": 1.6, "of_minima": 1.5},
+        "rounds_ms": [12.5, 12.4],
+        "details": {},
+    }
     return row | changes
 
 
 def failed(name: str, status: str, reason: str) -> dict:
-    return peer(name, status=status, reason=reason, latency=None, speedup=None, rounds_ms=[], sqnr_db=None, prepare_s=None,
-                memory_mb=None, peak_memory_mb=None)
+    return peer(
+        name,
+        status=status,
+        reason=reason,
+        latency=None,
+        speedup=None,
+        rounds_ms=[],
+        sqnr_db=None,
+        prepare_s=None,
+        memory_mb=None,
+        peak_memory_mb=None,
+    )
 
 
 @pytest.fixture
 def record() -> dict:
-    model = {"model": "m", "description": "a model", "inputs": {"0": "1x3 float32"}, "parameters": 1_500_000,
-             "reference": "float64", "peers": [peer("eager"), failed("ort", "skipped", "onnx: missing | really")]}
-    return {"schema": results.SCHEMA, "date": results.now(), "commit": {"hash": "0123456789abcdef", "dirty": True},
-            "command": "python bench/run.py", "machine": results.machine(), "versions": results.versions(),
-            "settings": {"rounds": 2, "calls": 3, "threads": 2}, "models": [model]}
+    model = {
+        "model": "m",
+        "description": "a model",
+        "inputs": {"0": "1x3 float32"},
+        "parameters": 1_500_000,
+        "reference": "float64",
+        "peers": [peer("eager"), failed("ort", "skipped", "onnx: missing | really")],
+    }
+    return {
+        "schema": results.SCHEMA,
+        "date": results.now(),
+        "commit": {"hash": "0123456789abcdef", "dirty": True},
+        "command": "python bench/run.py",
+        "machine": results.machine(),
+        "versions": results.versions(),
+        "settings": {"rounds": 2, "calls": 3, "threads": 2},
+        "models": [model],
+    }
 
 
 def test_a_record_survives_the_disk(record: dict, tmp_path: Path):
@@ -143,12 +184,19 @@ def broken(record: dict, change: str) -> dict:
     return record
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ("timed but wrong", "m, eager: a latency stands exactly where"), ("ok without a time", "a latency stands exactly"),
-    ("skipped without a reason", "a reason stands"), ("unknown status", "unknown status 'fine'"),
-    ("missing field", "missing fields \\['sqnr_db'\\]"), ("extra field", "unknown fields \\['colour'\\]"),
-    ("wrong type", "models is a dict"), ("other schema", "graphwright-bench/999"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("timed but wrong", "m, eager: a latency stands exactly where"),
+        ("ok without a time", "a latency stands exactly"),
+        ("skipped without a reason", "a reason stands"),
+        ("unknown status", "unknown status 'fine'"),
+        ("missing field", "missing fields \\['sqnr_db'\\]"),
+        ("extra field", "unknown fields \\['colour'\\]"),
+        ("wrong type", "models is a dict"),
+        ("other schema", "graphwright-bench/999"),
+    ],
+)
 def test_what_breaks_the_schema_is_refused(record: dict, change: str, words: str):
     results.validate(record)
     with pytest.raises(ValueError, match=words):
@@ -185,7 +233,9 @@ def test_the_table_shows_what_was_timed_and_why_the_rest_was_not(record: dict):
 
 
 def test_the_table_shows_the_share_of_time_per_backend(record: dict):
-    record["models"][0]["peers"].append(peer("graphwright", details={"backend_shares": {"onednn": 0.75, "numba": 0.251}}))
+    record["models"][0]["peers"].append(
+        peer("graphwright", details={"backend_shares": {"onednn": 0.75, "numba": 0.251}})
+    )
     assert "- graphwright: time by backend: onednn 75%, numba 25%" in table.table(record)
 
 

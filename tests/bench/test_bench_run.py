@@ -32,7 +32,9 @@ class Scripted(peers.Peer):
     def available(self) -> str | None:
         return self.missing
 
-    def prepare(self, model: torch.nn.Module, inputs: models.Inputs, calibration: Sequence[models.Inputs]) -> peers.Runner:
+    def prepare(
+        self, model: torch.nn.Module, inputs: models.Inputs, calibration: Sequence[models.Inputs]
+    ) -> peers.Runner:
         calls = 0
 
         def answer(inputs: models.Inputs) -> torch.Tensor:
@@ -93,8 +95,14 @@ def test_a_peer_that_turns_wrong_while_it_is_timed_loses_its_time():
 
 def test_missing_and_raising_peers_cost_one_line_each():
     said: list[str] = []
-    rows = measure(Scripted("absent", "int8", missing="thing: not installed"), Scripted("first", "int8", raises_at=0),
-                   Scripted("check", "int8", raises_at=1), Scripted("round", "int8", raises_at=5), EAGER, said=said)
+    rows = measure(
+        Scripted("absent", "int8", missing="thing: not installed"),
+        Scripted("first", "int8", raises_at=0),
+        Scripted("check", "int8", raises_at=1),
+        Scripted("round", "int8", raises_at=5),
+        EAGER,
+        said=said,
+    )
     assert (rows["absent"]["status"], rows["absent"]["reason"]) == ("skipped", "thing: not installed")
     assert (rows["first"]["status"], rows["first"]["reason"]) == ("failed", "RuntimeError: first words")
     assert (rows["check"]["status"], rows["check"]["reason"]) == ("failed", "RuntimeError: first words")
@@ -122,7 +130,7 @@ def test_rounds_are_interleaved_and_shuffled():
     chosen = [Scripted(name, "float32") for name in "abc"]
     settings = run.Settings(rounds=6, threads=1, processes=False, pause_s=0)
     run.measure(TINY, chosen, settings, lambda line: None, lambda e, p, s: Seat(e, p, 1, 1))
-    rounds = [tuple(turns[i:i + 3]) for i in range(0, len(turns), 3)]
+    rounds = [tuple(turns[i : i + 3]) for i in range(0, len(turns), 3)]
     assert [sorted(one) for one in rounds] == [["a", "b", "c"]] * 6
     assert len(set(rounds)) > 1
 
@@ -142,7 +150,7 @@ def test_a_peer_in_its_own_process_gives_the_same_outputs():
             seat.time(0, 1)
     finally:
         seat.close()
-    seat.close()                                                    # twice is no error
+    seat.close()  # twice is no error
 
 
 def test_a_process_that_dies_or_hangs_while_preparing_is_a_failed_peer(monkeypatch: pytest.MonkeyPatch):
@@ -165,8 +173,23 @@ def test_a_process_that_dies_or_hangs_while_preparing_is_a_failed_peer(monkeypat
 
 def test_the_command_line_writes_a_file_and_prints_a_table(tmp_path: Path):
     script, out = Path(run.__file__), tmp_path / "x.json"
-    words = [sys.executable, str(script), "--model", "tiny", "--peers", "eager,eager-bf16", "--rounds", "2", "--calls", "1",
-             "--threads", "1", "--one-process", "--out", str(out)]
+    words = [
+        sys.executable,
+        str(script),
+        "--model",
+        "tiny",
+        "--peers",
+        "eager,eager-bf16",
+        "--rounds",
+        "2",
+        "--calls",
+        "1",
+        "--threads",
+        "1",
+        "--one-process",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=120)
     record = results.load(out)
     assert [row["peer"] for row in record["models"][0]["peers"]] == ["eager", "eager-bf16"]
@@ -190,8 +213,13 @@ def test_a_run_that_is_stopped_leaves_no_process_and_no_folder(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("words", "said"), [(["--model", "resnet99"], "no model 'resnet99' in the zoo; known: resnet50"),
-                                             (["--model", "tiny", "--peers", "eager,magic"], "no peer 'magic'; known: eager")])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "resnet99"], "no model 'resnet99' in the zoo; known: resnet50"),
+        (["--model", "tiny", "--peers", "eager,magic"], "no peer 'magic'; known: eager"),
+    ],
+)
 def test_unknown_names_are_told_with_the_known_ones(words: list[str], said: str, capsys: pytest.CaptureFixture[str]):
     assert run.main([*words, "--rounds", "1"]) == 2
     assert said in capsys.readouterr().err
