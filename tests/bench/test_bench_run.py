@@ -1,4 +1,4 @@
-"""The runner: wrong outputs get no time, failures cost a line, rounds are interleaved, processes that die are survived."""
+"""The runner: wrong outputs get no time, failures cost a line, rounds are interleaved, dying processes are survived."""
 
 from __future__ import annotations
 
