@@ -71,7 +71,7 @@ def optimize(
     job.result = fast
     if example_inputs is not None:
         args, kwargs = _call(example_inputs)
-        fast._variants.append(job.first(model, args, kwargs))
+        fast._add(job.first(model, args, kwargs), model)
     return fast
 
 
@@ -99,6 +99,7 @@ class Job:
             raise missing(f"recipe {recipe!r}" if isinstance(recipe, str) else "the recipe")
         self._baseline: float | None = None
         self._measuring = False
+        self._storage: dict[int, torch.UntypedStorage] = {}  # later captures share the copied weights
         if isinstance(calibration, Iterable) and not isinstance(calibration, (Sequence, Calibration, Tensor, Mapping)) and hasattr(calibration, "__next__"):
             self.calibration = list(calibration)  # a generator gives its items once, and new shapes need them again
 
@@ -124,7 +125,7 @@ class Job:
     def _variant(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Any) -> tuple[Variant, list[Tensor]]:
         leaves, spec = flatten_call(args, kwargs)
         self.say("capturing the model")
-        found = capture(model, args, kwargs, dynamic=dynamic)
+        found = capture(model, args, kwargs, dynamic=dynamic, storage=self._storage)
         if found.program is None:
             return self._in_pieces(found, spec, args, kwargs), leaves
         found.program.example = tuple(x.detach() for x in leaves)
@@ -185,7 +186,7 @@ class Job:
         """Score one variant; shapes that it does not cover are captured as they would be for the result."""
         self.say("evaluating the result")
         trial = Optimized(self.again, model, _attributes(model))
-        trial._variants.append(variant)
+        trial._add(variant, model)
         return score(self.evaluate, trial)
 
 

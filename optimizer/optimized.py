@@ -67,7 +67,7 @@ class Optimized(nn.Module):
         hidden = self.__dict__
         hidden["_compile"] = compile_
         hidden["_model"] = weakref.ref(model) if model is not None else None
-        hidden["_marks"] = weights_fingerprint(model) if model is not None else None
+        hidden["_marks"] = None
         hidden["_attributes"] = dict(attributes or {})
         hidden["_variants"] = []
         hidden["_report"] = None
@@ -97,12 +97,22 @@ class Optimized(nn.Module):
         if model is None:
             raise CoverageError("this call is not covered, and the original model is gone",
                                 hint="Keep a reference to the original model while new shapes may come, or optimize with dynamic='auto'.")  # fmt: skip
-        if weights_fingerprint(model) != self._marks:
+        if self._marks is not None and self._fingerprint(model) != self._marks:
             raise CoverageError("this call is not covered, and the original model was edited since optimize()",
                                 hint="Call optimize() again: the result is a snapshot of the model as it was.")  # fmt: skip
         variant = self._compile(model, args, kwargs, again=near is not None)
-        self.__dict__["_variants"] = [variant, *self._variants][:MAX_VARIANTS]
+        self._add(variant, model)
         return variant
+
+    def _add(self, variant: Variant, model: nn.Module | None) -> None:
+        """Take a variant in, and note how the model's weights stand: later ones must be captured from the same."""
+        self.__dict__["_variants"] = [variant, *self._variants][:MAX_VARIANTS]
+        if model is not None:
+            self.__dict__["_marks"] = self._fingerprint(model)
+
+    def _fingerprint(self, model: nn.Module) -> Any:
+        programs = [v.built.captured for v in self._variants if v.built is not None]
+        return weights_fingerprint(model, ignore=[m.buffer for p in programs for m in p.signature.mutations if m.buffer])
 
     # -- looking -----------------------------------------------------------------------------------------------
 

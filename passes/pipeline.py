@@ -56,7 +56,7 @@ RECIPES: dict[str, tuple[tuple[Pass, ...], str]] = {
     "bf16": ((AllowBf16(),), "bfloat16 where it measures faster"),
     "int8": ((Quantize(),), "int8 weights and activations, ranges from calibration data"),
     "int8-dynamic": ((Quantize(mode="dynamic"),), "int8 weights and activations, ranges computed at run time"),
-    "w8": ((Quantize(mode="weight-only"),), "int8 weights alone"),
+    "w8": ((Quantize(mode="weight-only", embeddings=True),), "int8 weights alone, embedding tables among them"),
 }
 
 P = TypeVar("P", bound=type[Pass])
