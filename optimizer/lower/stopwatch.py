@@ -22,7 +22,8 @@ from graphwright.numerics import rms, sqnr_db
 
 #: what a candidate's result must reach against the op's own reference, in dB, before it is timed
 FLOORS_DB = {"f32": 90.0, "bf16": 25.0}
-_ROUNDS, _BUDGET_S = 8, 0.04
+#: rounds at the most, seconds per candidate at the most, and how far behind the best a candidate stays in the race
+_ROUNDS, _BUDGET_S, _BEHIND = 8, 0.02, 1.4
 
 
 class Stopwatch:
@@ -46,21 +47,61 @@ class Stopwatch:
         """Milliseconds per candidate, or why it can't be used. Works without a choice take no time."""
         if len(options) == 1 or not any(c.timed for c in options):
             return [0.0] * len(options)
-        base, found = signature(work), []
-        reference: list[Any] = []
+        base = signature(work)
+        keys = [self._key(base, c.name) for c in options]
+        found = [self._recall(key) if c.timed else 0.0 for key, c in zip(keys, options, strict=True)]
+        if None in found:
+            # all of them anew: times are only comparable when they were taken in turns
+            for k, value in self._race(work, options).items():
+                found[k] = self._keep(keys[k], value)
+        return [x if x is not None else 0.0 for x in found]
 
-        def oracle() -> tuple[list[Any], Any]:
-            if not reference:
-                reference.extend(_oracle(work, next(c for c in options if c.name == "aten.native")))
-            return reference[0], reference[1]
-
-        for candidate in options:
-            key = self._key(base, candidate.name)
+    def _race(self, work: Work, options: Sequence[Candidate]) -> dict[int, float | str]:
+        """Check every candidate, then time those that are right in turns; whoever falls behind drops out early."""
+        found: dict[int, float | str] = {}
+        calls: dict[int, tuple[Callable[..., Any], list[Any]]] = {}
+        inputs, wanted = _oracle(work, next(c for c in options if c.name == "aten.native"))
+        for k, candidate in enumerate(options):
             if not candidate.timed:
-                found.append(0.0)
                 continue
-            found.append(self._recall(key) if self._recall(key) is not None else self._keep(key, self._try(work, candidate, oracle)))
-        return found
+            try:
+                with torch.no_grad():
+                    call = candidate.build()
+                    problem = None if candidate.name == "aten.native" else check(work, candidate, call, inputs, wanted)
+                    forms = zip(work.reads, candidate.needs, work.read_qparams, strict=True)
+                    calls[k] = call, [sample(r.value.meta["val"], f, q) for r, f, q in forms]
+                if problem:
+                    found[k] = f"wrong result: {problem}"
+                    del calls[k]
+            except Exception as error:  # a kernel may refuse a shape in any way it likes; the reason is kept for explain
+                found[k] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
+                calls.pop(k, None)
+        return found | self._turns(calls)
+
+    def _turns(self, calls: dict[int, tuple[Callable[..., Any], list[Any]]]) -> dict[int, float | str]:
+        best = dict.fromkeys(calls, math.inf)
+        alive, spent = set(calls), 0.0
+        with torch.no_grad():
+            for turn in range(_ROUNDS):
+                for k in sorted(alive):
+                    call, inputs = calls[k]
+                    if turn == 0:
+                        call(*inputs)
+                    took = self._once(call, inputs)
+                    best[k], spent = min(best[k], took), spent + took
+                self.measured += len(alive)
+                lead = min(best.values(), default=0.0)
+                alive = {k for k in alive if best[k] <= lead * (_BEHIND if turn else 2 * _BEHIND)}
+                if turn >= 2 and (len(alive) <= 1 or spent > _BUDGET_S * len(calls)):
+                    break
+        return {k: 1e3 * b for k, b in best.items()}
+
+    def _once(self, call: Callable[..., Any], inputs: Sequence[Any]) -> float:
+        if self._flush is not None:
+            self._flush()
+        begin = time.perf_counter()
+        call(*inputs)
+        return time.perf_counter() - begin
 
     def convert(self, value: fx.Node, source: Format, target: Format, params: QParams | None) -> float:
         """Milliseconds of one conversion."""
@@ -69,7 +110,7 @@ class Stopwatch:
         known = self._recall(key)
         if not isinstance(known, float):
             call = conversion(source, target, params, val.dim())
-            known = self._time(call, (sample(val, source, params),))
+            known = self._turns({0: (call, [sample(val, source, params)])})[0]
             self._keep(key, known)
         return known
 
@@ -93,35 +134,6 @@ class Stopwatch:
         self._known[key] = value
         self._cache.put(key, value)
         return value
-
-    def _try(self, work: Work, candidate: Candidate, oracle: Callable[[], tuple[list[Any], Any]]) -> float | str:
-        try:
-            with torch.no_grad():
-                call = candidate.build()
-                if candidate.name != "aten.native":
-                    reads, wanted = oracle()
-                    problem = check(work, candidate, call, reads, wanted)
-                    if problem:
-                        return f"wrong result: {problem}"
-                forms = zip(work.reads, candidate.needs, work.read_qparams, strict=True)
-                inputs = [sample(r.value.meta["val"], f, q) for r, f, q in forms]
-                return self._time(call, inputs)
-        except Exception as error:  # a kernel may refuse a shape in any way it likes; the reason is kept for explain
-            return f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
-
-    def _time(self, call: Callable[..., Any], inputs: Sequence[Any]) -> float:
-        self.measured += 1
-        best, spent, rounds = math.inf, 0.0, 0
-        with torch.no_grad():
-            call(*inputs)
-            while rounds < 3 or (rounds < _ROUNDS and spent < _BUDGET_S):
-                if self._flush is not None:
-                    self._flush()
-                begin = time.perf_counter()
-                call(*inputs)
-                took = time.perf_counter() - begin
-                best, spent, rounds = min(best, took), spent + took, rounds + 1
-        return 1e3 * best
 
 
 def sample(val: Any, form: Format, params: QParams | None) -> Any:
