@@ -44,7 +44,7 @@ def make_report(job: Job, model: nn.Module, variant: Variant, call: Call, leaves
             wanted = [t.clone() for t in _tensors(original())]
         with _preserved(variant, leaves):
             got = [t.clone() for t in _tensors(result())]
-        report.original, report.optimized = interleaved([original, result], rounds=30, budget_s=3.0, warmup=2)
+        report.original, report.optimized = interleaved([original, result], rounds=25, budget_s=2.0)
         _decide(job, variant, report, leaves)
         if variant.built is not None and variant.built.unchanged:
             with _preserved(variant, leaves):

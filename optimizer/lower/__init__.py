@@ -114,7 +114,7 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
         say(f"timing {len(built)} whole assignments")
         runs = [(lambda r=r: r(*example)) for _, r in built.values()]
         with program.preserved(example):
-            timings = interleaved(runs, rounds=10, budget_s=2.0)
+            timings = interleaved(runs, rounds=10, budget_s=1.5)
         variants = sorted(zip(built, timings, strict=True), key=lambda v: v[1].minimum)
         best = variants[0][0]
     picks, runner = built[best]
@@ -159,8 +159,12 @@ def _problem(analysis: Analysis, options: list[list[Candidate]], times: list[lis
 
 
 def _assignments(problem: Problem) -> dict[str, list[int]]:
-    """The best few assignments: the optimum, and the optima among restricted families that isolated timings may misjudge."""
+    """The best few assignments: the optimum, and the optima among restricted families that isolated timings may misjudge.
+
+    A family whose own times already add up to a quarter more than the optimum's is not worth building.
+    """
     found = {"optimum": solve(problem)}
+    limit = 1.25 * _work_time(problem, found["optimum"])
     families = {
         "plain layout": lambda c: all(f.layout == "plain" for f in (*c.needs, *c.gives)),
         "channels last": lambda c: "-last" in c.name or c.name.startswith(("onednn.int8", "numba.max-pool", "numba.mean-pool")),
@@ -174,8 +178,15 @@ def _assignments(problem: Problem) -> dict[str, list[int]]:
             allowed.append(inside or set(range(len(options))))
         if any(len(a) < len(o) for a, o in zip(allowed, problem.options, strict=True)):
             with contextlib.suppress(NoAssignment):  # a family need not be able to serve the whole graph
-                found[label] = solve(problem, allowed=allowed)
+                picks = solve(problem, allowed=allowed)
+                if _work_time(problem, picks) <= limit:
+                    found[label] = picks
     return found
+
+
+def _work_time(problem: Problem, picks: Sequence[int]) -> float:
+    """Milliseconds of the works alone, conversions left out."""
+    return sum(times[c] for times, c in zip(problem.times, picks, strict=True))
 
 
 def _from_plan(analysis: Analysis, options: list[list[Candidate]], plan: Mapping[str, str], notes: list[str]) -> Lowered:
