@@ -78,3 +78,20 @@ def test_floors_are_those_that_are_tested():
         known = {m for m in floors.FLOORS[int(number)] if f"graphwright.{m}" in floors.MODULES}
         unlisted = known - {n.rstrip("/") for n in named}
         assert unlisted <= {"console", "userfile", "dynamo", "checkup", "listing", "output"}, f"floor {number}: {unlisted}"
+
+
+def test_measured_numbers_come_from_result_files():
+    """Every row of a results table in the README stands so in the tables of the files that the README names."""
+    import importlib.util
+    import json
+
+    spec = importlib.util.spec_from_file_location("bench_table", ROOT / "bench/table.py")
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    files = sorted(set(re.findall(r"`(bench/results/\S+\.json)`", TEXT)))
+    assert files
+    printed = "\n".join(table.table(json.loads((ROOT / f).read_text())) for f in files)
+    rows = re.findall(r"^\| [\w-]+ \| [\d.]+ \| .*\|$", TEXT, re.M)
+    assert len(rows) >= 5
+    for row in rows:
+        assert row in printed, row
