@@ -7,7 +7,7 @@ along, and peak memory is the peer's own. Only one process works at any moment: 
 A process is asked in lines of JSON on its standard input and answers in lines of JSON on its standard output:
 
     {"do": "prepare"}                            -> {"status": "ok", "prepare_s": 3.2, ...} or {"status": "failed", ...}
-    {"do": "outputs", "path": "/tmp/x.npz"}      -> {"count": [2, 2]}        outputs per check input, saved to path
+    {"do": "outputs", "path": "x.npz"}      -> {"count": [2, 2]}        outputs per check input, saved to path
     {"do": "time", "warmup": 1, "calls": 3}      -> {"ms": [60.1, 60.3, 59.9]}
 """
 
