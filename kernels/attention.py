@@ -146,15 +146,12 @@ def run(
     """See ``graphwright.ops.lowered.attention``."""
     b, h, s, d = query.shape
     t, e = value.shape[-2:]
-    kind = dtype or torch.float32
-    out = torch.empty((b, s, h, e) if merge else (b, h, s, e), dtype=kind)
-    result = out.view(b, s, h * e) if merge else out
+    result, out, steps = empty_result(query, e, merge, dtype)
     if not out.numel():
         return result
     if not t:
         return result.fill_(zero_point if dtype in (torch.uint8, torch.int8) else 0)
-    query, key, value = _adjacent(query), _adjacent(key), _adjacent(value)
-    steps = out.transpose(1, 2).stride()[:3] if merge else out.stride()[:3]
+    query, key, value = adjacent(query), adjacent(key), adjacent(value)
     threads = min(torch.get_num_threads(), b * h) if s * t * b * h > 16384 and openmp() is not None else 1
     block = max(1, min(s, BLOCK // t, -(-s * b * h // threads)))
     floats = block * (t + e + 1) + 16
@@ -162,14 +159,22 @@ def run(
     _NATIVE(
         threads, sgemm(), b, h, s, t, d, e, h // key.shape[1], block,
         query.data_ptr(), *query.stride()[:3], key.data_ptr(), *key.stride()[:3], value.data_ptr(), *value.stride()[:3],
-        out.data_ptr(), KIND[kind], *steps, work.data_ptr(), floats,
+        out.data_ptr(), KIND[out.dtype], *steps, work.data_ptr(), floats,
         d**-0.5 if attention_scale is None else attention_scale, *grid(scale, zero_point, low, high), causal,
         *mask_slots(mask, (b, h, s, t)),
     )  # fmt: skip
     return result
 
 
-def _adjacent(x: Tensor) -> Tensor:
+def empty_result(query: Tensor, e: int, merge: bool, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """A new tensor for the result, the same with four axes, and that one's steps between batches, heads and queries."""
+    b, h, s, _ = query.shape
+    out = torch.empty((b, s, h, e) if merge else (b, h, s, e), dtype=dtype or torch.float32)
+    heads = out.transpose(1, 2) if merge else out
+    return (out.view(b, s, h * e) if merge else out), out, heads.stride()[:3]
+
+
+def adjacent(x: Tensor) -> Tensor:
     """x, or a copy where sgemm cannot walk through it: elements of a row adjacent, rows apart by a row at least."""
     step = x.stride()
     return x if step[3] == 1 and step[2] >= max(1, x.shape[3]) else x.contiguous()
@@ -179,10 +184,15 @@ def supports(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attention_scale: float | None, causal: bool,
     merge: bool, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None,
 ) -> str | None:  # fmt: skip
-    if (reason := unavailable() or not_cpu(query, key, value, mask)) is not None:
+    if (reason := unavailable()) is not None:
         return reason
-    if not sgemm():
-        return "this build of PyTorch exports no sgemm_"
+    return unfit(query, key, value, mask, dtype) if sgemm() else "this build of PyTorch exports no sgemm_"
+
+
+def unfit(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dtype: torch.dtype | None) -> str | None:
+    """None, or why tensors such as these can't be served."""
+    if (reason := not_cpu(query, key, value, mask)) is not None:
+        return reason
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dtype != torch.float32 or x.ndim != 4:
             return f"{name} is {x.dtype} with {x.ndim} axes, wanted float32 with 4"

@@ -29,7 +29,7 @@ BYTES = {F32: 4, BF16: 2, U8: 1, I8: 1}
 real = np.float32
 _ZERO, _ONE, _HALF, _TWO = real(0), real(1), real(0.5), real(2)
 # Adding 1.5 * 2^23 rounds a float32 below 2^22 half to even and leaves the integer in its low bits.
-_SHIFT = real(12582912.0)
+SHIFT = real(12582912.0)
 
 if numba is not None:
     from llvmlite import ir
@@ -140,8 +140,8 @@ def exp(x):
     2^n times a degree-6 minimax polynomial on [-1/2, 1/2], the argument reduced in two parts.
     """
     y = real(88.0) if x > real(88.0) else x
-    shifted = y * real(1.4426950216293335) + _SHIFT
-    n = shifted - _SHIFT
+    shifted = y * real(1.4426950216293335) + SHIFT
+    n = shifted - SHIFT
     r = (y * real(1.4426950216293335) - n) + y * real(1.9259629911266175e-08)
     p = real(0.00015345812425948679)
     p = p * r + real(0.0013399930903688073)
@@ -284,7 +284,7 @@ def _rounded(x, inverse, low, high, point):
     y = y if y == y else _ZERO  # noqa: PLR0124
     y = low if y < low else y
     y = high if y > high else y
-    return bits((y + _SHIFT) + point)
+    return bits((y + SHIFT) + point)
 
 
 @device
@@ -339,3 +339,4 @@ def largest(x, n):
         key = _ordered(a[i])
         best = key if key > best else best
     return from_bits(_ordered(best))
+

@@ -198,6 +198,47 @@ def attention(
     return _own(_emit(y, scale, zero_point, low, high, dtype).contiguous())
 
 
+#: Integers of the int8 products: symmetric, so that a scale is all that a row or column needs.
+_LEVELS = 127
+
+
+def _rounded(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """x as whole numbers from -127 to 127 (floating) with a scale along ``dim``, and that scale."""
+    most = x.abs().amax(dim, keepdim=True)
+    inverse = torch.where(most < 1e-30, 0.0, _LEVELS / most)
+    return torch.round(x * inverse), most / _LEVELS
+
+
+@op("graphwright.attention_int8", traits={SOFTMAX, QUANT})
+def attention_int8(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attention_scale: float | None, causal: bool,
+    merge: bool, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    """``attention`` whose products are those of 8-bit integers, with scales found at run time.
+
+    Queries are rounded with a scale per row, keys (less their mean over the head, which softmax does not see) with one
+    per row, values with one per column; the exponentials of the scores, from 0 to 1, to multiples of 1/255, by
+    whose sum the result is divided. Arguments and result as for ``attention``.
+    """
+    work = _work(query)
+    query, key, value = query.to(work), key.to(work), value.to(work)
+    if key.shape[1] != query.shape[1]:
+        key, value = (t.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for t in (key, value))
+    factor = query.shape[-1] ** -0.5 if attention_scale is None else attention_scale
+    if not key.shape[2] or not query.numel():
+        return attention(query, key, value, mask, factor, causal, merge, scale, zero_point, low, high, dtype)
+    q, q_scale = _rounded(query, -1)
+    k, k_scale = _rounded(key - key.mean(-2, keepdim=True), -1)
+    v, v_scale = _rounded(value, -2)
+    scores = _scores((q @ k.transpose(-2, -1)) * (q_scale * k_scale.transpose(-2, -1) * factor), mask, causal)
+    top = scores.amax(-1, keepdim=True)
+    p = torch.round(torch.exp(scores - top) * 255)
+    y = (p @ v) * v_scale / p.sum(-1, keepdim=True)
+    y = y.masked_fill(top == -torch.inf, 0.0)
+    y = y.transpose(1, 2).flatten(2) if merge else y
+    return _own(_emit(y, scale, zero_point, low, high, dtype).contiguous())
+
+
 # -- pooling ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,211 @@
+"""Vectors of 16 float32 or int32 as values in device code.
+
+LLVM turns simple loops into vector code by itself, but not where rows are short (it prepares for 64 bytes at a time and
+leaves the rest to scalar code) nor where numbers change their width on the way. There kernels say it in vectors:
+
+    x = fma(load_f(a), splat_f(scale), splat_f(SHIFT))
+    store_bytes(bits_of(x), to)
+
+On processors with narrower registers LLVM splits each operation. Nothing is aligned, nothing is checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from graphwright.kernels.numba_cpu import numba
+from graphwright.kernels.tile import SHIFT, device, real
+
+LANES = 16
+
+if numba is not None:
+    from llvmlite import ir
+    from numba.core import cgutils, types
+    from numba.extending import intrinsic, models, register_model
+
+    class Floats(types.Type):
+        """Sixteen float32."""
+
+    class Ints(types.Type):
+        """Sixteen int32."""
+
+    _FLOATS, _INTS, _BYTES = (ir.VectorType(k, LANES) for k in (ir.FloatType(), ir.IntType(32), ir.IntType(8)))
+    F, I = Floats("float32x16"), Ints("int32x16")
+
+    def _model(kind: Any) -> type:
+        class Model(models.PrimitiveModel):
+            def __init__(self, manager: Any, frontend: Any) -> None:
+                super().__init__(manager, frontend, kind)
+
+        return Model
+
+    register_model(Floats)(_model(_FLOATS))
+    register_model(Ints)(_model(_INTS))
+
+    def _op(result: Any, *operands: Any) -> Callable[[Callable[..., Any]], Any]:
+        """An intrinsic from ``emit(builder, *values)``."""
+
+        def make(emit: Callable[..., Any]) -> Any:
+            def typed(context, *given):
+                def build(ctx, at, sig, args):
+                    value = emit(at, *args)
+                    return ctx.get_dummy_value() if result is types.void else value
+
+                return result(*operands), build
+
+            names = ", ".join(f"a{k}" for k in range(len(operands)))
+            scope: dict[str, Any] = {"typed": typed}
+            exec(f"def {emit.__name__}(context, {names}): return typed(context, {names})", scope)  # noqa: S102  Numba wants names
+            return intrinsic(scope[emit.__name__])
+
+        return make
+
+    def _at(at: Any, address: Any, kind: Any) -> Any:
+        return at.inttoptr(address, kind.as_pointer())
+
+    def _spread(at: Any, x: Any, kind: Any) -> Any:
+        first = at.insert_element(ir.Constant(kind, ir.Undefined), x, ir.IntType(32)(0))
+        return at.shuffle_vector(first, first, ir.Constant(_INTS, [0] * LANES))
+
+    def _known(at: Any, name: str, result: Any, *args: Any) -> Any:
+        function = cgutils.get_or_insert_function(at.module, ir.FunctionType(result, [a.type for a in args]), name)
+        return at.call(function, args)
+
+    _address, _float, _int = types.int64, types.float32, types.int32
+
+    @_op(F, _address)
+    def load_f(at, address):
+        return at.load(_at(at, address, _FLOATS), align=4)
+
+    @_op(I, _address)
+    def load_i(at, address):
+        return at.load(_at(at, address, _INTS), align=4)
+
+    @_op(types.void, F, _address)
+    def store_f(at, x, address):
+        at.store(x, _at(at, address, _FLOATS), align=4)
+
+    @_op(types.void, I, _address)
+    def store_i(at, x, address):
+        at.store(x, _at(at, address, _INTS), align=4)
+
+    @_op(types.void, I, _address)
+    def store_bytes(at, x, address):
+        """The lowest byte of each."""
+        at.store(at.trunc(x, _BYTES), _at(at, address, _BYTES), align=1)
+
+    @_op(F, _float)
+    def splat_f(at, x):
+        return _spread(at, x, _FLOATS)
+
+    @_op(I, _int)
+    def splat_i(at, x):
+        return _spread(at, x, _INTS)
+
+    @_op(F, F, F, F)
+    def fma(at, x, y, z):
+        """``x * y + z``, rounded once."""
+        return _known(at, "llvm.fma.v16f32", _FLOATS, x, y, z)
+
+    @_op(F, F, F)
+    def add(at, x, y):
+        return at.fadd(x, y)
+
+    @_op(F, F, F)
+    def sub(at, x, y):
+        return at.fsub(x, y)
+
+    @_op(F, F, F)
+    def mul(at, x, y):
+        return at.fmul(x, y)
+
+    @_op(F, F, F)
+    def larger(at, x, y):
+        """The larger of the two; y where either is NaN."""
+        return at.select(at.fcmp_ordered(">", x, y), x, y)
+
+    @_op(F, F, F)
+    def smaller(at, x, y):
+        return at.select(at.fcmp_ordered("<", x, y), x, y)
+
+    @_op(I, I, I)
+    def add_i(at, x, y):
+        return at.add(x, y)
+
+    @_op(I, I, I)
+    def sub_i(at, x, y):
+        return at.sub(x, y)
+
+    @_op(I, I, I)
+    def mul_i(at, x, y):
+        return at.mul(x, y)
+
+    @_op(I, I, I)
+    def both(at, x, y):
+        """Bitwise and."""
+        return at.and_(x, y)
+
+    @_op(I, I, I)
+    def either(at, x, y):
+        """Bitwise or."""
+        return at.or_(x, y)
+
+    @_op(I, I, I)
+    def shifted(at, x, y):
+        """``x << y``."""
+        return at.shl(x, y)
+
+    @_op(I, I, I)
+    def larger_i(at, x, y):
+        return at.select(at.icmp_signed(">", x, y), x, y)
+
+    @_op(I, F)
+    def bits_of(at, x):
+        return at.bitcast(x, _INTS)
+
+    @_op(F, I)
+    def of_bits(at, x):
+        return at.bitcast(x, _FLOATS)
+
+    @_op(F, I)
+    def floats(at, x):
+        """The numbers, converted."""
+        return at.sitofp(x, _FLOATS)
+
+    @_op(_int, I)
+    def sum_i(at, x):
+        return _known(at, "llvm.vector.reduce.add.v16i32", ir.IntType(32), x)
+
+    @_op(_int, I)
+    def most_i(at, x):
+        return _known(at, "llvm.vector.reduce.smax.v16i32", ir.IntType(32), x)
+
+    @_op(_float, F)
+    def most(at, x):
+        """The largest of sixteen numbers, none of them NaN."""
+        call = _known(at, "llvm.vector.reduce.fmax.v16f32", ir.FloatType(), x)
+        call.fastmath.add("nnan")
+        return call
+else:
+    F = I = None
+    load_f = load_i = store_f = store_i = store_bytes = splat_f = splat_i = fma = add = sub = mul = larger = smaller = None
+    add_i = sub_i = mul_i = both = either = shifted = larger_i = bits_of = of_bits = floats = sum_i = most_i = most = None
+
+
+@device
+def rounded(x):
+    """The bits of x + 1.5 * 2^23: their low bytes are those of x rounded half to even, for magnitudes below 2^22."""
+    return bits_of(add(x, splat_f(SHIFT)))
+
+
+@device
+def power_of_two(x):
+    """2^x for x from -126 to 127, within 3e-6 of its value: the fraction by a minimax polynomial of degree 4."""
+    whole = add(x, splat_f(SHIFT))
+    r = sub(x, sub(whole, splat_f(SHIFT)))
+    p = fma(splat_f(real(0.00957009)), r, splat_f(real(0.05591786)))
+    p = fma(p, r, splat_f(real(0.24024745)))
+    p = fma(p, r, splat_f(real(0.69312182)))
+    p = fma(p, r, splat_f(real(0.99999926)))
+    return of_bits(add_i(bits_of(p), shifted(bits_of(whole), splat_i(23))))
