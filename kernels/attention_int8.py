@@ -47,6 +47,7 @@ from graphwright.kernels.vector import (
     both,
     either,
     floats,
+    fma,
     larger,
     larger_i,
     load_f,

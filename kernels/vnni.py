@@ -68,7 +68,9 @@ if numba is not None:
                 word, line = at.mul(step, _LONG(DEPTH)), at.mul(step, _LONG(LANES * DEPTH))
                 columns = [_load(at, at.add(r, line), _BYTES) for r in right]
                 for r in range(rows):
-                    one = at.insert_element(ir.Constant(_BYTES, ir.Undefined), _load(at, at.add(left[r], word), _INT), _INT(0))
+                    one = at.insert_element(
+                        ir.Constant(_BYTES, ir.Undefined), _load(at, at.add(left[r], word), _INT), _INT(0)
+                    )
                     spread = at.shuffle_vector(one, one, ir.Constant(_BYTES, [0] * LANES))
                     for v in range(blocks):
                         sums[r][v].add_incoming(at.call(product, [sums[r][v], spread, columns[v]]), loop)
