@@ -122,8 +122,7 @@ class Native:
                 return
             if (reason := unavailable()) is not None:
                 raise InternalError(reason, where=f"kernel {self.name}")
-            self._handle = _compile(self._body)
-            self._address = self._handle.address
+            self._handle, self._address = _compile(self._body)
             self._alone = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._address)
 
 
@@ -133,30 +132,30 @@ FAST = frozenset({"contract", "nsz"})
 _compile_lock = threading.Lock()
 
 
-def _compile(body: Callable[[int], None]) -> Any:
-    signature = numba.types.void(numba.types.int64)
-    options = {"fastmath": set(FAST), "error_model": "numpy"}
+def _compile(body: Callable[[int], None]) -> tuple[Any, int]:
+    """The owner of a kernel's code and the address of it, from the disk or compiled now."""
+    from graphwright.kernels import disk
+
     folder = cache_folder()
     with _compile_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", numba.core.errors.NumbaWarning)
-        if folder is not None:
-            before = numba.config.CACHE_DIR
-            numba.config.CACHE_DIR = str(folder)  # read when the function is decorated; other users of Numba keep theirs
-            try:
-                return numba.cfunc(signature, cache=True, **options)(body)
-            except Exception:  # noqa: BLE001, S110  an unusable cache entry, whatever Numba raises for it: compile anew
-                pass
-            finally:
-                numba.config.CACHE_DIR = before
-        return numba.cfunc(signature, **options)(body)
+        path = None if folder is None else disk.place(folder, f"{body.__module__.rpartition('.')[2]}.{body.__name__}")
+        found = None if path is None else disk.read(path)
+        if found is None:
+            options = {"fastmath": set(FAST), "error_model": "numpy"}
+            made = numba.cfunc(numba.types.void(numba.types.int64), **options)(body)
+            found = made, made.address
+            if path is not None:
+                disk.write(path, made)
+    return found
 
 
 @functools.cache
 def cache_folder() -> Path | None:
     """Private folder of compiled kernels, or None (no caching) where none can be had.
 
-    Numba's cache unpickles what it finds, so the folder must be the user's own and closed to others. Its name holds a digest
-    of the device code and the versions: Numba itself looks only at the file that a kernel stands in.
+    What lies there is run, so the folder must be the user's own and closed to others. Its name holds a digest of the device
+    code and the versions.
     """
     if numba is None:
         return None

@@ -65,7 +65,7 @@ if numba is not None:
     u8, i8, u16 = _pointer_to(types.uint8), _pointer_to(types.int8), _pointer_to(types.uint16)
     i32, i64 = _pointer_to(types.int32), _pointer_to(types.int64)
 
-    def _scratch_of(floats: int) -> Any:
+    def scratch_of(floats: int) -> Any:
         @intrinsic
         def scratch(context):
             def build(ctx, b, sig, args):
@@ -78,8 +78,8 @@ if numba is not None:
 
         return scratch
 
-    scratch = _scratch_of(int(TILE))          # address of TILE floats on the stack; each place in the code has its own
-    wide_scratch = _scratch_of(16384)    # 64 KiB, for whole rows
+    scratch = scratch_of(int(TILE))          # address of TILE floats on the stack; each place in the code has its own
+    wide_scratch = scratch_of(16384)    # 64 KiB, for whole rows
 
     @intrinsic
     def call(context, function):
@@ -117,7 +117,7 @@ else:  # the kernels' records stay importable; ``unavailable()`` keeps their bod
         return body
 
     reducing = device
-    f32 = f64 = u8 = i8 = u16 = i32 = i64 = scratch = wide_scratch = call = apart = bits = from_bits = None
+    f32 = f64 = u8 = i8 = u16 = i32 = i64 = scratch = wide_scratch = scratch_of = call = apart = bits = from_bits = None
 
 
 @device

@@ -129,6 +129,11 @@ if numba is not None:
     def smaller(at, x, y):
         return at.select(at.fcmp_ordered("<", x, y), x, y)
 
+    @_op(F, F)
+    def ordered(at, x):
+        """x, 0 in place of NaN."""
+        return at.select(at.fcmp_ordered("ord", x, x), x, ir.Constant(_FLOATS, [0.0] * LANES))
+
     @_op(I, I, I)
     def add_i(at, x, y):
         return at.add(x, y)
@@ -182,6 +187,20 @@ if numba is not None:
         return _known(at, "llvm.vector.reduce.smax.v16i32", ir.IntType(32), x)
 
     @_op(_float, F)
+    def total_f(at, x):
+        """The sum of sixteen numbers, in any order."""
+        call = _known(at, "llvm.vector.reduce.fadd.v16f32", ir.FloatType(), ir.FloatType()(0.0), x)
+        call.fastmath.add("reassoc")
+        return call
+
+    @_op(_float, F)
+    def least(at, x):
+        """The smallest of sixteen numbers, none of them NaN."""
+        call = _known(at, "llvm.vector.reduce.fmin.v16f32", ir.FloatType(), x)
+        call.fastmath.add("nnan")
+        return call
+
+    @_op(_float, F)
     def most(at, x):
         """The largest of sixteen numbers, none of them NaN."""
         call = _known(at, "llvm.vector.reduce.fmax.v16f32", ir.FloatType(), x)
@@ -189,8 +208,8 @@ if numba is not None:
         return call
 else:
     F = I = None
-    load_f = load_i = store_f = store_i = store_bytes = splat_f = splat_i = fma = add = sub = mul = larger = smaller = None
-    add_i = sub_i = mul_i = both = either = shifted = larger_i = bits_of = of_bits = floats = sum_i = most_i = most = None
+    load_f = load_i = store_f = store_i = store_bytes = splat_f = splat_i = fma = add = sub = mul = larger = smaller = ordered = None
+    add_i = sub_i = mul_i = both = either = shifted = larger_i = bits_of = of_bits = floats = sum_i = most_i = most = least = total_f = None
 
 
 @device
@@ -209,3 +228,10 @@ def power_of_two(x):
     p = fma(p, r, splat_f(real(0.69312182)))
     p = fma(p, r, splat_f(real(0.99999926)))
     return of_bits(add_i(bits_of(p), shifted(bits_of(whole), splat_i(23))))
+
+
+@device
+def quantized(x, inverse, low, high, point):
+    """As ``tile.store`` rounds: the lowest bytes are ``clamp(round(x * inverse), low, high) + point``, 0 + point for NaN."""
+    y = smaller(larger(ordered(mul(x, inverse)), low), high)
+    return bits_of(add(add(y, splat_f(SHIFT)), point))

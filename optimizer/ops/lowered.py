@@ -9,18 +9,24 @@ Arithmetic is float32 whatever float dtype comes in (float64 for float64, which 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from graphwright.errors import InternalError
+from graphwright.ops.dynamic import quantize_dynamic
 from graphwright.ops.fused import activate, quantize
-from graphwright.ops.registry import ELEMENTWISE, NORM, POOL, QUANT, SOFTMAX, op
+from graphwright.ops.registry import CONTRACTION, ELEMENTWISE, NORM, POOL, QUANT, SOFTMAX, op
 
 
 def _work(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _linear_axes(**args: Any) -> str:
+    return "* i, o i, o" + (", o" if args["bias"] is not None else "") + (", * o" if args["other"] is not None else "") + " -> * o"
 
 
 def _real(x: Tensor, scale: float, zero_point: int, work: torch.dtype) -> Tensor:
@@ -146,6 +152,33 @@ def add_quantize(
     y = _real(x, x_scale, x_zero_point, work) + _real(other, other_scale, other_zero_point, work)
     y = activate(y, activation, scalars)
     return _laid_out(_emit(y, scale, zero_point, low, high, dtype), x)
+
+
+# -- linear ----------------------------------------------------------------------------------------------------------
+
+
+@op("graphwright.linear_int8", axes=_linear_axes, traits={CONTRACTION, QUANT})
+def linear_int8(
+    x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, weight_scales: Tensor, bias: Tensor | None,
+    other: Tensor | None, activation: str, scalars: Sequence[float],
+    scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    """``activation(real(x) @ (weight * weight_scales).T + bias + other)``, quantized or as float.
+
+    ``x [*, i]`` uint8 with its scale and zero point; or float, which is quantized row by row first, as
+    ``quantize_dynamic`` does it from 0 to 255 (``x_scale`` and ``x_zero_point`` are ignored). ``weight [o, i]`` int8,
+    ``weight_scales [o]``, ``bias [o]``, ``other [*, o]`` float; gives ``[*, o]``, contiguous.
+    """
+    work = torch.float64 if weight_scales.dtype == torch.float64 else torch.float32
+    if x.is_floating_point():
+        q, scales, points = quantize_dynamic(x, True, False, 0, 255, torch.uint8)
+        rows = (q.to(work) - points) * scales.to(work)
+    else:
+        rows = _real(x, x_scale, x_zero_point, work)
+    y = F.linear(rows, weight.to(work) * weight_scales.to(work)[:, None], None if bias is None else bias.to(work))
+    if other is not None:
+        y = y + other.to(work)
+    return _own(_emit(activate(y, activation, scalars), scale, zero_point, low, high, dtype).contiguous())
 
 
 # -- softmax and attention -------------------------------------------------------------------------------------------
