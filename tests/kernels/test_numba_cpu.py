@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import os
 import stat
 import subprocess
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from graphwright import kernels, ops
 from graphwright.kernel import Kernel, Sample
-from graphwright.kernels import attention, embed_norm, norm, numba_cpu, pointwise, pool, softmax
+from graphwright.kernels import attention, disk, embed_norm, norm, numba_cpu, pointwise, pool, softmax
 from graphwright.ops import lowered
 
 ALL = [(k, s) for found in kernels.load().values() for k in found if k.backend == "numba" for s in k.samples()]
@@ -73,6 +74,27 @@ def test_cache_is_private_filled_and_survives_damage(tmp_path: Path) -> None:
     for f in files:
         f.write_bytes(b"not what was here")
     assert _run(code, XDG_CACHE_HOME=str(tmp_path)) == first
+
+
+def test_a_kernel_is_read_from_disk_only_when_all_of_it_is_right(tmp_path: Path) -> None:
+    softmax._NATIVE.warm()
+    folder = numba_cpu.cache_folder()
+    assert folder is not None
+    whole = disk.place(folder, "softmax._softmax").read_bytes()
+    line, _, parts = whole.partition(b"\n")
+    head = json.loads(line)
+    path = tmp_path / "kernel"
+
+    def read(data: bytes) -> Any:
+        path.write_bytes(data)
+        return disk.read(path)
+
+    assert read(whole)[1]
+    assert disk.read(tmp_path / "none") is None
+    assert read(b"") is None and read(line) is None and read(whole[:-1]) is None
+    assert read(line + b"\n" + parts[:100] + bytes([parts[100] ^ 1]) + parts[101:]) is None
+    for wrong in ({"version": 0}, {"wanted": ["no_such_symbol_anywhere"]}, {"sizes": [1]}, {"function": "another"}, {"kind": "x"}):
+        assert read(json.dumps(head | wrong).encode() + b"\n" + parts) is None, wrong
 
 
 def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
