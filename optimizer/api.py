@@ -111,6 +111,8 @@ class Job:
             variant, leaves = self._variant(model, args, kwargs, self.dynamic)
             if self.evaluate is not None and self.goal.max_drop is not None and variant.built is not None:
                 self._tuned(model, variant)
+            if self.goal.time_budget and variant.built is not None:
+                self._with_regions(model, variant, start + self.goal.time_budget)
             assert self.result is not None
             self.result.__dict__["_report"] = make_report(self, model, variant, (args, dict(kwargs)), leaves, start)
         return variant
@@ -171,6 +173,17 @@ class Job:
         deadline = time.perf_counter() + (self.goal.time_budget or math.inf)
         variant.built, log = search.within_budget(variant.built, self.passes, attempt, drop, self.goal.max_drop, deadline, self.say)
         variant.capture.notes.extend(log)
+
+    def _with_regions(self, model: nn.Module, variant: Variant, deadline: float) -> None:
+        """Spend what is left of the time budget on regions; they are exact, yet the accuracy budget has the last word."""
+        assert variant.built is not None
+        before, after = variant.built, search.with_regions(variant.built, deadline, self.say)
+        variant.built = after
+        if after.lowered.regions and self.evaluate is not None and self.goal.max_drop is not None:
+            lost = self._original(model) - self._candidate(model, variant)
+            if lost > self.goal.max_drop:
+                variant.built = before
+                variant.capture.notes.append(f"regions compiled by Inductor are left out: score drops by {lost:.4g}, budget {self.goal.max_drop:.4g}")
 
     def scores(self, model: nn.Module, variant: Variant) -> tuple[float, float] | None:
         """The user's figure for the original and for the result; None without ``evaluate``."""

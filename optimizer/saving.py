@@ -12,7 +12,7 @@ from torch import nn
 from graphwright import store
 from graphwright.capture import Capture, Guard
 from graphwright.ir import Program
-from graphwright.lower import lower
+from graphwright.lower import Lowered, lower, regions
 from graphwright.optimized import Optimized, Variant
 from graphwright.report import Report
 from graphwright.search import Built
@@ -25,7 +25,8 @@ def archive_of(fast: Optimized) -> store.Archive:
     for v in fast._variants:
         assert v.built is not None
         shapes = [[list(map(int, x.shape)), str(x.dtype)] for x in (v.built.captured.example or ())]
-        variants.append(store.Variant(v.built.running, {"kernels": v.built.lowered.plan, "unchanged": v.built.unchanged}, shapes))
+        plan = {"kernels": v.built.lowered.plan, "regions": v.built.lowered.regions, "unchanged": v.built.unchanged}
+        variants.append(store.Variant(v.built.running, plan, shapes))
     attributes = {k: _plain(v) for k, v in fast._attributes.items()}
     meta = {"report": fast.report.to_dict(), "attributes": {k: v for k, v in attributes.items() if v is not None},
             "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
@@ -38,12 +39,17 @@ def restore(path: str | Path) -> Optimized:
     fast = Optimized(None, None, {k: _object(v) for k, v in archive.meta.get("attributes", {}).items()})
     report = Report.from_dict(archive.meta["report"])
     for v in archive.variants:
-        lowered = lower(v.program, allowed=("f32", "bf16", "int8"), plan=v.plan["kernels"])
+        lowered = _lowered(v.program, v.plan["kernels"], v.plan.get("regions", []))
         report.warnings.extend(n for n in lowered.notes if n not in report.warnings)
         built = Built(v.program, v.program, [], lowered, unchanged=v.plan["unchanged"])
         fast._variants.append(Variant(v.program.signature.inputs, Capture(v.program), built, Guard(v.program)))
     fast.__dict__["_report"] = report
     return fast
+
+
+def _lowered(program: Program, kernels: dict[str, str], saved: list[dict[str, Any]]) -> Lowered:
+    """The program under a plan: nothing is timed."""
+    return regions.restored(lower(program, allowed=("f32", "bf16", "int8"), plan=kernels), saved)
 
 
 def twin(fast: Optimized) -> Optimized:
@@ -55,7 +61,7 @@ def twin(fast: Optimized) -> Optimized:
         built = v.built
         if built is not None:
             program = _own(built.running)
-            lowered = lower(program, allowed=("f32", "bf16", "int8"), plan=built.lowered.plan)
+            lowered = _lowered(program, built.lowered.plan, built.lowered.regions)
             built = Built(program, program, built.records, lowered, built.seconds, built.unchanged)
         other._variants.append(Variant(v.spec, v.capture, built, v.guard, v.pieces))
     other.__dict__["_report"] = copy.deepcopy(fast._report)

@@ -12,7 +12,7 @@ import torch
 
 from graphwright.errors import InputError
 from graphwright.ir import Program, site_of
-from graphwright.lower import Lowered, lower
+from graphwright.lower import Lowered, lower, regions
 from graphwright.manager import Pass, PassRecord, Pipeline
 
 Say = Callable[[str], None]
@@ -27,7 +27,9 @@ class Goal:
         latency_ms, speedup: at most this long, at least this much faster than the original, on the example inputs.
         size_mb: tensors at most this large. When it is given, a result that is smaller is kept even if it is not faster.
         memory_mb: peak memory of one run at most this.
-        time_budget: seconds for optimizing; a search gives its best so far when they are over.
+        time_budget: seconds for optimizing; a search gives its best so far when they are over. What is left of them after
+            kernels were chosen goes into compiling chains of ops by Inductor, where a C++ compiler is at hand; without a
+            budget nothing is compiled by it.
 
     Raises:
         InputError: a number is negative or not finite.
@@ -81,6 +83,13 @@ def build(captured: Program, passes: Sequence[Pass], allowed: frozenset[str], sa
     middle = time.perf_counter()
     lowered = lower(program, allowed=allowed, example=captured.example, progress=say)
     return Built(captured, program, records, lowered, {"passes": middle - start, "lowering": time.perf_counter() - middle})
+
+
+def with_regions(built: Built, deadline: float, say: Say) -> Built:
+    """The build with the chains of ops that Inductor makes faster, as far as they can be compiled before ``deadline``."""
+    start = time.perf_counter()
+    lowered = regions.compiled(built.lowered, built.captured.example or (), deadline, say)
+    return dataclasses.replace(built, lowered=lowered, seconds={**built.seconds, "regions": time.perf_counter() - start})
 
 
 def revert(built: Built, why: str) -> Built:

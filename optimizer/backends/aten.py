@@ -31,7 +31,7 @@ _ANY_DTYPE_VIEWS = {
     "aten.squeeze.dims", "aten.unflatten.int", "aten.chunk", "aten.split.Tensor", "aten.split_with_sizes", "aten.t", "aten.unbind.int",
 }  # fmt: skip
 #: ops of the table's view kind that copy, always or at times: worth a stopwatch
-_COPIES = {"aten.reshape", "aten.flatten.using_ints", "aten.contiguous", "aten.clone", "aten.cat", "aten.repeat", "aten.stack"}
+COPIES = {"aten.reshape", "aten.flatten.using_ints", "aten.contiguous", "aten.clone", "aten.cat", "aten.repeat", "aten.stack"}
 #: views that may be asked of a channels-last value because they give the same numbers whatever the strides
 _STRIDE_FREE = {"aten.reshape", "aten.flatten.using_ints", "aten.cat"}
 _POOLS_LAST = {"aten.max_pool2d", "aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten.mean.dim", "aten.amax"}
@@ -48,7 +48,7 @@ def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
     floats = [isinstance(work.val(k), Tensor) and work.val(k).dtype == torch.float32 for k in range(len(work.reads))]
     view = work.has(VIEW)
     # ops that merely look at their input are not worth a stopwatch
-    timed = (not view or work.op in _COPIES) and not isinstance(work.out, (torch.SymInt, int, bool, tuple, list))
+    timed = (not view or work.op in COPIES) and not isinstance(work.out, (torch.SymInt, int, bool, tuple, list))
     yield Candidate("aten.native", (NATIVE,) * len(work.reads), (NATIVE,), "f32", call, aliases=view or not timed, timed=timed)
     last = _last_needs(work)
     if last is not None:

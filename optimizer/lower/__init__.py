@@ -57,15 +57,20 @@ class Lowered:
     Attributes:
         plan: candidate by node name.
         choices: per work, with the alternatives and their times.
+        analysis, chosen: what the runner was put together from: per work, the candidate and its implementation.
         variants: whole assignments that were timed: label and timing; the first is the one taken.
         notes: what could not be used on this machine, and anything else worth a line.
+        regions: chains that run as one, as plain data for a saved file: see ``graphwright.lower.regions``.
     """
 
     runner: Runner
     plan: dict[str, str]
     choices: list[Choice]
+    analysis: Analysis
+    chosen: list[tuple[Candidate, Callable[..., Any]]]
     variants: list[tuple[str, Timing]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    regions: list[dict[str, Any]] = field(default_factory=list)
 
 
 def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mapping[str, str] | None = None,
@@ -102,24 +107,25 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
     say("choosing kernels")
     assignments = _assignments(problem)
     example = tuple(example if example is not None else program.example or ())
-    built: dict[str, tuple[list[int], Runner]] = {}
+    built: dict[str, tuple[list[int], list[tuple[Candidate, Callable[..., Any]]], Runner]] = {}
     cache: dict[tuple[int, int], Callable[..., Any]] = {}
     for label, picks in assignments.items():
-        if any(picks == other for other, _ in built.values()):
+        if any(picks == other for other, *_ in built.values()):
             continue
-        built[label] = picks, emit(analysis, [(kept[k][c], _build(cache, k, c, kept)) for k, c in enumerate(picks)])
+        chosen = [(kept[k][c], _build(cache, k, c, kept)) for k, c in enumerate(picks)]
+        built[label] = picks, chosen, emit(analysis, chosen)
     variants: list[tuple[str, Timing]] = []
     best = next(iter(built))
     if len(built) > 1 and example:
         say(f"timing {len(built)} whole assignments")
-        runs = [(lambda r=r: r(*example)) for _, r in built.values()]
+        runs = [(lambda r=r: r(*example)) for *_, r in built.values()]
         with program.preserved(example):
             timings = interleaved(runs, rounds=10, budget_s=1.5)
         variants = sorted(zip(built, timings, strict=True), key=lambda v: v[1].minimum)
         best = variants[0][0]
-    picks, runner = built[best]
+    picks, chosen, runner = built[best]
     choices = [Choice(w, kept[k][c].name, kept[k][c].precision, shown[k]) for k, (w, c) in enumerate(zip(analysis.works, picks, strict=True))]
-    return Lowered(runner, {c.work.node.name: c.name for c in choices}, choices, variants, notes)
+    return Lowered(runner, {c.work.node.name: c.name for c in choices}, choices, analysis, chosen, variants, notes)
 
 
 def _option(candidate: Candidate, found: float | str, count: int) -> Option:
@@ -204,4 +210,4 @@ def _from_plan(analysis: Analysis, options: list[list[Candidate]], plan: Mapping
                 notes.append(f"{work.site}: kernel {name} can't be built here ({error}); the op runs as it is")
                 chosen.append((native, native.build()))
     choices = [Choice(w, c.name, c.precision, ()) for w, (c, _) in zip(analysis.works, chosen, strict=True)]
-    return Lowered(emit(analysis, chosen), {c.work.node.name: c.name for c in choices}, choices, [], notes)
+    return Lowered(emit(analysis, chosen), {c.work.node.name: c.name for c in choices}, choices, analysis, chosen, notes=notes)

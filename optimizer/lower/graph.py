@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +12,9 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.backends.base import IntWeight, QParams, Read, Slot, Work, template
+from graphwright.errors import InternalError
 from graphwright.ir import Program, args_by_name
+from graphwright.ops import RANDOM, VIEW
 
 _QUANTIZE = "graphwright::quantize"
 _DEQUANTIZE = "graphwright::dequantize"
@@ -30,6 +35,77 @@ class Analysis:
     works: list[Work]
     qparams: dict[fx.Node, QParams]
     outputs: list[Read | Any]
+
+
+@dataclass(eq=False)
+class Region:
+    """Works that may run as one.
+
+    Attributes:
+        works: in program order.
+        reads: values that they read and do not make, in the order of first use.
+        writes: values that they make and others read, or the program returns.
+    """
+
+    works: tuple[Work, ...]
+    reads: tuple[fx.Node, ...]
+    writes: tuple[fx.Node, ...]
+
+    @property
+    def head(self) -> Work:
+        """The first work that computes: the region's name and place in a report."""
+        return next((w for w in self.works if w.row is not None and not w.has(VIEW)), self.works[0])
+
+    @classmethod
+    def of(cls, analysis: Analysis, works: Sequence[Work]) -> Region:
+        """The region of these works, in program order."""
+        inside = {w.node for w in works}
+        outer = {r.value for w in analysis.works if w.node not in inside for r in w.reads}
+        outer |= {o.value for o in analysis.outputs if isinstance(o, Read)}
+        reads = dict.fromkeys(r.value for w in works for r in w.reads if r.value not in inside)
+        return cls(tuple(works), tuple(reads), tuple(w.node for w in works if w.node in outer))
+
+
+def schedule(analysis: Analysis, regions: Sequence[Region]) -> list[Work | Region]:
+    """Works and regions in an order in which each finds what it reads; program order wherever that allows it.
+
+    Raises:
+        InternalError: a region reads what depends on it, or two share a work.
+    """
+    if not regions:
+        return list(analysis.works)
+    place = {w: k for k, w in enumerate(analysis.works)}
+    unit: dict[Work, Work | Region] = {w: w for w in analysis.works}
+    for region in regions:
+        for work in region.works:
+            if unit[work] is not work:
+                raise InternalError(f"two regions share {work.site}")
+            unit[work] = region
+    maker = {w.node: w for w in analysis.works}
+    after: dict[Work | Region, set[Work | Region]] = {u: set() for u in unit.values()}
+    waits = dict.fromkeys(after, 0)
+    edges = [(maker[r.value], w) for w in analysis.works for r in w.reads if r.value in maker]
+    # what may do more than compute keeps its turn
+    fixed = [w for w in analysis.works if w.has(RANDOM) or w.row is None and isinstance(w.target, torch._ops.OpOverload)]
+    for first, then in [*edges, *itertools.pairwise(fixed)]:
+        a, b = unit[first], unit[then]
+        if a is not b and b not in after[a]:
+            after[a].add(b)
+            waits[b] += 1
+    turn = {u: place[u.works[-1] if isinstance(u, Region) else u] for u in after}
+    whose = {k: u for u, k in turn.items()}
+    ready = [turn[u] for u, n in waits.items() if not n]
+    heapq.heapify(ready)
+    order: list[Work | Region] = []
+    while ready:
+        order.append(whose[heapq.heappop(ready)])
+        for u in after[order[-1]]:
+            waits[u] -= 1
+            if not waits[u]:
+                heapq.heappush(ready, turn[u])
+    if len(order) != len(after):
+        raise InternalError("a region reads what depends on it")
+    return order
 
 
 def analyse(program: Program) -> Analysis:

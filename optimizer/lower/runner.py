@@ -14,7 +14,7 @@ from graphwright.backends.base import NATIVE, Candidate, Format, Read, Work
 from graphwright.errors import InternalError
 from graphwright.ir import Program
 from graphwright.lower.conversions import conversion, possible
-from graphwright.lower.graph import Analysis
+from graphwright.lower.graph import Analysis, Region, schedule
 from graphwright.ops import VIEW
 
 
@@ -27,6 +27,7 @@ class Step:
         frees: registers whose value is dropped after the call.
         site: of the work, or of the value that is converted.
         name: the candidate's name, or ``"convert native→q"``.
+        work: the work that it does; of a fused region, the first that computes.
     """
 
     call: Callable[..., Any]
@@ -82,22 +83,29 @@ class Runner(nn.Module):
             return self._finish(registers, leaves)
 
     @torch.no_grad()
+    def step_through(self, leaves: Sequence[Tensor], do: Callable[[Step, list[Any]], Any]) -> None:
+        """Run with ``do(step, arguments)`` in the place of each call; its answer is the step's. Mutations are not applied."""
+        registers = self._start(leaves)
+        for step, (_, reads, writes, frees) in zip(self.steps, self._code, strict=True):
+            result = do(step, [registers[r] for r in reads])
+            for slot, value in zip((writes,), (result,), strict=True) if type(writes) is int else zip(writes, result, strict=True):
+                registers[slot] = value
+            for slot in frees:
+                registers[slot] = None
+
     def profile(self, leaves: Sequence[Tensor], rounds: int = 5) -> list[float]:
         """Least milliseconds of each step over ``rounds`` runs."""
-        best = [float("inf")] * len(self.steps)
+        best: dict[int, float] = {}
+
+        def timed(step: Step, args: list[Any]) -> Any:
+            begin = time.perf_counter()
+            result = step.call(*args)
+            best[id(step)] = min(best.get(id(step), float("inf")), 1e3 * (time.perf_counter() - begin))
+            return result
+
         for _ in range(rounds):
-            registers = self._start(leaves)
-            for k, (call, reads, writes, frees) in enumerate(self._code):
-                args = [registers[r] for r in reads]
-                begin = time.perf_counter()
-                result = call(*args)
-                best[k] = min(best[k], 1e3 * (time.perf_counter() - begin))
-                del args
-                for slot, value in zip((writes,), (result,), strict=True) if type(writes) is int else zip(writes, result, strict=True):
-                    registers[slot] = value
-                for slot in frees:
-                    registers[slot] = None
-        return best
+            self.step_through(leaves, timed)
+        return [best[id(s)] for s in self.steps]
 
 
 @dataclass(frozen=True)
@@ -105,18 +113,37 @@ class Register:
     slot: int
 
 
-def emit(analysis: Analysis, chosen: Sequence[tuple[Candidate, Callable[..., Any]]]) -> Runner:
+@dataclass(frozen=True)
+class Fused:
+    """A region that runs as one call.
+
+    Attributes:
+        name: ``"inductor.region1"``.
+        call: tensors of ``region.reads``, native, to those of ``region.writes``: one by itself, several in a tuple or list.
+    """
+
+    region: Region
+    name: str
+    call: Callable[..., Any]
+
+
+def emit(analysis: Analysis, chosen: Sequence[tuple[Candidate, Callable[..., Any]]], fused: Sequence[Fused] = ()) -> Runner:
     """Put the chosen implementations in program order, conversions just before their first reader.
+
+    Args:
+        fused: regions that run as one call, in the place of what was chosen for their works.
 
     Raises:
         InternalError: a form is read that nothing gives and nothing converts to.
     """
-    return _Emitter(analysis, chosen).run()
+    return _Emitter(analysis, chosen, fused).run()
 
 
 class _Emitter:
-    def __init__(self, analysis: Analysis, chosen: Sequence[tuple[Candidate, Callable[..., Any]]]):
-        self.analysis, self.chosen = analysis, chosen
+    def __init__(self, analysis: Analysis, chosen: Sequence[tuple[Candidate, Callable[..., Any]]], fused: Sequence[Fused]):
+        self.analysis = analysis
+        self.chosen = dict(zip(analysis.works, chosen, strict=True))
+        self.fused = {f.region: f for f in fused}
         self.slots: dict[tuple[fx.Node, Format], int] = {}
         self.count = 0
         self.steps: list[Step] = []
@@ -129,7 +156,11 @@ class _Emitter:
                    if n.op == "get_attr" and program.constant(n) is None]  # fmt: skip
         self.borrowed.update(inputs, (b for b, _ in buffers))
         clobbers: dict[int, int] = {}  # step → register overwritten
-        for work, (candidate, call) in zip(self.analysis.works, self.chosen, strict=True):
+        for work in schedule(self.analysis, list(self.fused)):
+            if isinstance(work, Region):
+                self._region(self.fused[work])
+                continue
+            candidate, call = self.chosen[work]
             reads = tuple(self._form(r.value, f) for r, f in zip(work.reads, candidate.needs, strict=True))
             writes = tuple(self._new(work.node, f) for f in candidate.gives)
             if candidate.clobbers is not None:
@@ -142,6 +173,13 @@ class _Emitter:
         self._protect(clobbers, {o.slot for o in outputs if isinstance(o, Register)})
         self._free({o.slot for o in outputs if isinstance(o, Register)})
         return Runner(program, self.steps, self.count, inputs, buffers, outputs)
+
+    def _region(self, fused: Fused) -> None:
+        region = fused.region
+        reads = tuple(self._form(value, NATIVE) for value in region.reads)
+        writes = tuple(self._new(value, NATIVE) for value in region.writes)
+        self.borrowed.update(reads, writes)  # what it gives may be several views of one tensor
+        self.steps.append(Step(fused.call, reads, writes, (), region.head.site, fused.name, region.head))
 
     def _new(self, value: fx.Node, form: Format) -> int:
         self.slots[value, form] = self.count

@@ -1,0 +1,203 @@
+"""Chains: connected ops that one loop could do, found among the works, and described as a ``Fragment``."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphwright.backends.aten import COPIES
+from graphwright.backends.base import NATIVE, Candidate, Work
+from graphwright.backends.inductor import Fragment, Run, encode
+from graphwright.lower.graph import Analysis, Region
+from graphwright.ops import CAST, CONTRACTION, ELEMENTWISE, NORM, POOL, QUANT, RANDOM, REDUCTION, SHAPE, SOFTMAX, VIEW
+
+#: ops in one region at the most
+_LARGEST = 64
+_WANTED = (ELEMENTWISE, REDUCTION, NORM, SOFTMAX, VIEW, CAST)
+_BARRED = (CONTRACTION, POOL, RANDOM, QUANT, SHAPE)
+_DTYPES = {torch.float32, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+Chosen = Mapping[Work, tuple[Candidate, Callable[..., Any]]]
+
+
+# -- which works -----------------------------------------------------------------------------------------------------
+
+
+def eligible(work: Work, candidate: Candidate) -> bool:
+    """Whether a work may be part of a region: plain float arithmetic or a view, static sizes, native forms."""
+    if candidate.precision != "f32" or candidate.clobbers is not None or {*candidate.needs, *candidate.gives} != {NATIVE}:
+        return False
+    if not work.reads or not work.static or work.target is not operator.getitem and not _known(work):
+        return False
+    values = [v for x in (work.out, *(r.value.meta["val"] for r in work.reads)) for v in (x if isinstance(x, (tuple, list)) else [x])]
+    if not all(isinstance(v, Tensor) and v.dtype in _DTYPES and v.device.type == "cpu" and v.numel() for v in [*values, *_constants(work)]):
+        return False
+    try:
+        encode([*work.args, *work.kwargs.values()], lambda value: 0)
+    except TypeError:
+        return False
+    return True
+
+
+def _known(work: Work) -> bool:
+    """An op of ATen's that only computes, or only moves, element by element or along axes."""
+    barred = any(map(work.has, _BARRED)) or work.op == "aten.as_strided" or work.named.get("training") is True
+    return work.op.startswith("aten.") and any(map(work.has, _WANTED)) and not barred
+
+
+def _looks(work: Work) -> bool:
+    """Whether a work moves numbers at the most."""
+    return work.has(VIEW) or work.target is operator.getitem
+
+
+def find(analysis: Analysis, chosen: Chosen) -> list[Region]:
+    """Maximal connected regions of eligible works, each with two ops that compute, such that all can run as one each."""
+    found = [_trimmed(analysis, works) for works in _Grouping(analysis, chosen).run()]
+    regions = [Region.of(analysis, works) for works in found if _worthy(works)]
+    return [r for r in regions if all(isinstance(n.meta["val"], Tensor) for n in (*r.reads, *r.writes))]
+
+
+class _Grouping:
+    """Joins each eligible work with the groups that it reads from, unless something in between has to run outside."""
+
+    def __init__(self, analysis: Analysis, chosen: Chosen):
+        self.works, self.chosen = analysis.works, chosen
+        place = {w.node: k for k, w in enumerate(self.works)}
+        self.before = [sorted({place[r.value] for r in w.reads if r.value in place}) for w in self.works]
+        self.after: list[list[int]] = [[] for _ in self.works]
+        for k, several in enumerate(self.before):
+            for p in several:
+                self.after[p].append(k)
+        self.group = list(range(len(self.works)))
+        self.members: dict[int, list[int]] = {}
+
+    def run(self) -> list[list[Work]]:
+        for k, work in enumerate(self.works):
+            if not eligible(work, self.chosen[work][0]):
+                continue
+            self.members[k] = [k]
+            for p in reversed(self.before[k]):
+                a, b = self.group[p], self.group[k]
+                if a in self.members and a != b and self._joinable(a, b, k):
+                    self._join(a, b)
+        return [[self.works[k] for k in sorted(m)] for m in self.members.values()]
+
+    def _joinable(self, a: int, b: int, last: int) -> bool:
+        small = len(self.members[a]) + len(self.members[b]) <= _LARGEST
+        return small and not self._detour(a, b, last) and not self._detour(b, a, last)
+
+    def _detour(self, source: int, target: int, last: int) -> bool:
+        """Whether a path leads from one group to the other through a third; works past ``last`` lead nowhere back."""
+        stack = self._next(source, last) - {target}
+        seen = set(stack)
+        while stack:
+            reached = self._next(stack.pop(), last)
+            if target in reached:
+                return True
+            stack |= reached - seen
+            seen |= reached
+        return False
+
+    def _next(self, group: int, last: int) -> set[int]:
+        members = self.members.get(group, (group,))
+        return {self.group[s] for m in members for s in self.after[m] if s <= last} - {group}
+
+    def _join(self, a: int, b: int) -> None:
+        for m in self.members[b]:
+            self.group[m] = a
+        self.members[a] += self.members.pop(b)
+
+
+def _trimmed(analysis: Analysis, works: list[Work]) -> list[Work]:
+    """Without views of the region's inputs that others read too: what a region gives is its own."""
+    inside, given = {w.node for w in works}, set(Region.of(analysis, works).writes)
+    mirrors: set[Any] = set()
+    for work in works:
+        if _looks(work) and all(r.value not in inside or r.value in mirrors for r in work.reads):
+            mirrors.add(work.node)
+    kept = [w for w in works if w.node not in mirrors & given]
+    return kept if len(kept) == len(works) else _trimmed(analysis, kept)  # what those views look at may now be given too
+
+
+def _worthy(works: Sequence[Work]) -> bool:
+    """Two passes over memory at least, one of them with arithmetic on floats."""
+    passes = [w for w in works if not _looks(w) or w.op in COPIES]
+    return len(passes) >= 2 and any(w.is_float and not _looks(w) for w in works)
+
+
+# -- from works to a fragment ----------------------------------------------------------------------------------------
+
+
+def _constants(work: Work) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            for v in value:
+                walk(v)
+
+    walk([list(work.args), list(work.kwargs.values())])
+    return found
+
+
+def fragment_of(region: Region, strides: Sequence[Sequence[int]]) -> tuple[Fragment, list[Tensor]]:
+    """The region as data, and the constants that follow its reads among the fragment's inputs.
+
+    Args:
+        strides: of ``region.reads``, as the program that runs gives them.
+    """
+    constants = list({id(c): c for w in region.works for c in _constants(w)}.values())
+    number: dict[Any, int] = {node: k for k, node in enumerate(region.reads)}
+    number |= {id(c): len(number) + k for k, c in enumerate(constants)}
+    inputs = [(n.meta["val"], tuple(s)) for n, s in zip(region.reads, strides, strict=True)]
+    inputs += [(c, c.stride()) for c in constants]
+    steps = []
+    for work in region.works:
+        places = [number[r.value] for r in work.reads]
+        say = lambda v, places=places: number[id(v)] if isinstance(v, Tensor) else places[v.index]
+        # compiled for strides that may not be the IR's: a view has to be a reshape there
+        op = {"aten.view": "aten.reshape.default", "operator.getitem": "getitem"}.get(work.op, str(work.target))
+        steps.append((op, encode(work.args, say), {k: encode(v, say) for k, v in work.kwargs.items()}))
+        number[work.node] = len(number)
+    described = tuple((str(v.dtype).removeprefix("torch."), tuple(v.shape), tuple(map(int, s))) for v, s in inputs)
+    return Fragment(described, tuple(steps), tuple(number[n] for n in region.writes)), constants
+
+
+def bind(fragment: Fragment, constants: Sequence[Tensor], run: Run) -> Callable[..., Any]:
+    """The library's function as a step: constants filled in, inputs of other strides brought to those it was made for."""
+    stated = [strides for _, _, strides in fragment.inputs[: len(fragment.inputs) - len(constants)]]
+    single = len(fragment.outputs) == 1
+
+    def call(*reads: Tensor) -> Any:
+        given = [x if x.stride() == s else _restride(x, s) for x, s in zip(reads, stated, strict=True)]
+        results = run([*given, *constants])
+        return results[0] if single else results
+
+    return call
+
+
+def _restride(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    if all(a == b or n == 1 for n, a, b in zip(x.shape, x.stride(), strides, strict=True)):
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+
+
+def chain(region: Region, chosen: Chosen) -> Callable[..., Any]:
+    """The region as it runs without Inductor, in the form of ``bind``."""
+    spot = {node: k for k, node in enumerate([*region.reads, *(w.node for w in region.works)])}
+    steps = [(chosen[w][1], [spot[r.value] for r in w.reads]) for w in region.works]
+    wanted = [spot[n] for n in region.writes]
+
+    def call(*reads: Tensor) -> Any:
+        values: list[Any] = list(reads)
+        for step, places in steps:
+            values.append(step(*[values[p] for p in places]))
+        return values[wanted[0]] if len(wanted) == 1 else [values[w] for w in wanted]
+
+    return call

@@ -1,0 +1,303 @@
+"""Regions: chains of ops that run one by one, compiled by Inductor into one loop where that measures faster.
+
+    lowered = compiled(lowered, example, deadline)     # compiles, checks, times; takes what is faster
+    lowered = restored(lowered, saved)                 # what a file says was taken; times nothing
+
+A saved region is plain data: ``{"nodes": [...], "strides": [...], "ms": ..., "chain_ms": ...}``. Its library lies in the private
+cache; where it is missing it is compiled at the first call, and where that can't be, the chain runs and a note says what it costs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphwright.backends import inductor
+from graphwright.backends.inductor import Fragment, FragmentModule, NotCompiled
+from graphwright.errors import InternalError
+from graphwright.lower import Choice, Lowered
+from graphwright.lower.chains import Chosen, bind, chain, eligible, find, fragment_of
+from graphwright.lower.graph import Region, schedule
+from graphwright.lower.runner import Fused, Step, emit
+from graphwright.lower.stopwatch import FLOORS_DB
+from graphwright.measure import interleaved
+from graphwright.numerics import Exact, sqnr_db
+
+#: a region is taken where it needs at most this share of its chain's time
+_CLEARLY = 0.9
+#: chains with less than this share of the model's time are not worth a compiler's
+_WORTH = 0.01
+#: seconds that a compilation at the first call after ``load`` may take
+_PATIENCE_S = 300.0
+
+
+@dataclass(eq=False)
+class _Group:
+    """Equal regions: ``regions[k]`` with ``constants[k]``.
+
+    Attributes:
+        ms: what all their chains take within the model.
+    """
+
+    fragment: Fragment
+    regions: list[Region]
+    constants: list[list[Tensor]]
+    ms: float
+
+
+@dataclass
+class _Taken:
+    group: _Group
+    ms: float
+    chain_ms: float
+
+
+def compiled(lowered: Lowered, example: Sequence[Tensor], deadline: float, say: Callable[[str], None] = lambda text: None) -> Lowered:
+    """``lowered`` with the regions that Inductor makes clearly faster, or as it was; the notes say which and why.
+
+    Args:
+        example: flat inputs, on which everything is timed.
+        deadline: ``time.perf_counter()`` value past which nothing is compiled; a region that would take longer is not begun.
+    """
+    why = inductor.reason()
+    if why:
+        return _noted(lowered, [f"no region was compiled by Inductor: {why}"])
+    chosen = dict(zip(lowered.analysis.works, lowered.chosen, strict=True))
+    groups, total = _groups(lowered, find(lowered.analysis, chosen), example)
+    groups = [g for g in groups if g.ms >= _WORTH * total]
+    if not groups:
+        return _noted(lowered, [f"no region was compiled by Inductor: no chain of ops that one loop could do takes {100 * _WORTH:.0f} % of the time"])
+    notes: list[str] = []
+    taken: list[_Taken] = []
+    seconds = inductor.expected_seconds()
+    for k, group in enumerate(groups):
+        name = _name(group)
+        if inductor.open_library(group.fragment) is None:
+            left = deadline - time.perf_counter()
+            if left < seconds:
+                rest = f"{len(groups) - k} of {len(groups)} different regions, from {name} on"
+                notes.append(f"not compiled by Inductor: {rest}: one takes about {seconds:.0f} s, {max(left, 0.0):.0f} s of the time budget are left")
+                break
+            say(f"compiling region {k + 1}/{len(groups)} with Inductor: {name}")
+            start = time.perf_counter()
+            try:
+                inductor.compile_library(group.fragment, left)
+            except NotCompiled as error:
+                notes.append(f"{name} was not compiled by Inductor: {error}")
+                continue
+            finally:
+                seconds = time.perf_counter() - start
+        found = _judged(lowered, group, chosen, example)
+        notes.append(f"{name}: {found[1]}")
+        if found[0] is not None:
+            taken.append(found[0])
+    return _raced(_noted(lowered, notes), taken, example, say) if taken else _noted(lowered, notes)
+
+
+def _noted(lowered: Lowered, notes: Sequence[str]) -> Lowered:
+    return dataclasses.replace(lowered, notes=[*lowered.notes, *notes])
+
+
+def _name(group: _Group) -> str:
+    first = group.regions[0]
+    more = f", {len(group.regions)} times" if len(group.regions) > 1 else ""
+    return f"the {len(first.works)} ops from {first.head.site} on{more}"
+
+
+def _groups(lowered: Lowered, regions: Sequence[Region], example: Sequence[Tensor]) -> tuple[list[_Group], float]:
+    """Equal regions together, those that take the longest first; and the time of the whole, in ms."""
+    strides: dict[fx.Node, tuple[int, ...]] = {}  # as they are: kernels may give others than the IR says
+
+    def look(step: Step, args: list[Any]) -> Any:
+        strides.update((value, x.stride()) for value, x in _tensors(step, args))
+        return step.call(*args)
+
+    lowered.runner.step_through(example, look)
+    steps = lowered.runner.profile(example, rounds=3)
+    spent = {s.work: ms for s, ms in zip(lowered.runner.steps, steps, strict=True) if s.work is not None}
+    groups: dict[str, _Group] = {}
+    for region in regions:
+        seen = [strides[n] for n in region.reads]
+        if any(s == 0 and n > 1 for node, t in zip(region.reads, seen, strict=True) for n, s in zip(node.meta["val"].shape, t, strict=True)):
+            continue  # an expanded input can't be made anew where another call brings other strides
+        fragment, constants = fragment_of(region, seen)
+        group = groups.setdefault(fragment.text, _Group(fragment, [], [], 0.0))
+        group.regions.append(region)
+        group.constants.append(constants)
+        group.ms += sum(spent[w] for w in region.works)
+    return sorted(groups.values(), key=lambda g: -g.ms), sum(steps)
+
+
+def _tensors(step: Step, args: Sequence[Any]) -> Iterator[tuple[fx.Node, Tensor]]:
+    """What a work's step reads: whose value, and the tensor."""
+    if step.work is not None:
+        yield from ((r.value, x) for r, x in zip(step.work.reads, args, strict=True) if isinstance(x, Tensor))
+
+
+def _samples(lowered: Lowered, region: Region, example: Sequence[Tensor]) -> list[Tensor]:
+    """What the region reads when the program runs on the example."""
+    kept: dict[fx.Node, Tensor] = {}
+
+    def look(step: Step, args: list[Any]) -> Any:
+        if step.work in region.works:
+            for value, x in _tensors(step, args):
+                if value in region.reads and value not in kept:
+                    kept[value] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+        return step.call(*args)
+
+    lowered.runner.step_through(example, look)
+    return [kept[n] for n in region.reads]
+
+
+def _judged(lowered: Lowered, group: _Group, chosen: Chosen, example: Sequence[Tensor]) -> tuple[_Taken | None, str]:
+    """Check and time one region against its chain; None where it is not taken, and a line for the notes."""
+    run, region = inductor.open_library(group.fragment), group.regions[0]
+    if run is None:
+        return None, "its library cannot be opened; the chain runs"
+    reads = _samples(lowered, region, example)
+    try:
+        problem = check(group.fragment, [*reads, *group.constants[0]], run)
+    except RuntimeError as error:
+        problem = str(error).splitlines()[0][:200]
+    if problem:
+        return None, f"Inductor's code is not right ({problem}); the chain runs"
+    calls = [chain(region, chosen), bind(group.fragment, group.constants[0], run)]
+    plain, fused = race(calls, reads)
+    if fused > _CLEARLY * plain:
+        return None, f"Inductor's {fused:.3g} ms are not clearly below the chain's {plain:.3g} ms; the chain runs"
+    return _Taken(group, fused, plain), f"{fused:.3g} ms through Inductor, {plain:.3g} ms op by op"
+
+
+def check(fragment: Fragment, inputs: Sequence[Tensor], run: inductor.Run) -> str | None:
+    """None, or how the library's results break the rule for exact transformations, or share memory with its inputs."""
+    with torch.no_grad():
+        reference, before = FragmentModule(fragment, double=True)(*inputs), FragmentModule(fragment)(*inputs)
+        after = run(list(inputs))
+    for ref, old, new in zip(reference, before, after, strict=True):
+        problem = Exact().failure(ref, old, new)
+        if problem:
+            return problem
+    held = {x.untyped_storage().data_ptr() for x in inputs}
+    return "it gives back an input" if any(x.untyped_storage().data_ptr() in held for x in after) else None
+
+
+def race(calls: Sequence[Callable[..., Any]], reads: Sequence[Tensor]) -> list[float]:
+    """Least milliseconds of each call, timed in turns."""
+    return [t.minimum for t in interleaved([lambda c=c: c(*reads) for c in calls], rounds=40, budget_s=0.6, warmup=2)]
+
+
+def _raced(lowered: Lowered, taken: Sequence[_Taken], example: Sequence[Tensor], say: Callable[[str], None]) -> Lowered:
+    """The program with all taken regions if it is faster as a whole."""
+    fused, saved = [], []
+    for one in taken:
+        run = inductor.open_library(one.group.fragment)
+        assert run is not None
+        strides = [list(s) for _, _, s in one.group.fragment.inputs]
+        for region, constants in zip(one.group.regions, one.group.constants, strict=True):
+            fused.append(Fused(region, f"inductor.region{len(fused) + 1}", bind(one.group.fragment, constants, run)))
+            saved.append({"nodes": [w.node.name for w in region.works], "strides": strides[: len(region.reads)],
+                          "ms": one.ms, "chain_ms": one.chain_ms})  # fmt: skip
+    runner = emit(lowered.analysis, lowered.chosen, fused)
+    say(f"timing the whole with {len(fused)} regions through Inductor")
+    with lowered.analysis.program.preserved(example):
+        for _ in range(2):  # a loss is not believed on one race
+            plain, with_regions = interleaved([lambda: lowered.runner(*example), lambda: runner(*example)], rounds=10, budget_s=1.5)
+            if with_regions.minimum < plain.minimum:
+                break
+    variants = [("regions through Inductor", with_regions), ("without them", plain), *lowered.variants[1:]]
+    if with_regions.minimum >= plain.minimum:
+        why = f"the whole is not faster with Inductor's regions ({with_regions.minimum:.3g} ms) than without ({plain.minimum:.3g} ms): they are left out"
+        return dataclasses.replace(_noted(lowered, [why]), variants=[variants[1], variants[0], *variants[2:]])
+    return dataclasses.replace(lowered, runner=runner, choices=_choices(lowered, fused), variants=variants, regions=saved)
+
+
+def _choices(lowered: Lowered, fused: Sequence[Fused]) -> list[Choice]:
+    """What the report shows: the works of a region name it."""
+    names = {w: f.name for f in fused for w in f.region.works}
+    return [dataclasses.replace(c, name=names.get(c.work, c.name)) for c in lowered.choices]
+
+
+# -- from a file -----------------------------------------------------------------------------------------------------
+
+
+def restored(lowered: Lowered, saved: Any) -> Lowered:
+    """``lowered`` with the regions that a file names; what does not fit or can't be had runs as a chain, with a note."""
+    chosen = dict(zip(lowered.analysis.works, lowered.chosen, strict=True))
+    by_name = {w.node.name: w for w in lowered.analysis.works}
+    fused: list[Fused] = []
+    kept, notes = [], []
+    late = 0
+    for entry in saved if isinstance(saved, list) else []:
+        try:
+            works = [by_name[name] for name in entry["nodes"]]
+            cost = float(entry["chain_ms"]) - float(entry["ms"])
+            region = Region.of(lowered.analysis, sorted(works, key=lowered.analysis.works.index))
+            if not math.isfinite(cost) or not all(eligible(w, chosen[w][0]) for w in works):
+                raise ValueError("an op of it may not be part of a region")
+            fragment, constants = fragment_of(region, entry["strides"])
+            schedule(lowered.analysis, [*(f.region for f in fused), region])
+        except (KeyError, TypeError, ValueError, AttributeError, InternalError) as error:
+            notes.append(f"a region that the file names does not fit the program ({error}); its ops run one by one")
+            continue
+        run, why = inductor.open_library(fragment), inductor.reason()
+        if run is None and why:
+            notes.append(f"{region.head.site}: the library of its region is not in this machine's cache and {why}; "
+                         f"its {len(works)} ops run one by one, which took {max(cost, 0.0):.2g} ms longer where it was measured")  # fmt: skip
+            continue
+        late += run is None
+        call = bind(fragment, constants, run) if run is not None else _Late(fragment, constants, chain(region, chosen), region.head.site)
+        fused.append(Fused(region, f"inductor.region{len(fused) + 1}", call))
+        kept.append(entry)
+    if late:
+        notes.append(f"{late} regions are compiled at the first call, about {inductor.expected_seconds():.0f} s for each different one: "
+                     "their libraries are not in this machine's cache")  # fmt: skip
+    if not fused:
+        return _noted(lowered, notes)
+    runner = emit(lowered.analysis, lowered.chosen, fused)
+    return dataclasses.replace(_noted(lowered, notes), runner=runner, choices=_choices(lowered, fused), regions=kept)
+
+
+class _Late:
+    """A region whose library is made at the first call; its chain where that fails."""
+
+    _lock = threading.Lock()
+
+    def __init__(self, fragment: Fragment, constants: list[Tensor], plain: Callable[..., Any], site: str):
+        self._fragment, self._constants, self._plain, self._site = fragment, constants, plain, site
+        self._call: Callable[..., Any] | None = None
+
+    def __call__(self, *reads: Tensor) -> Any:
+        if self._call is None:
+            with self._lock:
+                self._call = self._call or self._made(reads)
+        return self._call(*reads)
+
+    def _made(self, reads: Sequence[Tensor]) -> Callable[..., Any]:
+        try:
+            if inductor.open_library(self._fragment) is None:
+                inductor.compile_library(self._fragment, _PATIENCE_S)
+            run = inductor.open_library(self._fragment)
+            if run is None:
+                raise NotCompiled("its library cannot be opened")
+            call = bind(self._fragment, self._constants, run)
+            for wanted, got in zip(_list(self._plain(*reads)), _list(call(*reads)), strict=True):
+                same = sqnr_db(wanted.nan_to_num(), got.nan_to_num()) >= FLOORS_DB["f32"] if wanted.is_floating_point() else torch.equal(wanted, got)
+                if not same:
+                    raise NotCompiled("Inductor's code is not right here")
+            return call
+        except (NotCompiled, RuntimeError) as error:
+            warnings.warn(f"{self._site}: the region was not compiled ({error}); its ops run one by one", stacklevel=2)
+            return self._plain
+
+
+def _list(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)
