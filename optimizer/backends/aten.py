@@ -21,6 +21,7 @@ from graphwright.backends.base import (
     Work,
     filler,
     has_layouts,
+    hint,
 )  # fmt: skip
 from graphwright.ops import CONTRACTION, ELEMENTWISE, LAYOUT_FREE, POOL, VIEW
 
