@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +16,18 @@ from torch import Tensor, nn
 
 from graphwright import store
 from graphwright.capture import Capture, Guard, weights_fingerprint
+from graphwright.capture.rehearse import untouched
 from graphwright.errors import CoverageError, InputError, SaveError, UnsupportedError
 from graphwright.ir import Program
 from graphwright.report import Report, explain
 from graphwright.search import Built
 from graphwright.structure import Spec, flatten_call
 
-#: captured shapes and structures that one result holds at the most; the oldest goes first
+#: captured shapes and structures that one result holds at the most; the oldest goes first, save the one that the report is about
 MAX_VARIANTS = 8
+
+#: held while a model is captured and optimized: tracing switches global settings of torch, and stopwatches disturb each other
+WORKING = threading.RLock()
 
 
 @dataclass(eq=False)
@@ -76,14 +82,17 @@ class Optimized(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves, spec = flatten_call(args, kwargs)
-        for variant in self._variants:
-            if variant.covers(leaves, spec) is None:
-                if torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
-                    raise UnsupportedError(
-                        "gradients do not flow through an optimized model", where="input that requires grad",
-                        hint="Call it under torch.no_grad() or detach the inputs; train the original model instead.")  # fmt: skip
-                return variant.run(leaves)
-        return self._recapture(args, kwargs, leaves, spec).run(leaves)
+        variant = self._covering(leaves, spec)
+        if variant is None:
+            with WORKING:  # another thread may have captured the same meanwhile
+                variant = self._covering(leaves, spec) or self._recapture(args, kwargs, leaves, spec)
+        elif torch.is_grad_enabled() and any(x.requires_grad for x in leaves):
+            raise UnsupportedError("gradients do not flow through an optimized model", where="input that requires grad",
+                                   hint="Call it under torch.no_grad() or detach the inputs; train the original model instead.")  # fmt: skip
+        return variant.run(leaves)
+
+    def _covering(self, leaves: list[Tensor], spec: Spec) -> Variant | None:
+        return next((v for v in self._variants if v.covers(leaves, spec) is None), None)
 
     def _recapture(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Tensor], spec: Spec) -> Variant:
         near = next((v for v in self._variants if v.spec == spec), None)
@@ -100,19 +109,36 @@ class Optimized(nn.Module):
         if self._marks is not None and self._fingerprint(model) != self._marks:
             raise CoverageError("this call is not covered, and the original model was edited since optimize()",
                                 hint="Call optimize() again: the result is a snapshot of the model as it was.")  # fmt: skip
-        variant = self._compile(model, args, kwargs, again=near is not None)
+        with self._state_of_now(model):
+            variant = self._compile(model, args, kwargs, again=near is not None)
         self._add(variant, model)
         return variant
 
+    @contextmanager
+    def _state_of_now(self, model: nn.Module) -> Iterator[None]:
+        """Lend the model the buffers as the captured programs have written them, so that a new one goes on from there."""
+        written = {m.buffer: p.tensor(m.buffer) for p in self._captured() for m in p.signature.mutations if m.buffer}
+        if not written:
+            yield
+            return
+        with untouched(model):
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    if name in written:
+                        buffer.copy_(written[name])
+            yield
+
+    def _captured(self) -> list[Program]:
+        return [v.built.captured for v in self._variants if v.built is not None]
+
     def _add(self, variant: Variant, model: nn.Module | None) -> None:
         """Take a variant in, and note how the model's weights stand: later ones must be captured from the same."""
-        self.__dict__["_variants"] = [variant, *self._variants][:MAX_VARIANTS]
+        self.__dict__["_variants"] = [variant, *self._variants[:-1][: MAX_VARIANTS - 2], *self._variants[-1:]]
         if model is not None:
             self.__dict__["_marks"] = self._fingerprint(model)
 
     def _fingerprint(self, model: nn.Module) -> Any:
-        programs = [v.built.captured for v in self._variants if v.built is not None]
-        return weights_fingerprint(model, ignore=[m.buffer for p in programs for m in p.signature.mutations if m.buffer])
+        return weights_fingerprint(model, ignore=[m.buffer for p in self._captured() for m in p.signature.mutations if m.buffer])
 
     # -- looking -----------------------------------------------------------------------------------------------
 

@@ -97,7 +97,7 @@ def key(leaves: Sequence[torch.Tensor], spec: Spec) -> tuple[Any, ...]:
 
 
 def weights_fingerprint(model: nn.Module, *, ignore: Sequence[str] = ()) -> tuple[Any, ...]:
-    """Changes when a weight or buffer is written or replaced, a module's mode or a hook changes.
+    """Changes when a weight or buffer is written or replaced, or a module's mode, hooks or plain settings change.
 
     Args:
         ignore: buffers that the model itself writes while it runs.
@@ -108,8 +108,13 @@ def weights_fingerprint(model: nn.Module, *, ignore: Sequence[str] = ()) -> tupl
     held = tuple((name, t.data_ptr() if t.layout is torch.strided else id(t),
                   0 if t.is_inference() else t._version, t.dtype, t.device)
                  for name, t in tensors if name not in skipped)  # fmt: skip
-    modes = tuple((m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules())
+    modes = tuple((len(m._forward_hooks), len(m._forward_pre_hooks), _settings(m)) for m in model.modules())
     return held, modes
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Plain attributes that the model's code may read, ``training`` among them."""
+    return tuple((k, repr(v)) for k, v in vars(module).items() if not k.startswith("_") and type(v) in (bool, int, float, str))
 
 
 # -- sizes -----------------------------------------------------------------------------------------------------------
