@@ -93,8 +93,9 @@ def with_regions(built: Built, deadline: float, say: Say) -> Built:
 
 
 def revert(built: Built, why: str) -> Built:
-    """The captured graph, unchanged, op by op."""
+    """The captured graph, unchanged, op by op; what was noted on the way stays."""
     plain = lower(built.captured, plan={})
+    plain.notes[:] = dict.fromkeys([*built.lowered.notes, *plain.notes])
     return Built(built.captured, built.program, built.records, plain, built.seconds, why)
 
 

@@ -17,6 +17,8 @@ from graphwright.ops import CAST, CONTRACTION, ELEMENTWISE, NORM, POOL, QUANT, R
 
 #: ops in one region at the most
 _LARGEST = 64
+#: how much larger than its numbers the memory of a region's input may be
+_GAPS = 64
 _WANTED = (ELEMENTWISE, REDUCTION, NORM, SOFTMAX, VIEW, CAST)
 _BARRED = (CONTRACTION, POOL, RANDOM, QUANT, SHAPE)
 _DTYPES = {torch.float32, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
@@ -144,6 +146,18 @@ def _constants(work: Work) -> list[Tensor]:
 
     walk([list(work.args), list(work.kwargs.values())])
     return found
+
+
+def sound(value: Tensor, strides: Any) -> bool:
+    """Whether a tensor of ``value``'s shape can be made anew with these strides: no overlap, no memory that is mostly gaps."""
+    if not isinstance(strides, (tuple, list)) or len(strides) != value.dim() or not all(type(s) is int for s in strides):
+        return False
+    reach = 0
+    for stride, size in sorted((s, n) for s, n in zip(strides, value.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return False
+        reach += (size - 1) * stride
+    return reach <= _GAPS * value.numel()
 
 
 def fragment_of(region: Region, strides: Sequence[Sequence[int]]) -> tuple[Fragment, list[Tensor]]:

@@ -25,7 +25,7 @@ from graphwright.backends import inductor
 from graphwright.backends.inductor import Fragment, FragmentModule, NotCompiled
 from graphwright.errors import InternalError
 from graphwright.lower import Choice, Lowered
-from graphwright.lower.chains import Chosen, bind, chain, eligible, find, fragment_of
+from graphwright.lower.chains import Chosen, bind, chain, eligible, find, fragment_of, sound
 from graphwright.lower.graph import Region, schedule
 from graphwright.lower.runner import Fused, Step, emit
 from graphwright.lower.stopwatch import FLOORS_DB
@@ -127,14 +127,20 @@ def _groups(lowered: Lowered, regions: Sequence[Region], example: Sequence[Tenso
     groups: dict[str, _Group] = {}
     for region in regions:
         seen = [strides[n] for n in region.reads]
-        if any(s == 0 and n > 1 for node, t in zip(region.reads, seen, strict=True) for n, s in zip(node.meta["val"].shape, t, strict=True)):
-            continue  # an expanded input can't be made anew where another call brings other strides
+        if not _sound(region, seen):
+            continue  # an expanded input, say: it could not be made anew where another call brings other strides
         fragment, constants = fragment_of(region, seen)
         group = groups.setdefault(fragment.text, _Group(fragment, [], [], 0.0))
         group.regions.append(region)
         group.constants.append(constants)
         group.ms += sum(spent[w] for w in region.works)
     return sorted(groups.values(), key=lambda g: -g.ms), sum(steps)
+
+
+def _sound(region: Region, strides: Any) -> bool:
+    if not all(isinstance(n.meta["val"], Tensor) for n in (*region.reads, *region.writes)):
+        return False
+    return len(strides) == len(region.reads) and all(sound(n.meta["val"], s) for n, s in zip(region.reads, strides, strict=True))
 
 
 def _tensors(step: Step, args: Sequence[Any]) -> Iterator[tuple[fx.Node, Tensor]]:
@@ -241,8 +247,8 @@ def restored(lowered: Lowered, saved: Any) -> Lowered:
             works = [by_name[name] for name in entry["nodes"]]
             cost = float(entry["chain_ms"]) - float(entry["ms"])
             region = Region.of(lowered.analysis, sorted(works, key=lowered.analysis.works.index))
-            if not math.isfinite(cost) or not all(eligible(w, chosen[w][0]) for w in works):
-                raise ValueError("an op of it may not be part of a region")
+            if not works or not math.isfinite(cost) or not all(eligible(w, chosen[w][0]) for w in works) or not _sound(region, entry["strides"]):
+                raise ValueError("its ops or strides may not be those of a region")
             fragment, constants = fragment_of(region, entry["strides"])
             schedule(lowered.analysis, [*(f.region for f in fused), region])
         except (KeyError, TypeError, ValueError, AttributeError, InternalError) as error:
