@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,9 @@ from torch import fx, nn
 from torch._ops import OpOverload
 from torch.fx._lazy_graph_module import _LazyGraphModule  # writes its Python code when first run: most copies never are
 
-from graphwright import ops
+from graphwright import invariants
 from graphwright.errors import InternalError
+from graphwright.inference import Inference, fake_of
 from graphwright.nodes import (
     SCALAR_FUNCTIONS,
     arg,
@@ -36,6 +37,7 @@ from graphwright.nodes import (
     sites_of,
     walk_nodes,
 )
+from graphwright.outline import Late
 
 __all__ = [
     "SCALAR_FUNCTIONS", "Mutation", "Program", "Signature", "Span", "arg", "args_by_name", "describe", "normalise", "op_name",
@@ -82,7 +84,7 @@ class Program(nn.Module):
     Args:
         graph_module: the graph and, under their qualified names, its parameters, buffers and constants.
         signature: see ``Signature``.
-        fake_mode: the FakeTensorMode that made ``meta["val"]``.
+        fake_mode: the FakeTensorMode that made ``meta["val"]``, or a ``Late`` one whose outlines stand there.
         provenance: for each parameter that a pass made, the names of the original ones it came from.
     """
 
@@ -91,7 +93,9 @@ class Program(nn.Module):
         super().__init__()
         self.graph_module = graph_module
         self.signature = signature
-        self.fake_mode = fake_mode
+        self._late = fake_mode if isinstance(fake_mode, Late) else None
+        self._fake_mode = None if self._late else fake_mode
+        self._inference = Inference()
         self.provenance: dict[str, tuple[str, ...]] = dict(provenance or {})
         #: flat example inputs, and batches of flat calibration inputs, for passes and checks; never saved
         self.example: tuple[torch.Tensor, ...] | None = None
@@ -110,6 +114,14 @@ class Program(nn.Module):
         return tuple(outs[:count])
 
     # -- reading -----------------------------------------------------------------------------------------------
+
+    @property
+    def fake_mode(self) -> Any:
+        """The mode of every ``meta["val"]``; a program that was loaded gets its FakeTensors when this is first asked for."""
+        if self._late is not None:
+            self._late.settle(self.graph.nodes)
+            self._late, self._fake_mode = None, self._late.mode
+        return self._fake_mode
 
     @property
     def graph(self) -> fx.Graph:
@@ -210,7 +222,7 @@ class Program(nn.Module):
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` as a FakeTensor of this program's mode, all sizes fixed."""
-        return self.fake_mode.from_tensor(tensor.detach(), static_shapes=True)
+        return fake_of(tensor, self.fake_mode)
 
     def call(self, target: OpOverload, *args: Any, sites: Iterable[str] = (), like: fx.Node | None = None,
              **kwargs: Any) -> fx.Node:  # fmt: skip
@@ -226,16 +238,18 @@ class Program(nn.Module):
             node.meta["trace"] = like.meta.get("trace")
         node.meta["sites"] = tuple(dict.fromkeys([*sites, *(sites_of(like) if like is not None else ())]))
         node.meta["val"] = self.infer(node)
-        node.meta["checked"] = _evidence(node)
+        node.meta["checked"] = invariants.evidence(node)
         return node
 
     def infer(self, node: fx.Node) -> Any:
         """What ``node`` gives, as fake tensors and symbolic sizes, from its arguments' ``meta["val"]``."""
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        shapes = getattr(self.fake_mode, "shape_env", None)
-        # looking twice must not narrow what a symbol may be
-        with self.fake_mode, torch.no_grad(), shapes.suppress_guards() if shapes is not None else nullcontext():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+        return self.infer_call(node.target, node.args, node.kwargs)  # type: ignore[arg-type]
+
+    def infer_call(self, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What a call on these nodes and numbers would give; raises what the op raises where it does not take them."""
+        mode = self.fake_mode
+        args, kwargs = fx.node.map_arg((args, dict(kwargs)), lambda n: n.meta["val"])
+        return self._inference(mode, target, args, kwargs)
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let every reader of ``old`` read ``new``, which takes over its sites, and erase ``old``."""
@@ -271,7 +285,7 @@ class Program(nn.Module):
 
     def copy(self) -> Program:
         """A program of its own graph; tensors are shared, since passes never write into one."""
-        graph = fx.Graph()
+        mode, graph = self.fake_mode, fx.Graph()
         memo: dict[fx.Node, fx.Node] = {}
         graph.output(graph.graph_copy(self.graph, memo))
         for old, new in memo.items():
@@ -280,7 +294,8 @@ class Program(nn.Module):
         next(iter(reversed(graph_module.graph.nodes))).meta = dict(self.output.meta)
         for name in (m.buffer for m in self.signature.mutations if m.buffer):
             _register(graph_module, name, self.tensor(name))  # fx keeps only what the graph reads
-        twin = Program(graph_module, copy.copy(self.signature), self.fake_mode, self.provenance)
+        twin = Program(graph_module, copy.copy(self.signature), mode, self.provenance)
+        twin._inference = self._inference
         twin.example, twin.calibration = self.example, self.calibration
         twin.training = self.training
         return twin
@@ -309,58 +324,7 @@ class Program(nn.Module):
         Raises:
             InternalError: which node breaks which invariant, with the program's text.
         """
-        try:
-            self.graph.lint()
-        except Exception as error:
-            raise InternalError(f"the graph is malformed: {error}", program=self._safe_text()) from error
-        for node in self.graph.nodes:
-            reason = self._broken(node)
-            if reason:
-                site = ", ".join(sites_of(node)) or node.name
-                raise InternalError(f"node {node.name}: {reason}", where=site, program=self._safe_text())
-
-    def _broken(self, node: fx.Node) -> str | None:
-        if node.op == "output":
-            flat = isinstance(node.args[0], tuple)
-            return None if flat else "the output is no flat tuple"
-        if "val" not in node.meta:
-            return "meta['val'] is missing"
-        if node.op == "get_attr":
-            held, said = self.tensor(str(node.target)), node.meta["val"]
-            same = tuple(held.shape) == tuple(said.shape) and held.dtype == said.dtype
-            return None if same else f"meta['val'] says {describe(said)}, the tensor is {describe(held)}"
-        if node.op == "placeholder":
-            return None
-        if node.op != "call_function":
-            return f"a {node.op} node may not stand in a program"
-        if node.meta.get("sites") is None:
-            return "meta['sites'] is missing"
-        if not isinstance(node.target, OpOverload):
-            known = node.target in SCALAR_FUNCTIONS.values()
-            return None if known else f"{node.target!r} is neither an op nor a scalar function"
-        if node.target._schema.is_mutable:
-            return f"{node.target} writes into its arguments"
-        evidence = _evidence(node)
-        if node.meta.get("checked") == evidence:
-            return None  # found right earlier, and neither its op, its arguments nor their values have changed since
-        try:
-            complete = normalise(node.target, node.args, node.kwargs) == (node.args, dict(node.kwargs))
-        except InternalError as error:
-            return error.what
-        if not complete:
-            return "its arguments are not complete"
-        if ops.row(node.target) is None:
-            return None  # opaque: it may not be runnable on fakes a second time
-        if _data_decides(node.meta["val"]):
-            return None  # every inference gives a new symbol
-        try:
-            said, found = describe(node.meta["val"]), describe(self.infer(node))
-        except Exception as error:
-            return f"the op does not take these arguments: {error}"
-        if said != found:
-            return f"meta['val'] says {said}, the op gives {found}"
-        node.meta["checked"] = evidence
-        return None
+        invariants.verify(self)
 
     # -- printing ----------------------------------------------------------------------------------------------
 
@@ -384,36 +348,6 @@ class Program(nn.Module):
                 site = ", ".join(sites_of(node))
                 lines.append(f"{node.name}: {said} = {op_name(node.target)}({', '.join(shown)})" + (f"  # {site}" if site else ""))
         return "\n".join(lines)
-
-    def _safe_text(self) -> str:
-        try:
-            return self.text()
-        except Exception:  # a broken graph may not print: its own words are the next best thing
-            return str(self.graph)
-
-
-def _data_decides(value: Any) -> bool:
-    """Whether a size in ``value`` is known only once the data are (the count of a mask's trues)."""
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
-
-    tensors = value if isinstance(value, (tuple, list)) else [value]
-    return any(bool(free_unbacked_symbols(t)) for t in tensors if isinstance(t, (torch.Tensor, torch.SymInt)))
-
-
-@dataclass(frozen=True, eq=False)
-class _Same:
-    """Equal to another where both hold the very same object."""
-
-    value: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.value is other.value
-
-
-def _evidence(node: fx.Node) -> tuple[Any, ...]:
-    """What the check of a node's value depends on; comparing it is far cheaper than inferring the value anew."""
-    args = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _Same(n.meta.get("val")))
-    return node.target, _Same(node.meta.get("val")), args
 
 
 def _register(module: nn.Module, name: str, tensor: torch.Tensor) -> None:

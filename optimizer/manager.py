@@ -203,7 +203,7 @@ class Pipeline:
             raise PassError(f"the pass {said}", where=where, hint="Record every change in PassResult.changes, or set touched.")
         error, undone = None, None
         if result.modified and oracle is not None:
-            error, failure, outputs = oracle.compare(program, p.numerics)
+            error, failure, outputs = oracle.compare(program, p.numerics, state.kept)
             if failure and self.strict:
                 raise PassError(failure, where=where, hint=f"First bad node: {oracle.first_bad(state.kept, program, p.numerics)}")
             if failure:
@@ -211,7 +211,7 @@ class Pipeline:
                 result = PassResult(refusals=[(s, undone) for s, _ in result.changes] + result.refusals, notes=result.notes)
                 program, state.program, mark = state.kept, state.kept.copy(), state.mark
             elif isinstance(p.numerics, Lossy):
-                oracle.rebase(program, outputs)
+                oracle.rebase(outputs)
         if mark != state.mark:
             state.kept, state.mark = program.copy(), mark
         return PassRecord(p.name, str(p.numerics), result, time.perf_counter() - start, nodes, len(program.nodes),
@@ -223,24 +223,31 @@ class _Oracle:
 
     Attributes:
         original: the captured program's outputs in float64: what lossy passes, and the report, measure against.
-        reference, before: float64 and own outputs of the last program whose numbers were allowed to change.
+        reference, before: float64 and own outputs of the last program whose numbers were allowed to change; after a lossy
+            pass the float64 ones are computed once an exact pass has something to be held to.
     """
 
     def __init__(self, program: Program):
         self.leaves = program.example
-        self.rebase(program, run_pure(program, self.leaves))
-        self.original = self.reference
+        self.before = run_pure(program, self.leaves)
+        self.original = self.reference = self._double(program)
 
-    def rebase(self, program: Program, outputs: tuple[Any, ...]) -> None:
-        """Hold exact passes to ``program`` from here on: a lossy pass was accepted."""
-        self.before = outputs
+    def _double(self, program: Program) -> tuple[Any, ...]:
         try:
-            self.reference = run_double(program, self.leaves)
+            return run_double(program, self.leaves)
         except RuntimeError:  # an op without a float64 kernel: the program's own numbers are the reference
-            self.reference = outputs
+            return self.before
 
-    def compare(self, program: Program, numerics: Exact | Lossy) -> tuple[float, str | None, tuple[Any, ...]]:
-        """Worst SQNR of the outputs in dB against the original, the first failure, and the outputs."""
+    def rebase(self, outputs: tuple[Any, ...]) -> None:
+        """Hold exact passes to the program that gave ``outputs`` from here on: a lossy pass was accepted."""
+        self.before, self.reference = outputs, None
+
+    def compare(self, program: Program, numerics: Exact | Lossy, accepted: Program) -> tuple[float, str | None, tuple[Any, ...]]:
+        """Worst SQNR of the outputs in dB against the original, the first failure, and the outputs.
+
+        Args:
+            accepted: the program before the pass.
+        """
         from graphwright.numerics import sqnr_db
 
         worst, failure = float("inf"), None
@@ -248,7 +255,9 @@ class _Oracle:
             after = run_pure(program, self.leaves)
         except Exception as error:
             return -worst, f"the program no longer runs: {type(error).__name__}: {error}", ()
-        reference = self.original if isinstance(numerics, Lossy) else self.reference
+        if self.reference is None and isinstance(numerics, Exact):
+            self.reference = self._double(accepted)  # nothing was accepted since the lossy pass: an exact one would have asked
+        reference = self.reference if isinstance(numerics, Exact) else self.original
         for k, (ref, origin, was, now) in enumerate(zip(reference, self.original, self.before, after, strict=True)):
             if not isinstance(was, Tensor):
                 continue

@@ -146,15 +146,12 @@ def choose_overload(program: Program, packet: OpOverloadPacket, args: tuple[Any,
     Raises:
         InternalError: none does.
     """
-    fakes, fake_kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
     for overload in packet.overloads():
         target = getattr(packet, overload)
         if target._schema.is_mutable:
             continue
         try:
-            full, named = normalise(target, fakes, fake_kwargs)
-            with program.fake_mode, torch.no_grad():
-                target(*full, **named)
+            program.infer_call(target, *normalise(target, args, kwargs))
             return target
         except Exception:  # noqa: S112  an overload that does not take the arguments says so by raising anything
             continue

@@ -24,6 +24,7 @@ from graphwright.capture.functional import Base, Ref, Refused, ViewStep
 from graphwright.capture.sites import WRAPPED, Origin, name_sites, origin
 from graphwright.capture.weights import Weights
 from graphwright.errors import CaptureError
+from graphwright.inference import fake_of
 
 aten = torch.ops.aten
 
@@ -121,7 +122,7 @@ class Builder:
             name, tensor = self.weights.take(str(spec.target))
             if name not in refs:
                 node = self.graph.get_attr(name)
-                node.meta["val"] = self.fake_mode.from_tensor(tensor.detach(), static_shapes=True)
+                node.meta["val"] = fake_of(tensor, self.fake_mode)
                 if tensor.requires_grad:
                     self.differentiable.add(node)
                 refs[name] = self._fresh(node, buffer=name)

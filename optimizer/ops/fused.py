@@ -229,7 +229,8 @@ def _channel_axes(**args: Any) -> str:
     return f"{' '.join(whole)}, {' '.join(scaled)}, {' '.join(scaled)} -> {' '.join(whole)}"
 
 
-@op("graphwright.quantize", axes="* -> *", traits={QUANT, ELEMENTWISE, CAST})
+@op("graphwright.quantize", axes="* -> *", traits={QUANT, ELEMENTWISE, CAST},
+    fake=lambda x, scale, zero_point, low, high, dtype: torch.empty_like(x, dtype=dtype))  # fmt: skip
 def quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype) -> Tensor:
     """Quantize with one scale: ``clamp(round_half_even(x / scale) + zero_point, low, high)`` as ``dtype``.
 
@@ -243,7 +244,8 @@ def quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int, dtyp
     return _to_grid(x.to(_work_dtype(x, low, high)) / scale, zero_point, low, high, dtype)
 
 
-@op("graphwright.dequantize", axes="* -> *", traits={QUANT, ELEMENTWISE, CAST})
+@op("graphwright.dequantize", axes="* -> *", traits={QUANT, ELEMENTWISE, CAST},
+    fake=lambda q, scale, zero_point, dtype: torch.empty_like(q, dtype=dtype))  # fmt: skip
 def dequantize(q: Tensor, scale: float, zero_point: int, dtype: torch.dtype) -> Tensor:
     """Back from one scale: ``(q - zero_point) * scale`` as ``dtype``, same shape; differentiable for floating q."""
     return ((q.to(_real_dtype(q, dtype)) - zero_point) * scale).to(dtype)

@@ -78,12 +78,14 @@ def op(
     traits: Iterable[str] = (),
     flops: Callable[[Tensors, Any], int] | None = None,
     overloads: Iterable[str] = ("default",),
+    fake: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Add a row to the op table; see the package docstring.
 
     ``name`` is ``"aten.linear"`` for an op that exists (``overloads`` names those that the row covers), or
     ``"graphwright.name"`` for one of ours, which is registered with ``torch.library.custom_op`` from the body's
-    type hints: the body is its CPU and CUDA implementation, its shape rule and, re-run, its gradient.
+    type hints: the body is its CPU and CUDA implementation, its shape rule and, re-run, its gradient. ``fake`` is a
+    shorter shape rule, for a body of many ops that stands in a graph hundreds of times; it gives what the body would.
 
     An ATen overload that this torch does not have is left out and named by ``missing``.
 
@@ -94,7 +96,7 @@ def op(
     def add(body: Callable[..., Any]) -> Callable[..., Any]:
         namespace, _, short = name.partition(".")
         if namespace == "graphwright":
-            _define(name.replace(".", "::"), body)
+            _define(name.replace(".", "::"), body, fake or body)
         for overload in overloads:
             try:
                 target = getattr(getattr(getattr(torch.ops, namespace), short), overload)
@@ -112,10 +114,10 @@ def op(
     return add
 
 
-def _define(qualified: str, body: Callable[..., Any]) -> None:
-    """Register one of our own ops: implementation, fake and gradient all come from ``body``."""
+def _define(qualified: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register one of our own ops: implementation and gradient both come from ``body``."""
     defined = torch.library.custom_op(qualified, body, mutates_args=())
-    defined.register_fake(body)
+    defined.register_fake(fake)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*(x for x in inputs if isinstance(x, torch.Tensor)))

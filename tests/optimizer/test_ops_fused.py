@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from graphwright.errors import InternalError
 from graphwright.ir import normalise
+from graphwright.ops import fused
 from graphwright.ops.fused import ACTIVATIONS, activate, activation_call, activation_of
 
 g = torch.ops.graphwright
@@ -217,3 +219,19 @@ def test_scales_learn() -> None:
 def test_empty_and_scalar_tensors(shape: tuple[int, ...]) -> None:
     q = g.quantize(torch.zeros(shape), 0.1, 1, 0, 255, torch.uint8)
     assert q.shape == shape and g.dequantize(q, 0.1, 1, torch.float32).shape == shape
+
+
+@pytest.mark.parametrize("layout", ["plain", "permuted", "channels last", "sliced", "expanded", "empty", "scalar"])
+@pytest.mark.parametrize("name", ["quantize", "dequantize"])
+def test_shape_rules_of_their_own_give_what_the_bodies_give(name: str, layout: str) -> None:
+    plain = torch.randint(-9, 9, (2, 6, 4, 5)).to(torch.float32 if name == "quantize" else torch.int8)
+    x = {
+        "plain": plain, "permuted": plain.permute(3, 1, 0, 2), "sliced": plain[:, ::2, 1:3],
+        "channels last": plain.contiguous(memory_format=torch.channels_last),
+        "expanded": plain[:, :1].expand(2, 6, 4, 5), "empty": plain[:0], "scalar": plain[0, 0, 0, 0],
+    }[layout]  # fmt: skip
+    args = (0.1, 3, -128, 127, torch.int8) if name == "quantize" else (0.1, 3, torch.float32)
+    body = getattr(fused, name)(x, *args)
+    with FakeTensorMode() as mode:
+        rule = getattr(torch.ops.graphwright, name)(mode.from_tensor(x), *args)
+    assert (rule.shape, rule.stride(), rule.dtype, rule.device) == (body.shape, body.stride(), body.dtype, body.device)

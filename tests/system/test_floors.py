@@ -13,13 +13,13 @@ FOLDERS = {"optimizer": "graphwright", "passes": "graphwright.passes", "kernels"
 #: Modules by floor; a package stands for what is in it.
 FLOORS = [
     ["errors"],
-    ["ir", "nodes", "ops", "output", "structure"],
+    ["ir", "inference", "invariants", "nodes", "ops", "outline", "output", "structure"],
     ["rewrite", "manager", "kernel", "cost", "measure", "numerics", "cache", "calibrate"],
     ["capture", "kernels"],
     ["passes"],
     ["backends", "lower"],
     ["search", "store", "report"],
-    ["api", "optimized", "saving", "reporting", "checkup", "cli", "console", "userfile", "listing", "demo", "microbench"],
+    ["api", "optimized", "saving", "reporting", "checkup", "cli", "console", "userfile", "listing", "demo", "microbench", "dynamo"],
 ]  # fmt: skip
 FLOOR = {f"graphwright.{name}": k for k, names in enumerate(FLOORS) for name in names} | {"graphwright": len(FLOORS) - 1}
 

@@ -1,0 +1,109 @@
+"""What holds for every program, and checking it. A node that was found right is not inferred again until it changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch._ops import OpOverload
+
+from graphwright import ops
+from graphwright.errors import InternalError
+from graphwright.nodes import SCALAR_FUNCTIONS, describe, normalise, sites_of
+
+if TYPE_CHECKING:
+    from graphwright.ir import Program
+
+
+def verify(program: Program) -> None:
+    """See ``Program.verify``."""
+    try:
+        program.graph.lint()
+    except Exception as error:
+        raise InternalError(f"the graph is malformed: {error}", program=_text(program)) from error
+    for node in program.graph.nodes:
+        reason = _broken(program, node)
+        if reason:
+            site = ", ".join(sites_of(node)) or node.name
+            raise InternalError(f"node {node.name}: {reason}", where=site, program=_text(program))
+
+
+def _text(program: Program) -> str:
+    try:
+        return program.text()
+    except Exception:  # noqa: BLE001  a broken graph may not print: its own words are the next best thing
+        return str(program.graph)
+
+
+def _broken(program: Program, node: fx.Node) -> str | None:
+    if node.op == "output":
+        flat = isinstance(node.args[0], tuple)
+        return None if flat else "the output is no flat tuple"
+    if "val" not in node.meta:
+        return "meta['val'] is missing"
+    if node.op == "get_attr":
+        held, said = program.tensor(str(node.target)), node.meta["val"]
+        same = tuple(held.shape) == tuple(said.shape) and held.dtype == said.dtype
+        return None if same else f"meta['val'] says {describe(said)}, the tensor is {describe(held)}"
+    if node.op == "placeholder":
+        return None
+    if node.op != "call_function":
+        return f"a {node.op} node may not stand in a program"
+    if node.meta.get("sites") is None:
+        return "meta['sites'] is missing"
+    if not isinstance(node.target, OpOverload):
+        known = node.target in SCALAR_FUNCTIONS.values()
+        return None if known else f"{node.target!r} is neither an op nor a scalar function"
+    if node.target._schema.is_mutable:
+        return f"{node.target} writes into its arguments"
+    return _wrong_value(program, node)
+
+
+def _wrong_value(program: Program, node: fx.Node) -> str | None:
+    found_right = evidence(node)
+    if node.meta.get("checked") == found_right:
+        return None  # found right earlier, and neither its op, its arguments nor their values have changed since
+    try:
+        complete = normalise(node.target, node.args, node.kwargs) == (node.args, dict(node.kwargs))  # type: ignore[arg-type]
+    except InternalError as error:
+        return error.what
+    if not complete:
+        return "its arguments are not complete"
+    if ops.row(node.target) is None:
+        return None  # opaque: it may not be runnable on fakes a second time
+    if _data_decides(node.meta["val"]):
+        return None  # every inference gives a new symbol
+    try:
+        said, found = describe(node.meta["val"]), describe(program.infer(node))
+    except Exception as error:  # noqa: BLE001  an op says so by raising anything
+        return f"the op does not take these arguments: {error}"
+    if said != found:
+        return f"meta['val'] says {said}, the op gives {found}"
+    node.meta["checked"] = found_right
+    return None
+
+
+def _data_decides(value: Any) -> bool:
+    """Whether a size in ``value`` is known only once the data are (the count of a mask's trues)."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    tensors = value if isinstance(value, (tuple, list)) else [value]
+    return any(bool(free_unbacked_symbols(t)) for t in tensors if isinstance(t, (torch.Tensor, torch.SymInt)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Same:
+    """Equal to another where both hold the very same object."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+
+def evidence(node: fx.Node) -> tuple[Any, ...]:
+    """What the check of a node's value depends on; comparing it is far cheaper than inferring the value anew."""
+    args = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _Same(n.meta.get("val")))
+    return node.target, _Same(node.meta.get("val")), args
