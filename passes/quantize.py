@@ -21,9 +21,11 @@ from graphwright.passes.observers import Grid, Histogram, Rule, grid, rule
 from graphwright.passes.quantize_plan import (
     Anchor,
     Plan,
+    attention_unfit,
     find_anchor,
     float_inputs,
     groups,
+    is_attention,
     is_matrix_op,
     is_table,
     pair_of,
@@ -58,6 +60,8 @@ class Quantize(Pass):
             float elsewhere), ``"float"`` or ``"int8"``.
         bias_correction: where there are calibration data, take the mean error that rounding the weights causes back
             out of the bias.
+        attention: round queries, keys, values and probabilities inside attention to int8 too (not when weight-only), with
+            scales found at run time. Such a program can't be trained.
         embeddings: store the tables of look-ups as int8 too, a scale per row: smaller files, the same speed.
     """
 
@@ -70,6 +74,7 @@ class Quantize(Pass):
     per_channel: bool = True
     residual: str = "auto"
     bias_correction: bool = True
+    attention: bool = True
     embeddings: bool = False
 
     def __post_init__(self) -> None:
@@ -94,7 +99,8 @@ class Quantize(Pass):
         """
         result = PassResult()
         anchors = self._anchors(program, result)
-        if not anchors:
+        attentions = self._attentions(program, result)
+        if not anchors and not attentions:
             result.notes.append("no matrix op with a constant weight is left to quantize")
             return result
         every, anchors = anchors, [a for a in anchors if not a.table]
@@ -109,12 +115,15 @@ class Quantize(Pass):
         elif self.mode == "dynamic":
             writer.dynamic(anchors, symmetric=self.activations == "int8")
         anchors = [a for a in every if a.table or a in anchors]  # in graph order: the first reader comes first
-        if not anchors:
-            return result
         writer.weights(anchors, per_channel=self.per_channel)
+        rounded = {node: writer.attention(node) for node in attentions}
         program.tidy()
         batch = next(iter(program.calibration), program.example)
-        errors = site_errors(before, program, {twins[a.node]: a.node for a in anchors}, batch)
+        stand_for = {twins[a.node]: a.node for a in anchors} | {twins[old]: new for old, new in rounded.items()}
+        errors = site_errors(before, program, stand_for, batch)
+        for new in rounded.values():
+            said = f", SQNR {errors[new]:.1f} dB" if new in errors else ""
+            result.change(site_of(new), "queries, keys, values and probabilities as int8, scales at run time" + said)
         for a in sorted(anchors, key=lambda a: errors.get(a.node, 0.0)):
             said = writer.describe(a) + (f", SQNR {errors[a.node]:.1f} dB" if a.node in errors else "")
             result.change(site_of(a.node), said)
@@ -133,6 +142,21 @@ class Quantize(Pass):
                 result.refuse(site_of(node), anchor)
             else:
                 found.append(anchor)
+        return found
+
+    def _attentions(self, program: Program, result: PassResult) -> list[fx.Node]:
+        """Attention ops whose products are to be rounded; those that can't be are refused."""
+        found: list[fx.Node] = []
+        if not self.attention or self.mode == "weight-only":
+            return found
+        for node in program.nodes:
+            if not is_attention(node) or self.refused(result, node):
+                continue
+            reason = attention_unfit(node)
+            if reason:
+                result.refuse(site_of(node), reason)
+            else:
+                found.append(node)
         return found
 
     def _static(self, program: Program, anchors: list[Anchor], ranges: _Ranges, writer: Writer,

@@ -91,6 +91,21 @@ def is_table(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.embedding.default
 
 
+def is_attention(node: fx.Node) -> bool:
+    return node.target in (torch.ops.graphwright.attention.default, torch.ops.aten.scaled_dot_product_attention.default)
+
+
+def attention_unfit(node: fx.Node) -> str | None:
+    """None, or why the products of an attention op can't be rounded."""
+    args = args_by_name(node)
+    tensors = [args[k].meta["val"] for k in ("query", "key", "value")]
+    if any(t.dim() != 4 or t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
+        return "int8 products inside attention need float32 tensors with 4 axes on the CPU"
+    if args.get("dropout_p"):
+        return "it drops probabilities at random"
+    return None
+
+
 def find_anchor(program: Program, node: fx.Node) -> Anchor | str:
     """The anchor that a matrix op is, or the reason why it is none."""
     args = args_by_name(node)

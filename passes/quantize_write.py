@@ -94,6 +94,18 @@ class Writer:
         node.meta["sites"], node.meta["val"] = sites_of(whole), whole.meta["val"][k]
         return node
 
+    def attention(self, node: fx.Node) -> fx.Node:
+        """The op with int8 products in the place of an attention op."""
+        a = args_by_name(node)
+        if node.target is torch.ops.graphwright.attention.default:
+            args = tuple(a.values())
+        else:
+            args = (a["query"], a["key"], a["value"], a["attn_mask"], a["scale"], a["is_causal"], False, 1.0, 0, 0, 0, None)
+        with self.program.graph.inserting_before(node):
+            new = self.program.call(_OPS.attention_int8.default, *args, sites=sites_of(node))
+        self.program.replace(node, new)
+        return new
+
     # -- weights ---------------------------------------------------------------------------------------------------
 
     def weights(self, anchors: Iterable[Anchor], *, per_channel: bool) -> None:

@@ -59,10 +59,12 @@ class Read:
     Attributes:
         value: the node that makes it.
         quantized: it is read through quantize/dequantize, so that the quantized form will do.
+        rows: it is read through a pair that quantizes each row at run time, from 0 to 255.
     """
 
     value: fx.Node
     quantized: bool = False
+    rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,8 @@ class Candidate:
         clobbers: index of a read whose memory the implementation overwrites.
         aliases: the result may share memory with a read.
         timed: False: too cheap to time; costs nothing.
+        floor_db: what its result must reach against the op's own reference, where one of the two rounds and the other
+            does not; None: what its precision is held to.
     """
 
     name: str
@@ -177,6 +181,7 @@ class Candidate:
     clobbers: int | None = None
     aliases: bool = False
     timed: bool = True
+    floor_db: float | None = None
 
     @property
     def backend(self) -> str:

@@ -10,7 +10,18 @@ import torch
 from torch import Tensor
 
 from graphwright import kernels
-from graphwright.backends.base import NATIVE, NATIVE_LAST, Q, Q_LAST, Candidate, Format, QParams, Slot, Work, has_layouts
+from graphwright.backends.base import (
+    NATIVE,
+    NATIVE_LAST,
+    Q_LAST,
+    Candidate,
+    Format,
+    Q,
+    QParams,
+    Slot,
+    Work,
+    has_layouts,
+)
 from graphwright.kernel import Kernel
 from graphwright.ops.fused import activation_of
 
@@ -122,9 +133,9 @@ def _softmax(work: Work) -> Iterator[Candidate]:
 
 
 def _attention(work: Work) -> Iterator[Candidate]:
-    """ATen's attention op, or ours with merged heads."""
+    """ATen's attention op, or ours with merged heads and perhaps int8 products."""
     run, a = kernel("graphwright.attention"), work.named
-    ours = work.op == "graphwright.attention"
+    ours = work.op != "aten.scaled_dot_product_attention"
     query, key, value, mask = a["query"], a["key"], a["value"], a["mask" if ours else "attn_mask"]
     causal, factor = (a["causal"], a["attention_scale"]) if ours else (a["is_causal"], a["scale"])
     if run is None or not all(isinstance(t, Slot) and work.val(t.index).dim() == 4 for t in (query, key, value)):
@@ -137,11 +148,17 @@ def _attention(work: Work) -> Iterator[Candidate]:
         return (lambda r, i=t.index: r[i]) if isinstance(t, Slot) else (lambda r, t=t: t)
 
     q, k, v, m = pick(query), pick(key), pick(value), pick(mask)
-    for form, tag, precision, grid in _outs(work):
-        yield Candidate(f"numba.attention-{tag}", (NATIVE,) * len(work.reads), (form,), precision,
-                        lambda grid=grid: lambda *r: run(q(r), k(r), v(r), m(r), factor, causal, merge, *grid))  # fmt: skip
+    runs, floor = [("attention", "f32", run)], None
+    if work.op == "graphwright.attention_int8":
+        floor = 20.0  # the others round less than it does
+        runs.append(("attention-int8", "int8", kernel("graphwright.attention_int8")))
+    for name, least, attend in runs:
+        for form, tag, precision, grid in _outs(work) if attend is not None else ():
+            yield Candidate(f"numba.{name}-{tag}", (NATIVE,) * len(work.reads), (form,), precision if least == "f32" else least,
+                            lambda attend=attend, grid=grid: lambda *r: attend(q(r), k(r), v(r), m(r), factor, causal, merge, *grid),
+                            floor_db=floor)  # fmt: skip
     if ours:
-        yield Candidate("aten.sdpa", (NATIVE,) * len(work.reads), (NATIVE,), "f32", lambda: _sdpa(q, k, v, m, factor, causal, merge))
+        yield Candidate("aten.sdpa", (NATIVE,) * len(work.reads), (NATIVE,), "f32", lambda: _sdpa(q, k, v, m, factor, causal, merge), floor_db=floor)
 
 
 def _sdpa(q: Any, k: Any, v: Any, m: Any, factor: float | None, causal: bool, merge: bool) -> Callable[..., Tensor]:
@@ -207,7 +224,8 @@ def _mean_pool(work: Work) -> Iterator[Candidate]:
 
 _OFFERS: dict[str, Callable[[Work], Iterator[Candidate]]] = {
     "aten.layer_norm": _norm, "aten.rms_norm": _norm, "aten.add.Tensor": _add, "aten.softmax.int": _softmax,
-    "aten.scaled_dot_product_attention": _attention, "graphwright.attention": _attention, "aten.reshape": _copy,
+    "aten.scaled_dot_product_attention": _attention, "graphwright.attention": _attention,
+    "graphwright.attention_int8": _attention, "aten.reshape": _copy,
     "aten.contiguous": _copy, "aten.clone": _copy, "aten.max_pool2d": _max_pool, "aten.mean.dim": _mean_pool,
     "aten.adaptive_avg_pool2d": _mean_pool,
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from graphwright.ops import RANDOM, VIEW
 _QUANTIZE = "graphwright::quantize"
 _DEQUANTIZE = "graphwright::dequantize"
 _DEQUANTIZE_CHANNEL = "graphwright::dequantize_channel"
+_QUANTIZE_DYNAMIC = "graphwright::quantize_dynamic"
+_DEQUANTIZE_DYNAMIC = "graphwright::dequantize_dynamic"
 
 
 @dataclass(eq=False)
@@ -122,6 +125,7 @@ class _Analyser:
         self.program = program
         self.qparams: dict[fx.Node, QParams] = {}
         self.absorbed: dict[fx.Node, fx.Node] = {}  # dequantize (or absorbed quantize) → the value it stands for
+        self.rows: set[fx.Node] = set()  # those of them that quantize each row at run time, from 0 to 255
         self.weights: dict[fx.Node, IntWeight] = {}
         self.materialised: dict[fx.Node, Tensor] = {}
 
@@ -129,6 +133,8 @@ class _Analyser:
         for node in self.program.nodes:
             if _is(node, _QUANTIZE):
                 self._quantize(node)
+            elif _is(node, _QUANTIZE_DYNAMIC):
+                self._quantize_dynamic(node)
             elif _is(node, _DEQUANTIZE) or _is(node, _DEQUANTIZE_CHANNEL):
                 self._weight(node)
         works = [self._work(n) for n in self.program.nodes if n not in self.absorbed and n not in self.weights]
@@ -155,6 +161,21 @@ class _Analyser:
         for user in node.users:
             self.absorbed[user] = value
 
+    def _quantize_dynamic(self, node: fx.Node) -> None:
+        """Absorb a quantize with scales found at run time whose parts are all put together again."""
+        a = args_by_name(node)
+        value, parts = a["x"], list(node.users)
+        readers = {user for part in parts for user in part.users}
+        known = all(p.target is operator.getitem for p in parts) and all(_is(r, _DEQUANTIZE_DYNAMIC) for r in readers)
+        whole = all(len({p.args[1] for p in r.all_input_nodes}) == 3 for r in readers) if known else False
+        if not isinstance(value, fx.Node) or not whole or any(r.meta["val"].dtype != value.meta["val"].dtype for r in readers):
+            return
+        asymmetric = (a["rows"], a["symmetric"], a["low"], a["high"], a["dtype"]) == (True, False, 0, 255, torch.uint8)
+        for absorbed in (node, *parts, *readers):
+            self.absorbed[absorbed] = value
+            if asymmetric:
+                self.rows.add(absorbed)
+
     def _weight(self, node: fx.Node) -> None:
         """Absorb the dequantize of a constant."""
         if node in self.absorbed:
@@ -173,7 +194,7 @@ class _Analyser:
 
     def _read(self, node: fx.Node) -> Read:
         value = self.absorbed.get(node)
-        return Read(node) if value is None else Read(value, quantized=value in self.qparams)
+        return Read(node) if value is None else Read(value, value in self.qparams and node not in self.rows, node in self.rows)
 
     def _constant(self, node: fx.Node) -> Tensor | None:
         if node in self.weights:

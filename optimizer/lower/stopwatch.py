@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.backends.base import (
-    NATIVE, Candidate, Format, QParams, Work, channels_last, hint,
+    NATIVE,
+    Candidate,
+    Format,
+    QParams,
+    Work,
+    channels_last,
+    hint,
 )  # fmt: skip
 from graphwright.cache import JsonCache
 from graphwright.lower.conversions import conversion
@@ -40,7 +46,7 @@ class Stopwatch:
         self._cache = JsonCache("timings")
         self._fresh = fresh
         self._known: dict[str, float | str] = {}
-        self._base = json.dumps([machine(), torch.get_num_threads(), self.cold, 1], sort_keys=True)
+        self._base = json.dumps([machine(), torch.get_num_threads(), self.cold, 2], sort_keys=True)
         self.measured = 0
 
     def work(self, work: Work, options: Sequence[Candidate]) -> list[float | str]:
@@ -186,11 +192,11 @@ def check(work: Work, candidate: Candidate, call: Callable[..., Any], inputs: Se
         if tuple(got.shape) != tuple(wanted.shape):
             return f"shape {tuple(got.shape)} instead of {tuple(wanted.shape)}"
         if form.kind == "q":
-            problem = _check_integers(got, wanted, work.qparams)
+            problem = _check_integers(got, wanted, work.qparams, candidate.floor_db)
         elif not wanted.is_floating_point():
             problem = None if torch.equal(got, wanted) else "values differ"
         else:
-            floor = FLOORS_DB.get(candidate.precision, 60.0)
+            floor = candidate.floor_db or FLOORS_DB.get(candidate.precision, 60.0)
             reached = sqnr_db(wanted.nan_to_num(), got.float().nan_to_num())
             problem = None if reached >= floor else f"{reached:.0f} dB against the reference, {floor:.0f} are asked"
         if problem:
@@ -198,12 +204,15 @@ def check(work: Work, candidate: Candidate, call: Callable[..., Any], inputs: Se
     return None
 
 
-def _check_integers(got: Tensor, wanted: Tensor, params: QParams | None) -> str | None:
-    """Integers may miss the rounded reference by one step, and seldom."""
+def _check_integers(got: Tensor, wanted: Tensor, params: QParams | None, floor_db: float | None) -> str | None:
+    """Integers may miss the rounded reference by one step, and seldom; by more where a floor says how much."""
     assert params is not None
     if got.dtype != params.dtype:
         return f"{got.dtype} instead of {params.dtype}"
     exact = (wanted.double() / params.scale + params.zero_point).clamp(params.low, params.high)
+    if floor_db is not None:
+        reached = sqnr_db(exact - params.zero_point, got.double() - params.zero_point)
+        return None if reached >= floor_db else f"{reached:.0f} dB against the reference, {floor_db:.0f} are asked"
     off = (got.double() - exact).abs()
     if not off.numel():
         return None
