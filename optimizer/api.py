@@ -13,16 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from graphwright import search
-from graphwright.calibrate import Calibration, collect, missing
+from graphwright.calibrate import Calibration, calls, collect, missing
 from graphwright.capture import Capture, Guard, capture
-from graphwright.errors import InputError
+from graphwright.capture.export import positional_names
+from graphwright.capture.rehearse import clone_sharing, untouched
+from graphwright.capture.weights import leaf_names
+from graphwright.errors import CalibrationError, CoverageError, InputError
 from graphwright.ir import Program
-from graphwright.manager import Pass
-from graphwright.optimized import Optimized, Variant
+from graphwright.manager import Pass, check_patterns, narrowed
+from graphwright.optimized import WORKING, Optimized, Variant
 from graphwright.passes.pipeline import precisions, resolve
 from graphwright.reporting import make_report
 from graphwright.search import Built, Goal
-from graphwright.structure import flatten_call
+from graphwright.structure import Spec, flatten_call
 
 Say = Callable[[str], None]
 
@@ -66,12 +69,22 @@ def optimize(
         raise InputError(f"backend {backend!r} does not exist", where="optimize(backend=...)", hint="'auto' is offered.")
     if evaluate is not None and not callable(evaluate):
         raise InputError("evaluate is not callable", where="optimize(evaluate=...)", hint="fn(model) -> float, higher is better")
+    if goal is not None and not isinstance(goal, Goal):
+        raise InputError(f"goal is a {type(goal).__name__}, a gw.Goal is wanted", where="optimize(goal=...)", hint="goal=gw.Goal(max_drop=0.01)")
+    if goal is not None and goal.max_drop is not None and evaluate is None:
+        raise InputError("max_drop limits what evaluate may lose, and there is no evaluate", where="optimize(goal=...)",
+                         hint="Pass evaluate=fn, fn(model) -> float, higher is better.")  # fmt: skip
+    if progress is not None and not callable(progress):
+        raise InputError("progress is not callable", where="optimize(progress=...)", hint="fn(text), print for instance")
+    if not isinstance(seed, int):
+        raise InputError(f"seed is a {type(seed).__name__}, an int is wanted", where="optimize(seed=...)")
     job = Job(recipe, calibration, evaluate, goal or Goal(), dynamic, seed, progress or (lambda text: None))
     fast = Optimized(job.again, model, _attributes(model))
     job.result = fast
     if example_inputs is not None:
         args, kwargs = _call(example_inputs)
-        fast._add(job.first(model, args, kwargs), model)
+        with WORKING:
+            fast._add(job.first(model, args, kwargs), model)
     return fast
 
 
@@ -109,12 +122,12 @@ class Job:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             variant, leaves = self._variant(model, args, kwargs, self.dynamic)
-            if self.evaluate is not None and self.goal.max_drop is not None and variant.built is not None:
-                self._tuned(model, variant)
+            if self.evaluate is not None and self.goal.max_drop is not None:
+                self._tuned(model, variant) if variant.built is not None else self._tuned_pieces(model, variant, leaves)
             if self.goal.time_budget and variant.built is not None:
                 self._with_regions(model, variant, start + self.goal.time_budget)
             assert self.result is not None
-            self.result.__dict__["_report"] = make_report(self, model, variant, (args, dict(kwargs)), leaves, start)
+            self.result.__dict__["_report"] = make_report(self, model, variant, leaves, start)
         return variant
 
     def again(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, again: bool) -> Variant:
@@ -122,14 +135,39 @@ class Job:
         assert self.result is not None
         if self.result._report is None and not self.result._variants and not self._measuring:
             return self.first(model, args, kwargs)
-        return self._variant(model, args, kwargs, self.dynamic if self.dynamic is not None or not again else "auto")[0]
+        dynamic = self.dynamic if self.dynamic is not None or not again else "auto"
+        try:
+            return self._variant(model, args, kwargs, dynamic)[0]
+        except CalibrationError as error:
+            wider = self._sizes_of_both(model, args, kwargs)
+            if wider is None:
+                raise CoverageError(f"this call's inputs need calibration data of their own: {error}",
+                                    hint="Optimize again, with batches that have these sizes.") from error  # fmt: skip
+        return self._variant(model, args, kwargs, wider)[0]
+
+    def _sizes_of_both(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, dict[int, str]] | None:
+        """For ``capture(dynamic=...)``: the sizes in which a call and the calibration data differ; None where they don't fit at all."""
+        leaves, spec = flatten_call(args, kwargs)
+        try:
+            batches = calls(self.calibration, spec, leaves)
+        except CalibrationError:
+            return None
+        if any(len(t.shape) != len(x.shape) for batch in batches for t, x in zip(batch, leaves, strict=True)):
+            return None
+        found: dict[str, dict[int, str]] = {}
+        for k, name in enumerate(leaf_names(spec.paths(), positional_names(model))):
+            for d, size in enumerate(leaves[k].shape):
+                sizes = [batch[k].shape[d] for batch in batches]
+                if any(s != size for s in sizes):  # sizes that are equal everywhere are one size
+                    found.setdefault(name, {})[d] = "_".join(map(str, ["size", size, *sizes]))
+        return found or None
 
     def _variant(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Any) -> tuple[Variant, list[Tensor]]:
         leaves, spec = flatten_call(args, kwargs)
         self.say("capturing the model")
         found = capture(model, args, kwargs, dynamic=dynamic, storage=self._storage)
         if found.program is None:
-            return self._in_pieces(found, spec, args, kwargs), leaves
+            return self._in_pieces(found, spec, leaves), leaves
         found.program.example = tuple(x.detach() for x in leaves)
         if self.calibration is not None:
             found.program.calibration = collect(self.calibration, found.program.signature.inputs, found.program)
@@ -138,25 +176,47 @@ class Job:
     def _build(self, program: Program, passes: Sequence[Pass]) -> Built:
         return search.build(program, passes, precisions(passes), self.say)
 
-    def _in_pieces(self, found: Capture, spec: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
+    def _in_pieces(self, found: Capture, spec: Spec, leaves: list[Tensor]) -> Variant:
         """What was captured of a model that could not be captured whole: each piece is optimized by itself."""
         assert found.run is not None
         seen: dict[int, list[tuple[Tensor, ...]]] = {}
         slots = [v for piece in found.pieces for v in piece.variants]
         for slot in slots:
             slot.run = _recorder(slot.program, seen.setdefault(id(slot), []))
-        items = [(args, kwargs), *(_call(item) for item in self.calibration or ())]
-        with torch.no_grad():
-            for some_args, some_kwargs in items:
-                found.run(*some_args, **some_kwargs)
+        batches = [leaves, *(calls(self.calibration, spec, leaves) if self.calibration is not None else ())]
+        with torch.no_grad(), untouched(found.run):
+            for batch in batches:
+                args, kwargs = spec.unflatten(clone_sharing(batch))
+                found.run(*args, **kwargs)
         for slot in slots:
-            batches = seen[id(slot)]
-            if not batches:
-                slot.run = slot.program
-                continue
-            slot.program.example, slot.program.calibration = batches[0], tuple(batches[1:])
-            slot.run = self._build(slot.program, self.passes).lowered.runner
-        return Variant(spec, found, None, None, pieces=found.run)
+            slot.run = slot.program
+            if seen[id(slot)]:
+                slot.program.example, *rest = seen[id(slot)]
+                slot.program.calibration = tuple(rest)
+        variant = Variant(spec, found, None, None, pieces=found.run)
+        self._build_parts(variant, self.passes)
+        return variant
+
+    def _build_parts(self, variant: Variant, passes: Sequence[Pass]) -> None:
+        """Optimize every piece that the example reaches; a pattern need match in one of them only."""
+        slots = [s for piece in variant.capture.pieces for s in piece.variants if s.program.example is not None]
+        check_patterns(passes, *(s.program for s in slots))
+        variant.parts = []
+        for slot in slots:
+            variant.parts.append(self._build(slot.program, narrowed(passes, slot.program)))
+            slot.run = variant.parts[-1].lowered.runner
+
+    def _tuned_pieces(self, model: nn.Module, variant: Variant, leaves: list[Tensor]) -> None:
+        """The accuracy budget where a model is in pieces: all lossy passes, or none of them."""
+        lossy = search.lossy_passes(self.passes)
+        lost = self._original(model) - self._candidate(model, variant) if lossy else 0.0
+        variant.capture.notes.append(f"in pieces: score drops by {lost:.4g}, budget {self.goal.max_drop:.4g}")
+        if lost <= self.goal.max_drop:
+            return
+        self.say("falling back to the exact passes")
+        self.passes = tuple(p for k, p in enumerate(self.passes) if k not in lossy)
+        self._build_parts(variant, self.passes)
+        variant.capture.notes.append("in pieces there is no search over sites: no lossy pass was kept")
 
     def _tuned(self, model: nn.Module, variant: Variant) -> None:
         """Retreat from lossy sites until the accuracy budget holds; later shapes are treated like the outcome."""
@@ -224,8 +284,8 @@ def score(evaluate: Callable[[Any], float] | None, model: Any) -> float:
         value = float(found)
     except (TypeError, ValueError):
         raise InputError(f"evaluate returned {type(found).__name__}, a number is wanted", where="optimize(evaluate=...)") from None
-    if math.isnan(value):
-        raise InputError("evaluate returned NaN", where="optimize(evaluate=...)", hint="Return a finite number, higher is better.")
+    if not math.isfinite(value):
+        raise InputError(f"evaluate returned {'NaN' if math.isnan(value) else 'infinity'}", where="optimize(evaluate=...)", hint="Return a finite number, higher is better.")
     return value
 
 

@@ -65,6 +65,38 @@ def collect(calibration: Any, spec: Spec | None, program: Program) -> tuple[Batc
             (structure, shape, dtype, NaN, infinity); says which batch and which input.
     """
     spec = program.signature.inputs if spec is None else spec
+    names = [_readable(p) for p in spec.paths()] if spec is not None else [p.name for p in program.placeholders]
+    wanted = [p.meta["val"] for p in program.placeholders]
+    return _fitted(_read(calibration, spec, names, wanted, program.example), program, names)
+
+
+def calls(calibration: Any, spec: Spec, example: Sequence[Tensor]) -> tuple[Batch, ...]:
+    """Like ``collect`` for a model that runs as the user wrote it: its calls may have any shapes.
+
+    Args:
+        spec, example: structure and tensors of the example call.
+
+    Raises:
+        CalibrationError: as ``collect`` does, shapes apart.
+    """
+    return tuple(_read(calibration, spec, [_readable(p) for p in spec.paths()], example, example))
+
+
+def _read(calibration: Any, spec: Spec | None, names: Sequence[str], wanted: Sequence[Tensor],
+          example: Sequence[Tensor] | None) -> list[Batch]:  # fmt: skip
+    """Every batch as flat tensors with the dtypes and on the devices of ``wanted``."""
+    found = [_checked(_flat(item, spec, f"calibration batch {k}"), wanted, example, names, f"calibration batch {k}")
+             for k, item in enumerate(_items(calibration))]  # fmt: skip
+    if not found:
+        raise CalibrationError(
+            "calibration holds no batch",
+            hint="Pass at least one. A generator can be read only once: pass a list, or make a new generator.",
+        )
+    return found
+
+
+def _items(calibration: Any) -> Iterator[Any]:
+    """The items; an error of the user's own loader passes through unchanged."""
     if calibration is None:
         raise missing("this recipe")
     # A Mapping that is no iterable of batches: {"input_ids": ...} iterates over its keys.
@@ -72,21 +104,6 @@ def collect(calibration: Any, spec: Spec | None, program: Program) -> tuple[Batc
         kind = type(calibration).__name__
         raise CalibrationError(f"calibration is one {kind}, not a sequence of batches",
                                hint="Pass calibration=[batch, ...], each in the form of example_inputs.")  # fmt: skip
-    names = [_readable(p) for p in spec.paths()] if spec is not None else [p.name for p in program.placeholders]
-    batches = []
-    for k, item in enumerate(_items(calibration)):
-        leaves = _flat(item, spec, f"calibration batch {k}")
-        batches.append(_checked(leaves, program, names, f"calibration batch {k}"))
-    if not batches:
-        raise CalibrationError(
-            "calibration holds no batch",
-            hint="Pass at least one. A generator can be read only once: pass a list, or make a new generator.",
-        )
-    return _fitted(batches, program, names)
-
-
-def _items(calibration: Iterable[Any]) -> Iterator[Any]:
-    """The items; an error of the user's own loader passes through unchanged."""
     if isinstance(calibration, Calibration) and calibration.batches is not None and calibration.batches < 1:
         raise CalibrationError(f"Calibration(batches={calibration.batches}) reads nothing", hint="Ask for at least 1.")
     yield from calibration
@@ -135,19 +152,19 @@ def _readable(path: str) -> str:
     return (f"argument {name}" if path.startswith("[0]") else name.strip("'")) + rest
 
 
-def _checked(leaves: Sequence[Tensor], program: Program, names: Sequence[str], where: str) -> Batch:
-    """The leaves on the program's devices.
+def _checked(leaves: Sequence[Tensor], like: Sequence[Tensor], example: Sequence[Tensor] | None, names: Sequence[str], where: str) -> Batch:
+    """The leaves on the devices of ``like``.
 
     Raises:
         CalibrationError: one has another dtype than the program takes, or is not finite.
     """
     checked = []
-    for k, (leaf, node) in enumerate(zip(leaves, program.placeholders, strict=True)):
-        wanted, place = node.meta["val"], f"{where}, {names[k]}"
+    for k, (leaf, wanted) in enumerate(zip(leaves, like, strict=True)):
+        place = f"{where}, {names[k]}"
         if leaf.dtype != wanted.dtype:
             raise CalibrationError(f"expected {wanted.dtype}, got {leaf.dtype}", where=place,
                                    hint=f"Convert it: x.to({wanted.dtype}).")  # fmt: skip
-        if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()) and not _infinite_by_design(leaf, program, k):
+        if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()) and not _infinite_by_design(leaf, example, k):
             count = int((~torch.isfinite(leaf)).sum())
             raise CalibrationError(f"{count} of {leaf.numel()} values are NaN or infinite", where=place,
                                    hint="Remove or mend that batch: its ranges would be meaningless.")  # fmt: skip
@@ -155,9 +172,8 @@ def _checked(leaves: Sequence[Tensor], program: Program, names: Sequence[str], w
     return tuple(checked)
 
 
-def _infinite_by_design(leaf: Tensor, program: Program, k: int) -> bool:
+def _infinite_by_design(leaf: Tensor, example: Sequence[Tensor] | None, k: int) -> bool:
     """Whether infinities belong into this input, as in an additive mask: the example has them too. NaN never does."""
-    example = program.example
     return not bool(leaf.isnan().any()) and example is not None and bool(example[k].isinf().any())
 
 

@@ -6,13 +6,13 @@ import fnmatch
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 
-from graphwright.errors import GraphwrightError, InternalError, PassError, SiteError, nearest
+from graphwright.errors import GraphwrightError, InternalError, PassError, RecipeError, SiteError, nearest
 from graphwright.ir import Program, site_of
 from graphwright.numerics import Exact, Lossy, run_double, run_pure
 
@@ -95,19 +95,37 @@ def patterns(value: str | Sequence[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
-def check_patterns(passes: Iterable[Pass], program: Program) -> None:
-    """Every include / exclude pattern matches a site.
+def check_patterns(passes: Iterable[Pass], *programs: Program) -> None:
+    """Every include / exclude pattern matches a site of one of the programs.
 
     Raises:
         SiteError: one matches nothing; names the nearest sites.
+        RecipeError: an option holds something else than patterns.
     """
-    sites = list(program.sites())
+    sites = list(dict.fromkeys(s for program in programs for s in program.sites()))
     for p in passes:
         for option in ("include", "exclude"):
-            for pattern in patterns(getattr(p, option)):
+            value = getattr(p, option)
+            if not isinstance(value, Iterable) or not all(isinstance(x, str) for x in value):
+                raise RecipeError(f"{value!r} is no site pattern", where=f"{p.name}({option}=...)",
+                                  hint="Pass a string such as 'encoder.layer.0.*', or a tuple of strings.")  # fmt: skip
+            for pattern in patterns(value):
                 if not any(fnmatch.fnmatchcase(s, pattern) for s in sites):
                     hint = nearest(pattern, sites) or f"the model's sites are {', '.join(sites[:8])}{', …' if len(sites) > 8 else ''}"
                     raise SiteError(f"pattern {pattern!r} matches no site", where=f"{p.name}({option}=...)", hint=hint)
+
+
+def narrowed(passes: Iterable[Pass], program: Program) -> list[Pass]:
+    """The passes for one of several programs: without the patterns that match in others only, and without passes that are left nothing."""
+    sites, found = list(program.sites()), []
+    for p in passes:
+        if p.include or p.exclude:
+            here = {o: tuple(x for x in patterns(getattr(p, o)) if any(fnmatch.fnmatchcase(s, x) for s in sites)) for o in ("include", "exclude")}
+            if p.include and not here["include"]:
+                continue
+            p = replace(p, **here)
+        found.append(p)
+    return found
 
 
 @dataclass

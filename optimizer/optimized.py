@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +32,18 @@ WORKING = threading.RLock()
 
 @dataclass(eq=False)
 class Variant:
-    """One captured structure: how to recognise a call that it covers, and what runs then."""
+    """One captured structure: how to recognise a call that it covers, and what runs then.
+
+    Attributes:
+        built: None where the model could not be captured whole; then ``pieces`` runs, and ``parts`` are the builds in it.
+    """
 
     spec: Spec
     capture: Capture
     built: Built | None
     guard: Guard | None
     pieces: Callable[..., Any] | None = None
+    parts: list[Built] = field(default_factory=list)
 
     def covers(self, leaves: list[Tensor], spec: Spec) -> str | None:
         """None, or why this variant can't serve the call."""
@@ -214,7 +219,7 @@ class Optimized(nn.Module):
 
         for variant in self._variants:
             if variant.built is None:
-                named = "; ".join(f"{r.site} ({r.where}): {r.reason}" for r in variant.capture.regions)
+                named = "; ".join(map(str, variant.capture.regions))
                 raise SaveError(f"parts of the model were not captured: {named}", where=str(path),
                                 hint="Only captured programs can be stored; rewrite those lines so that torch.export takes them.")  # fmt: skip
         if not self._variants:

@@ -3,59 +3,67 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from graphwright import search
-from graphwright.capture.rehearse import untouched
+from graphwright.capture.rehearse import clone_sharing, untouched
 from graphwright.cost import cost
+from graphwright.errors import InputError
 from graphwright.ir import describe
 from graphwright.lower import Choice
+from graphwright.manager import PassRecord, PassResult
 from graphwright.measure import interleaved, machine
 from graphwright.numerics import sqnr_db
-from graphwright.ops import CAST, QUANT, facts
+from graphwright.ops import CAST, QUANT
+from graphwright.optimized import Optimized, Variant
 from graphwright.report import Accuracy, Option, Picture, Region, Report, SiteRow
 from graphwright.report.model import AS_IT_WAS, SIMULATED
 from graphwright.search import Built
+from graphwright.structure import Spec, flatten
 
 if TYPE_CHECKING:
     from graphwright.api import Job
-    from graphwright.optimized import Variant
 
-Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+def make_report(job: Job, model: nn.Module, variant: Variant, leaves: Sequence[Tensor], start: float) -> Report:
+    """Measure, decide whether the result stands, and write down what was done.
 
-
-def make_report(job: Job, model: nn.Module, variant: Variant, call: Call, leaves: Sequence[Tensor], start: float) -> Report:
-    """Measure, decide whether the result stands, and write down what was done."""
-    args, kwargs = call
+    Both sides get copies of the inputs, and the result is called as the user will call it: through ``Optimized``.
+    """
+    leaves = clone_sharing(leaves)
+    call = _caller(variant.spec, leaves)
+    door: Callable[..., Any] = Optimized(None, None)
+    door._add(variant, None)
+    if variant.covers(leaves, variant.spec) is not None:  # inputs that share memory, one of them written: captured for this call alone
+        door = lambda *args, **kwargs: variant.run(leaves)
     report = Report(type(model).__name__, job.recipe_name, "", machine=dict(machine()), threads=torch.get_num_threads(),
                     versions=_versions(), notes=list(variant.capture.notes))  # fmt: skip
     report.regions = [Region(r.where or r.site or "the model itself", f"{r.site}: {r.reason}" if r.site and r.where else r.reason)
                       for r in variant.capture.regions]  # fmt: skip
     job.say("timing original and result side by side")
-    original = _quiet(lambda: model(*args, **kwargs))
-    result = _quiet(lambda: variant.run(list(leaves)))
-    with untouched(model), _preserved(variant, leaves):
+    original, result = _quiet(lambda: call(model)), _quiet(lambda: call(door))
+    with untouched(model):
         with _preserved(variant, leaves):
-            wanted = [t.clone() for t in _tensors(original())]
+            wanted = _answer(original, job.seed)
         with _preserved(variant, leaves):
-            got = [t.clone() for t in _tensors(result())]
-        report.original, report.optimized = interleaved([original, result], rounds=25, budget_s=2.0)
-        if report.optimized.minimum >= report.original.minimum:  # a loss is not believed on one race: others may have used the machine
+            got = _answer(result, job.seed)
+        with _preserved(variant, leaves):
             report.original, report.optimized = interleaved([original, result], rounds=25, budget_s=2.0)
-        _decide(job, variant, report, leaves)
-        if variant.built is not None and variant.built.unchanged:
+            if report.optimized.minimum >= report.original.minimum:  # a loss is not believed on one race: others may have used the machine
+                report.original, report.optimized = interleaved([original, result], rounds=25, budget_s=2.0)
+        if _declined(job, variant, report):
             with _preserved(variant, leaves):
-                got = [t.clone() for t in _tensors(result())]
-            report.original, report.optimized = interleaved([original, result], rounds=20, budget_s=2.0)
-    _errors(report, wanted, got)
-    if variant.built is not None:
-        with _preserved(variant, leaves):
-            _fill(report, variant.built, leaves)
+                got = _answer(result, job.seed)
+            with _preserved(variant, leaves):
+                report.original, report.optimized = interleaved([original, result], rounds=20, budget_s=2.0)
+    _errors(report, wanted, got, exact=not search.lossy_passes(job.passes))
+    with _preserved(variant, leaves):
+        _fill(report, variant, leaves)
     scores = job.scores(model, variant)
     if scores is not None:
         report.accuracy = Accuracy(*scores, budget=job.goal.max_drop)
@@ -72,50 +80,115 @@ def _quiet(call: Callable[[], Any]) -> Callable[[], Any]:
     return run
 
 
-def _preserved(variant: Variant, leaves: Sequence[Tensor]) -> AbstractContextManager[None]:
+def _caller(spec: Spec, leaves: list[Tensor]) -> Callable[[Callable[..., Any]], Any]:
+    """Calls something on the inputs; containers that the call could write into (a cache, a list) are built afresh each time."""
+    args, kwargs = spec.unflatten(leaves)
+    if all(_immutable(s) for part in spec.children for s in part.children):
+        return lambda called: called(*args, **kwargs)
+
+    def afresh(called: Callable[..., Any]) -> Any:
+        args, kwargs = spec.unflatten(leaves)
+        return called(*args, **kwargs)
+
+    return afresh
+
+
+def _immutable(spec: Spec) -> bool:
+    return spec.kind in ("tensor", "none", "const") or (spec.kind in ("tuple", "namedtuple") and all(map(_immutable, spec.children)))
+
+
+@contextmanager
+def _preserved(variant: Variant, leaves: Sequence[Tensor]) -> Iterator[None]:
     """Measuring leaves no trace in the result's own state, nor in the inputs."""
-    return nullcontext() if variant.built is None else variant.built.captured.preserved(leaves)
+    if variant.built is not None:
+        with variant.built.captured.preserved(leaves):
+            yield
+        return
+    assert variant.capture.run is not None
+    kept = [(t, t.clone(), t._version) for t in leaves]
+    with untouched(variant.capture.run):
+        yield
+    with torch.no_grad():
+        for tensor, value, version in kept:
+            if tensor._version != version:
+                tensor.copy_(value)
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    from graphwright.structure import flatten
+def _answer(call: Callable[[], Any], seed: int) -> list[Tensor]:
+    """Copies of the tensors that a call returns; what is drawn at random is the same in each."""
+    torch.manual_seed(seed)
+    try:
+        return [t.clone() for t in flatten(call(), name="output")[0]]
+    except InputError:  # an answer of a type that is none of ours: it runs, and there is nothing to compare
+        return []
 
-    return flatten(value, name="output")[0]
 
-
-def _decide(job: Job, variant: Variant, report: Report, leaves: Sequence[Tensor]) -> None:
-    """Keep the result where it gained what was asked for; otherwise let the captured graph run unchanged, and say so."""
+def _declined(job: Job, variant: Variant, report: Report) -> bool:
+    """Whether the result gained nothing that was asked for: then the model's own ops run unchanged, and the verdict says so."""
     built = variant.built
     assert report.original is not None and report.optimized is not None
     before, after = report.original.minimum, report.optimized.minimum
-    if built is None:
-        report.verdict = f"{len(variant.capture.regions)} regions were not captured and run as they were; {_ratio(before, after)}"
-        return
-    smaller = built.program.size_bytes() < built.captured.size_bytes()
+    count = len(variant.capture.regions)
+    left = f"{count} region{' was' if count == 1 else 's were'} not captured and run{'s as it was' if count == 1 else ' as they were'}; "
+    smaller = built is not None and built.program.size_bytes() < built.captured.size_bytes()
     if after < before or (smaller and job.goal.about_size):
-        report.verdict = _ratio(before, after)
-        return
+        report.verdict = (left if built is None else "") + _ratio(before, after)
+        return False
     reason = f"not faster: {after:.3g} ms against {before:.3g} ms"
+    if built is None:
+        variant.parts = [search.revert(part, reason) for part in variant.parts]
+        for piece in variant.capture.pieces:
+            piece.variants.clear()
+        report.verdict = f"{left}the rest is {reason} and runs as it was, too"
+        return True
     variant.built = search.revert(built, reason)
     report.verdict = f"{reason}; the captured graph runs unchanged"
     if smaller:
         report.notes.append("the optimized program is smaller: ask for it with goal=gw.Goal(size_mb=...)")
+    return True
 
 
 def _ratio(before: float, after: float) -> str:
     return f"{before / after:.2f} times faster" if after < before else f"{after / before:.2f} times slower"
 
 
-def _errors(report: Report, wanted: Sequence[Tensor], got: Sequence[Tensor]) -> None:
-    pairs = [(w, g) for w, g in zip(wanted, got, strict=True) if w.is_floating_point() and w.numel()]
-    if pairs:
-        report.sqnr_db = min(sqnr_db(w.nan_to_num(), g.nan_to_num()) for w, g in pairs)
-        report.max_abs = max(float((w.nan_to_num() - g.nan_to_num()).abs().max()) for w, g in pairs)
-    if any(not torch.isfinite(g).all() and bool(torch.isfinite(w).all()) for w, g in pairs):
-        report.warnings.append("the result has values that are not finite where the original's are")
+#: an exact recipe whose outputs agree with the original's by fewer decibels is warned about
+_ROUNDING_DB = {torch.float64: 60.0, torch.float32: 60.0, torch.float16: 25.0, torch.bfloat16: 15.0}
 
 
-def _fill(report: Report, built: Built, leaves: Sequence[Tensor]) -> None:
+def _errors(report: Report, wanted: Sequence[Tensor], got: Sequence[Tensor], *, exact: bool) -> None:
+    """Compare the answers; values that are not finite in the original's are left out of the figures, and said to be."""
+    for k, (w, g) in enumerate(zip(wanted, got, strict=True)):
+        if not w.numel():
+            continue
+        if w.is_complex():
+            w, g = torch.view_as_real(w.resolve_conj()), torch.view_as_real(g.resolve_conj())
+        if not w.is_floating_point():
+            different = int((w != g).sum())
+            if different:
+                said = f"output {k} ({str(w.dtype).removeprefix('torch.')}): {different} of {w.numel()} values are not the original's"
+                (report.warnings if exact else report.notes).append(said)
+            continue
+        finite = torch.isfinite(w)
+        if not bool(finite.all()):
+            report.notes.append(f"output {k} of the original has {int((~finite).sum())} of {w.numel()} values that are not finite: the errors leave them out")
+        if not bool(torch.isfinite(g[finite]).all()):
+            report.warnings.append("the result has values that are not finite where the original's are")
+        w, g = w[finite], g[finite].nan_to_num()
+        if not w.numel():
+            continue
+        db = sqnr_db(w, g)
+        report.sqnr_db = db if report.sqnr_db is None else min(db, report.sqnr_db)
+        report.max_abs = max(float((w.double() - g.double()).abs().max()), report.max_abs or 0.0)
+        if exact and db < _ROUNDING_DB.get(w.dtype, 60.0):
+            report.warnings.append(f"output {k} differs from the original's by more than rounding (SQNR {db:.1f} dB)")
+
+
+def _fill(report: Report, variant: Variant, leaves: Sequence[Tensor]) -> None:
+    built = variant.built
+    if built is None:
+        _fill_parts(report, variant.parts)
+        return
     report.bytes_before, report.bytes_after = built.captured.size_bytes(), built.running.size_bytes()
     report.passes, report.seconds = built.records, dict(built.seconds)
     report.notes.extend(built.lowered.notes)
@@ -123,6 +196,30 @@ def _fill(report: Report, built: Built, leaves: Sequence[Tensor]) -> None:
     report.graph = Picture.of(built.running)
     report.warnings.extend(f"pass {r.name} was undone: {r.undone}" for r in built.records if r.undone)
     report.sites = site_rows(built, leaves)
+
+
+def _fill_parts(report: Report, parts: Sequence[Built]) -> None:
+    """One report for the pieces of a model: each pass counted once over all of them, sites with their share of the pieces' time."""
+    records: dict[str, PassRecord] = {}
+    for part in parts:
+        for r in part.records:
+            records[r.name] = r if r.name not in records else _merged(records[r.name], r)
+            if r.undone:
+                report.warnings.append(f"pass {r.name} was undone: {r.undone}")
+        with part.captured.preserved(part.captured.example or ()):
+            report.sites += site_rows(part, part.captured.example or ())
+    report.passes = list(records.values())
+    total = sum(row.ms or 0.0 for row in report.sites) or 1.0
+    report.sites = [replace(row, share=(row.ms or 0.0) / total) for row in report.sites]
+
+
+def _merged(a: PassRecord, b: PassRecord) -> PassRecord:
+    """What one pass did to two pieces."""
+    result = PassResult(a.result.changes + b.result.changes, a.result.refusals + b.result.refusals,
+                        a.result.notes + b.result.notes, a.result.touched or b.result.touched)  # fmt: skip
+    errors = [e for e in (a.error, b.error) if e is not None]
+    return PassRecord(a.name, a.numerics, result, a.seconds + b.seconds, a.nodes_before + b.nodes_before, a.nodes_after + b.nodes_after,
+                      a.bytes_before + b.bytes_before, a.bytes_after + b.bytes_after, min(errors, default=None), a.undone or b.undone)  # fmt: skip
 
 
 def site_rows(built: Built, leaves: Sequence[Tensor]) -> list[SiteRow]:

@@ -64,7 +64,7 @@ class Piece(nn.Module):
 
     Attributes:
         site: the submodule's qualified name.
-        variants: one per structure and shape that the example run showed.
+        variants: one per structure and shape that the example run showed; without any the module runs as it was.
         original: the twin of the submodule, for calls that no variant covers.
     """
 
@@ -77,6 +77,8 @@ class Piece(nn.Module):
         self.training = original.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.variants:
+            return self.original(*args, **kwargs)
         try:
             leaves, spec = flatten_call(args, kwargs)
         except InputError:

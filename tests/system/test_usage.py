@@ -97,3 +97,164 @@ def test_threads_may_bring_new_shapes(faster):
         thread.join()
     assert not wrong
     assert len(fast._variants) == 4
+
+
+# -- inputs ----------------------------------------------------------------------------------------------------------------
+
+
+class Cached(nn.Module):
+    """Appends to the list that it is given, as a decoder does to its cache."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, x, past):
+        past.append(self.proj(x))
+        return torch.cat(past, 1).sum(1), past
+
+
+def test_containers_that_the_model_fills_are_left_alone(tmp_path):
+    model, x, past = Cached().eval(), torch.randn(2, 1, 4), [torch.randn(2, 3, 4)]
+    kept = past[0].clone()
+    fast = gw.optimize(model, (x, past))
+    assert len(past) == 1 and torch.equal(past[0], kept)
+    torch.testing.assert_close(fast(x, [kept])[0], model(x, [kept])[0])
+    assert fast.report.sqnr_db > 100
+
+
+class Writing(nn.Module):
+    """Writes its input, counts, and branches on values: it cannot be captured whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        x.add_(1)
+        y = torch.relu(self.a(x))
+        return self.b(y) + self.calls if y.sum() > 0 else self.b(-y)
+
+
+@pytest.mark.parametrize("fast_enough", [True, False])
+def test_a_model_in_pieces_starts_where_it_stood(fast_enough, monkeypatch):
+    before, after = Timing(10.0, 10.0, 10.0, 3), Timing(5.0 if fast_enough else 20.0, 5.0, 5.0, 3)
+    monkeypatch.setattr(reporting, "interleaved", lambda calls, **options: [before, after])
+    model, x = Writing().eval(), torch.randn(2, 8)
+    given, other = x.clone(), copy.deepcopy(model)
+    fast = gw.optimize(model, x, "int8", calibration=[torch.randn(2, 8), torch.randn(3, 8)])
+    assert torch.equal(x, given) and model.calls == 0
+    room = {"rtol": 0.05, "atol": 0.05} if fast_enough else {}
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(fast(x.clone()), other(x.clone()), **room)
+    assert model.calls == 0
+    assert {"a", "b"} <= {row.site for row in fast.report.sites}
+    assert "1 region was not captured and runs as it was" in fast.report.verdict
+    assert fast_enough or ("not faster" in fast.report.verdict and set(fast.report.decisions()) == {"left as it was"})
+    assert "a" in fast.explain("a")
+
+
+def test_patterns_may_match_in_any_piece(faster):
+    model, data = Writing().eval(), [torch.randn(2, 8)]
+    fast = gw.optimize(model, data[0], [gw.Quantize(include="a")], calibration=data)
+    assert [r.site for r in fast.report.sites if r.sqnr_db is not None] == ["a"]
+    with pytest.raises(gw.SiteError, match="'c' matches no site"):
+        gw.optimize(model, data[0], [gw.Quantize(include=("a", "c"))], calibration=data)
+    for wrong in (5, (5,)):
+        with pytest.raises(gw.RecipeError, match="no site pattern"):
+            gw.optimize(nn.Linear(8, 8), data[0], [gw.Quantize(include=wrong)], calibration=data)
+
+
+def test_pieces_keep_the_accuracy_budget(faster):
+    model, data = Writing().eval(), [torch.randn(2, 8)]
+    fast = gw.optimize(model, data[0], "int8", calibration=data, evaluate=lambda m: 1.0 if m is model else 0.5, goal=gw.Goal(max_drop=0.1))
+    assert "int8" not in fast.report.decisions()
+    assert any("no lossy pass was kept" in note for note in fast.report.notes)
+
+
+def test_calibration_of_pieces_is_checked(faster):
+    model, x = Writing().eval(), torch.randn(2, 8)
+    for data, words in (([x, x * float("nan")], "batch 1"), ([{"y": x}], "structure"), ([], "no batch"), ([x.double()], "float64")):
+        with pytest.raises(gw.CalibrationError, match=words):
+            gw.optimize(model, x, "int8", calibration=data)
+    gw.optimize(model, x, "int8", calibration=gw.Calibration([(x, 1)], prepare=lambda item: item[0]))
+
+
+def convnet():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)).eval()
+
+
+def test_calibration_data_of_another_size_still_serve(faster):
+    model = convnet()
+    fast = gw.optimize(model, torch.randn(2, 3, 17, 19), "int8", calibration=[torch.randn(2, 3, 17, 19), torch.randn(4, 3, 17, 19)])
+    for shape in ((5, 3, 17, 19), (2, 3, 31, 37), (1, 3, 11, 11)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(fast(x), model(x), rtol=0.05, atol=0.05)
+
+
+# -- what the report says --------------------------------------------------------------------------------------------------
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x), (x * 10).long(), torch.complex(x, x)
+
+
+def test_random_numbers_are_no_error():
+    report = gw.optimize(Noisy(), torch.randn(3, 4)).report
+    assert report.sqnr_db > 100 and not report.warnings
+
+
+class Wrong(nn.Module):
+    """Answers otherwise when it is not being traced: stands for any disagreement that capture does not see."""
+
+    def __init__(self):
+        super().__init__()
+        self.fused = False
+
+    def forward(self, x):
+        return (x * 2, x.argmax(-1)) if torch.backends.mha.get_fastpath_enabled() else (x, x.argmin(-1))
+
+
+def test_an_exact_recipe_that_is_not_exact_is_warned_about():
+    report = gw.optimize(Wrong().eval(), torch.randn(3, 4)).report
+    assert any("more than rounding" in w for w in report.warnings)
+    assert any("output 1 (int64)" in w for w in report.warnings)
+
+
+def test_values_that_are_not_finite_are_counted_not_compared():
+    x = torch.randn(3, 4)
+    x[0, 0], x[1, 1] = float("nan"), float("inf")
+    report = gw.optimize(nn.Tanh(), x * 2).report
+    assert any("1 of 12 values that are not finite" in n for n in report.notes)
+    assert not report.warnings and report.sqnr_db > 100
+
+
+def test_both_sides_are_timed_as_they_are_called(monkeypatch):
+    seen = []
+    monkeypatch.setattr(reporting, "interleaved", lambda calls, **options: seen.append(calls) or [Timing(1.0, 1.0, 1.0, 3)] * 2)
+    flat = []
+    monkeypatch.setattr(gw.Optimized, "forward", lambda self, x: flat.append(x) or x)
+    model = nn.Linear(4, 4).eval()
+    with torch.no_grad():
+        gw.optimize(model, torch.randn(2, 4))
+        before = len(flat)
+        seen[0][1]()
+    assert len(flat) == before + 1
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ({"goal": gw.Goal(max_drop=0.1)}, "evaluate"),
+    ({"goal": {"max_drop": 0.1}}, "gw.Goal"),
+    ({"goal": 0.1}, "gw.Goal"),
+    ({"progress": 5}, "progress"),
+    ({"seed": "a"}, "seed"),
+    ({"evaluate": lambda m: float("inf")}, "infinity"),
+])  # fmt: skip
+def test_unusable_arguments_are_said_at_once(options, words, faster):
+    with pytest.raises(gw.InputError, match=words):
+        gw.optimize(nn.Linear(4, 4), torch.randn(2, 4), **options)
