@@ -150,8 +150,10 @@ def _attention(work: Work) -> Iterator[Candidate]:
     q, k, v, m = pick(query), pick(key), pick(value), pick(mask)
     runs, floor = [("attention", "f32", run)], None
     if work.op == "graphwright.attention_int8":
+        from graphwright.kernels.attention_int8 import unfit
+
         floor = 20.0  # the others round less than it does
-        runs.append(("attention-int8", "int8", kernel("graphwright.attention_int8")))
+        runs += [] if unfit() else [("attention-int8", "int8", kernel("graphwright.attention_int8"))]
     for name, least, attend in runs:
         for form, tag, precision, grid in _outs(work) if attend is not None else ():
             yield Candidate(f"numba.{name}-{tag}", (NATIVE,) * len(work.reads), (form,), precision if least == "f32" else least,

@@ -135,6 +135,56 @@ def test_quantize_pairs_become_facts_about_values():
     assert all(w.reads[0].quantized and w.weights["weight"].values.dtype == torch.int8 for w in convs)
 
 
+@needs_vnni
+def test_rows_quantized_at_run_time_become_real_products():
+    x = torch.randn(3, 19, 48)
+    captured, _ = program_of(Attention(), x)
+    program = Pipeline(resolve("int8-dynamic")).run(captured)[0]
+    analysis = analyse(program)
+    assert not any("dynamic" in w.op for w in analysis.works)
+    linears = [w for w in analysis.works if "linear" in w.op]
+    assert linears and all(r.rows and not r.quantized for w in linears for r in w.reads[:1])
+    watch, tried = Stopwatch(0, fresh=True), set()
+    for work in analysis.works:
+        options = list(backends.candidates(work, frozenset({"f32", "int8"})))
+        tried |= {o.name for o in options}
+        assert not [f for f in watch.work(work, options) if isinstance(f, str)]
+    assert {"numba.int8-rows-f32", "numba.attention-int8-f32", "onednn.f32"} <= tried
+    lowered = lower(program, allowed={"int8"}, plan={w.node.name: "numba.int8-rows-f32" for w in linears})
+    assert not [n for n in lowered.notes if "does not exist" in n]
+    assert sqnr_db(run_pure(program, (x,))[0], lowered.runner(x)[0]) > 35
+
+
+def test_a_dynamic_pair_whose_parts_have_other_readers_stands():
+    class Odd(nn.Module):
+        def forward(self, x):
+            q, scale, point = torch.ops.graphwright.quantize_dynamic(x, True, False, 0, 255, torch.uint8)
+            return torch.ops.graphwright.dequantize_dynamic(q, scale, point, torch.float32), scale
+
+    program = capture(Odd(), (torch.randn(4, 8),)).program
+    assert [w.op for w in analyse(program).works if "dynamic" in w.op] == ["graphwright.quantize_dynamic", "graphwright.dequantize_dynamic"]
+    x = torch.randn(4, 8)
+    for got, wanted in zip(lower(program).runner(x), Odd()(x), strict=True):
+        assert torch.equal(got, wanted)
+
+
+@needs_vnni
+def test_without_vnni_int8_attention_runs_in_float(monkeypatch):
+    from graphwright.backends import numba_linear
+    from graphwright.kernels import attention_int8, linear_int8, vnni
+
+    for module in (attention_int8, linear_int8, vnni):
+        monkeypatch.setattr(module, "unfit", lambda: "the processor has no AVX-512 VNNI")
+    numba_linear.reason.cache_clear()
+    try:
+        _, program = program_of(Attention(), torch.randn(3, 19, 48), "int8")
+        names = {c.name for w in analyse(program).works for c in backends.candidates(w, frozenset({"f32", "int8"}))}
+        assert "numba.attention-f32" in names and not any("attention-int8" in n or n.startswith("numba.int8") for n in names)
+        assert "VNNI" in backends.reasons()["numba_linear"]
+    finally:
+        numba_linear.reason.cache_clear()
+
+
 def test_clobbered_values_that_live_on_are_copied():
     """A residual accumulated in place must not change what a later op, or the caller, still reads."""
 

@@ -469,3 +469,47 @@ def test_the_result_is_a_pass_result_with_truth(fused: Prepare) -> None:
     result = Quantize().run(twin)
     assert isinstance(result, PassResult) and result.modified
     assert all(program.tensor(k).equal(t) for k, t in before.items()), "passes never write into a tensor"
+
+
+# -- attention -------------------------------------------------------------------------------------------------------
+
+
+class Attend(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (2, 16)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout, is_causal=True)
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_attention_multiplies_integers_too(mode: str, fused: Prepare, run: Any, ops: Any) -> None:
+    program = fused(Attend(), torch.randn(2, 9, 32))
+    before = program.copy()
+    after, result = run(program, Quantize(mode=mode))
+    assert "attention_int8" in ops(after) and "scaled_dot_product_attention" not in ops(after)
+    new = node(after, "graphwright.attention_int8")
+    assert arg(new, "causal") is True and arg(new, "merge") is False and arg(new, "dtype") is None
+    said = next(c.text if hasattr(c, "text") else str(c) for c in result.changes if "queries" in str(c))
+    assert re.search(r"SQNR [2-9]\d\.\d dB", said)
+    x = program.example
+    assert sqnr_db(before(*x)[0], after(*x)[0]) > 25
+
+
+@pytest.mark.parametrize("options", [{"attention": False}, {"mode": "weight-only"}])
+def test_attention_stays_float_where_it_is_not_asked_for(options: dict[str, Any], fused: Prepare, run: Any, ops: Any) -> None:
+    after, _ = run(fused(Attend(), torch.randn(2, 9, 32)), Quantize(**options))
+    assert "scaled_dot_product_attention" in ops(after)
+
+
+def test_attention_is_refused_with_a_reason(fused: Prepare, run: Any, captured: Any) -> None:
+    dropping = captured(Attend(dropout=0.5).train(), torch.randn(2, 9, 32), train=True)
+    dropping.calibration = [dropping.example]
+    result = Quantize().run(dropping)
+    assert any("at random" in str(r) for r in result.refusals)
+    bare = captured(lambda m, q: F.scaled_dot_product_attention(q, q, q), torch.randn(2, 9, 32))
+    bare.calibration = [bare.example]
+    assert any("4 axes" in str(r) for r in Quantize().run(bare).refusals)
