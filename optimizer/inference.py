@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
@@ -52,8 +53,8 @@ class Inference:
 
 def _run(mode: Any, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     shapes = getattr(mode, "shape_env", None)
-    # looking twice must not narrow what a symbol may be
-    with mode, torch.no_grad(), shapes.suppress_guards() if shapes is not None else nullcontext():
+    # looking twice must not narrow what a symbol may be; ops made of others (stft) fix symbols in C++ and keep them in Python
+    with mode, torch.no_grad(), enable_python_dispatcher(), shapes.suppress_guards() if shapes is not None else nullcontext():
         return target(*args, **kwargs)
 
 

@@ -70,11 +70,12 @@ def _slots(node: fx.Node, found: OpRow) -> Iterator[tuple[str, Any]]:
 
 
 def operands(node: fx.Node) -> list[Operand | None]:
-    """The tensor arguments in schema order, those of a list each by itself; None for an absent one."""
+    """The tensor arguments in schema order, those of a list each by itself; None for an absent one, or a number in its place."""
     found = row(node.target)
     if found is None:
         return []
-    return [Operand(name, v, v.meta["val"]) if isinstance(v, fx.Node) else None for name, v in _slots(node, found)]
+    return [Operand(name, v, v.meta["val"]) if isinstance(v, fx.Node) and isinstance(v.meta["val"], Tensor) else None
+            for name, v in _slots(node, found)]  # fmt: skip
 
 
 def results(node: fx.Node) -> list[Operand]:

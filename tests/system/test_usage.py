@@ -258,3 +258,44 @@ def test_both_sides_are_timed_as_they_are_called(monkeypatch):
 def test_unusable_arguments_are_said_at_once(options, words, faster):
     with pytest.raises(gw.InputError, match=words):
         gw.optimize(nn.Linear(4, 4), torch.randn(2, 4), **options)
+
+
+# -- odd models ------------------------------------------------------------------------------------------------------------
+
+
+class Scaling(nn.Module):
+    """Numbers read off tensors stand where ops take tensors."""
+
+    def forward(self, x):
+        scale = x.abs().max().item() / 127
+        return torch.clamp(torch.round(x / scale), -127, 127) * scale, x * x.max().item()
+
+
+@pytest.mark.parametrize("dynamic", [None, "auto"])
+def test_numbers_read_off_tensors(dynamic, tmp_path):
+    model, x = Scaling().eval(), torch.randn(3, 4)
+    fast = gw.optimize(model, x, dynamic=dynamic)
+    fast.save(tmp_path / "m.gw")
+    for value in (x, x * 3):
+        for got, again, wanted in zip(fast(value), gw.load(tmp_path / "m.gw")(value), model(value), strict=True):
+            torch.testing.assert_close(got, wanted)
+            assert torch.equal(got, again)
+
+
+class Spectrum(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(40, 8)
+
+    def forward(self, wave):
+        spectrum = torch.stft(wave, 78, 20, window=torch.hann_window(78), center=True, return_complex=True)
+        return self.proj(spectrum.abs().transpose(1, 2))
+
+
+def test_a_spectrum_of_any_batch():
+    model = Spectrum().eval()
+    fast = gw.optimize(model, torch.randn(2, 600), dynamic="auto")
+    for batch in (2, 1, 5):
+        wave = torch.randn(batch, 600)
+        torch.testing.assert_close(fast(wave), model(wave))
+    assert len(fast._variants) == 1
