@@ -7,7 +7,7 @@ says so.
 
 Parameters and buffers that a graph does not write become constants, so that they can be folded and packed; each call
 checks that they are the same tensors, unwritten since. After a write Dynamo's graph runs, and once the weights have stood
-still for a few calls the graph is optimized again.
+still for a few calls the graph is optimized again. Modules of one class share a graph: each gets a form of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,19 +25,24 @@ from torch import Tensor, fx, nn
 
 from graphwright import search
 from graphwright.capture import Guard, capture
-from graphwright.capture.fragment import Constants, Run, Split, Trial, inputs_of, mark
+from graphwright.capture.fragment import Constants, Run, Split, Trial, inputs_of, mark, unfit
 from graphwright.capture.sites import user_line
 from graphwright.capture.whole import explain
 from graphwright.errors import CalibrationError, CaptureError, GraphwrightError, RecipeError, nearest
 from graphwright.manager import Pass
 from graphwright.measure import interleaved
+from graphwright.optimized import WORKING
 from graphwright.passes.pipeline import precisions, resolve
+
+#: how an output may lie: as it comes, or in one of these orders
+_FORMS = (torch.preserve_format, torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 
 log = logging.getLogger(__name__)
 
-#: calls for which written weights must stand still before a graph is optimized again, and how often that may happen
+#: calls for which new or written weights must stand still before a graph is optimized for them
 PATIENCE = 3
-CHANCES = 3
+#: how often a graph is optimized for one set of weights at the most, and for how many sets
+CHANCES, STATES = 4, 64
 
 
 def backend(graph: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None,
@@ -59,7 +65,7 @@ def backend(graph: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str |
         _once(f"mode={mode!r} changes nothing for backend='graphwright': every kernel is timed anyway")
     if not any(n.op.startswith("call_") for n in graph.graph.nodes):
         return graph.forward
-    return Fragment(graph, passes, name)
+    return Fragment(graph, example_inputs, passes, name)
 
 
 def _recipe(options: dict[str, Any]) -> tuple[tuple[Pass, ...], str]:
@@ -81,11 +87,13 @@ def _refuse(error: GraphwrightError, *args: Any) -> Sequence[Any]:
     raise error.with_traceback(None)
 
 
-def _compiling() -> AbstractContextManager[Any]:
-    """Dynamo's own lock, under which it compiles."""
+@contextmanager
+def _alone() -> Iterator[None]:
+    """No other thread compiles or optimizes meanwhile: torch.export changes nn.Module itself while it traces."""
     from torch._dynamo import convert_frame
 
-    return getattr(convert_frame, "compile_lock", None) or nullcontext()
+    with WORKING, getattr(convert_frame, "compile_lock", None) or nullcontext():
+        yield
 
 
 @functools.cache
@@ -93,70 +101,105 @@ def _once(text: str) -> None:
     log.warning(text)
 
 
+@dataclass(eq=False)
+class State:
+    """How a graph stands with one set of weights. Modules of one class share a graph, each with weights of its own.
+
+    Attributes:
+        form: what runs instead of Dynamo's graph.
+        marks, calm: the weights at the last call without a form that covers them, and how often they were so in a row.
+        chances: how often a form may be made.
+    """
+
+    form: Form | None = None
+    marks: dict[int, Any] = field(default_factory=dict)
+    calm: int = 0
+    chances: int = CHANCES
+
+
 class Fragment:
     """One of Dynamo's graphs: called with its inputs, gives its outputs, optimized where that is right and faster.
 
     Attributes:
-        form: what runs instead of Dynamo's graph; None before the first call and where nothing does.
         verdict: what was decided, in words; None before the first call.
+        states: by the identity of the weights.
     """
 
-    def __init__(self, graph: fx.GraphModule, passes: Sequence[Pass], recipe: str):
+    def __init__(self, graph: fx.GraphModule, examples: Sequence[Any], passes: Sequence[Pass], recipe: str):
         self.graph, self.passes, self.recipe = graph, tuple(passes), recipe
-        self.inputs = inputs_of(graph.graph)
+        self.inputs = inputs_of(graph.graph, examples)
         ops = [n for n in graph.graph.nodes if n.op.startswith("call_")]
         line = next((found for n in ops if (found := user_line(n.meta.get("stack_trace")))), None)
         self.label = f"graph of {len(ops)} op{'s' * (len(ops) != 1)}" + (f" from {line}" if line else "")
-        self.form: Form | None = None
         self.verdict: str | None = None
+        self.states: dict[tuple[int, ...], State] = {}
         self._plain: Run = graph.forward
         self._lock = threading.Lock()
-        self._chances, self._calm, self._uncovered = CHANCES, 0, False
-        self._marks: dict[int, Any] = {}
+        self._kept = self._uncovered = False
+        self._weights = [k for k, i in enumerate(self.inputs) if i.weight]
         self._varying: set[int] = set()  # inputs that look like weights but change from call to call
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        form = self.form
-        if form is None:
-            return self._first(args) if self.verdict is None else self._plain(*args)
-        return form.run(args) if form.covers(args) else self._otherwise(form, args)
+        if self._kept:
+            return self._plain(*args)
+        state = self.states.get(tuple([id(args[k]) for k in self._weights]))
+        if state is None or state.form is None:
+            return self._wait(state, args)
+        try:
+            if state.form.covers(args):
+                return state.form.run(args)
+        except Exception as error:  # noqa: BLE001 - inputs are written last: nothing has happened yet
+            return self._failed(args, error)
+        return self._otherwise(state, args)
 
-    def _first(self, args: tuple[Any, ...]) -> Sequence[Any]:
+    def _make(self, state: State, args: tuple[Any, ...]) -> Sequence[Any]:
         """Run Dynamo's graph, and optimize it by what it was seen to do."""
         if not self._lock.acquire(blocking=False):
             return self._plain(*args)  # another thread is at it
         try:
+            reason = unfit(args)
+            if reason is not None:
+                self._keep(reason)
+                return self._plain(*args)
             seen = Trial(self._plain, args)
             if seen.differentiable:
-                self.verdict = "Dynamo's graph runs as it is: gradients are needed"
+                self._kept, self.verdict = True, "Dynamo's graph runs as it is: gradients are needed"
                 _once("gradients are on: backend='graphwright' runs graphs that need them as they are. Call the compiled model under "
                       "torch.no_grad() or torch.inference_mode() to have it optimized for inference.")  # fmt: skip
                 return seen.outputs
+            state.chances -= 1
+            state.calm, state.marks = 0, {}
             try:
-                # torch.export changes nn.Module while it traces: no other thread may compile meanwhile;
-                # what is made here outlives the caller's mode
-                with _compiling(), torch.inference_mode(False), torch.no_grad():
-                    form = self._optimized(seen)
+                with _alone(), torch.inference_mode(False), torch.no_grad():  # what is made here outlives the caller's mode
+                    form = self._optimized(seen, state)
             except Exception as error:  # noqa: BLE001 - whatever goes wrong, the user's program runs on
-                self.verdict = f"Dynamo's graph runs as it is: {explain(error)[1]}"
-                log.warning("%s: %s", self.label, self.verdict)
+                self._keep(explain(error)[1])
                 return seen.outputs
-            self.form, self.verdict = form, "optimized"
+            if self._weights != form.constants.slots:  # from now on constants alone tell one set of weights from another
+                self._weights, self.states = form.constants.slots, {}
+            state.form, self.verdict = form, "optimized"
+            self.states[form.constants.key(args)] = state
             # it answers the first call too where asking twice leaves no trace
             return form.run(args) if seen.pure else seen.outputs
         finally:
             self._lock.release()
 
-    def _optimized(self, seen: Trial) -> Form:
+    def _keep(self, reason: str) -> None:
+        self._kept, self.states, self.verdict = True, {}, f"Dynamo's graph runs as it is: {reason}"
+        log.warning("%s: %s", self.label, self.verdict)
+
+    def _optimized(self, seen: Trial, state: State) -> Form:
         """The form that runs from now on.
 
         Raises:
             CaptureError: Dynamo's graph is to stay; the reason.
             Exception: whatever a part refuses with.
         """
-        seen.check()
+        if seen.refusal():
+            raise CaptureError(str(seen.refusal()))
         split = Split(self.graph, self.inputs, seen, self._varying)
-        constants = Constants({k: seen.args[k] for k in split.constants}, self._gone)  # as they are before they are copied
+        held = {k: seen.args[k] for k in split.constants}
+        constants = Constants(held, functools.partial(self._gone, state))  # as they are before they are copied
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             leaves = split.leaves(seen.copies())
@@ -188,39 +231,55 @@ class Fragment:
 
     # -- calls that the form does not cover ------------------------------------------------------------------------
 
-    def _otherwise(self, form: Form, args: tuple[Any, ...]) -> Sequence[Any]:
-        """Dynamo's graph answers; weights that were written and then stand still lead to a new form."""
-        changed = form.constants.changed(args)
-        if not changed:
-            if not self._uncovered:
-                log.warning("%s: Dynamo's graph runs where the optimized one does not cover the call: %s", self.label, form.reason(args))
-            self._uncovered = True
-            return self._plain(*args)
-        marks = {k: mark(args[k]) for k in form.constants.slots if k not in self._varying}
-        if not self._marks:
+    def _failed(self, args: tuple[Any, ...], error: Exception) -> Sequence[Any]:
+        """Where Dynamo's graph fails too, its error is the user's; else the form is not to be trusted."""
+        outputs = self._plain(*args)
+        self._keep(f"the optimized one failed: {explain(error)[1]}")
+        return outputs
+
+    def _otherwise(self, state: State, args: tuple[Any, ...]) -> Sequence[Any]:
+        """A call that the form does not cover: Dynamo's graph answers."""
+        assert state.form is not None
+        changed = state.form.constants.changed(args)
+        if changed:
             names = ", ".join(self.inputs[k].name for k in changed[:3]) + (", …" if len(changed) > 3 else "")
             log.warning("%s: weights were written since it was optimized (%s): Dynamo's graph runs%s", self.label, names,
-                        f" until they stand still for {PATIENCE} calls" if self._chances else " from now on; torch.compiler.reset() starts anew")  # fmt: skip
-            moved = set(marks)
-        else:
-            moved = {k for k, m in marks.items() if m != self._marks.get(k)}
-            # another object in each call, or a buffer written between any two: no weight
-            self._varying |= {k for k in moved if marks[k][0] != self._marks[k][0] or not isinstance(args[k], nn.Parameter)}
-        self._calm = 0 if moved - self._varying else self._calm + 1
-        self._marks = marks
-        if self._calm < PATIENCE or not self._chances:
-            return self._plain(*args)
-        self._anew()
-        return self._first(args)
+                        f" until they stand still for {PATIENCE} calls" if state.chances else " from now on; torch.compiler.reset() starts anew")  # fmt: skip
+            state.form = None
+            return self._wait(state, args)
+        if not self._uncovered:
+            log.warning("%s: Dynamo's graph runs where the optimized one does not cover the call: %s", self.label, state.form.reason(args))
+        self._uncovered = True
+        return self._plain(*args)
 
-    def _anew(self) -> None:
-        self._chances -= 1
-        self._calm, self._marks, self.form, self.verdict = 0, {}, None, None
+    def _wait(self, state: State | None, args: tuple[Any, ...]) -> Sequence[Any]:
+        """Weights that are new, or were written: once they stand still, a form is made of them; the first ones need not wait."""
+        if state is None:
+            state = State()
+            if self.verdict is None:
+                return self._make(state, args)
+            if len(self.states) >= STATES:
+                _once(f"{self.label}: it runs on more than {STATES} sets of weights; Dynamo's graph runs for the rest")
+                return self._plain(*args)
+            self.states[tuple([id(args[k]) for k in self._weights])] = state
+        marks = {k: mark(args[k]) for k in self._weights}
+        moved = {k for k in marks if state.marks.get(k) != marks[k]}
+        self._drop_varying({k for k in moved if k in state.marks and not isinstance(args[k], nn.Parameter)})
+        state.calm = 0 if moved else state.calm + 1
+        state.marks = marks
+        return self._make(state, args) if state.calm >= PATIENCE and state.chances else self._plain(*args)
 
-    def _gone(self) -> None:
-        """The user dropped a constant: the model, most likely. What was made of it is freed; a later call starts anew."""
-        if self.form is not None and self._chances:
-            self._anew()
+    def _drop_varying(self, found: set[int]) -> None:
+        """What is no parameter and was written between any two calls is an input like others."""
+        if found:
+            self._varying |= found
+            self._weights = [k for k in self._weights if k not in found]
+            self.states = {}
+
+    def _gone(self, state: State) -> None:
+        """The user dropped a constant: the model, most likely. What was made of it goes too."""
+        state.form = None
+        self.states = {k: s for k, s in self.states.items() if s is not state}
 
 
 class Form:
@@ -254,29 +313,35 @@ class Form:
     def run(self, args: tuple[Any, ...]) -> Sequence[Any]:
         """Outputs as Dynamo's graph gives them."""
         outs = list(self.runner(*[args[k] for k in self.free]))
-        for k in self.copied:
-            outs[k] = outs[k].clone()
+        for k, form in self.copied.items():
+            outs[k] = outs[k].clone(memory_format=form)
         if self.rest is None:
             return outs
         mine, rest = iter(outs), iter(self.rest(*args))
         return [next(mine) if k in self.tensors else next(rest) for k in range(self.count)]
 
-    def _copied(self, split: Split, seen: Trial) -> list[int]:
-        """Tensors to be copied before they are given away: their memory is ours, or shared where Dynamo's graph shares none."""
+    def _copied(self, split: Split, seen: Trial) -> dict[int, torch.memory_format]:
+        """Tensors to be copied before they are given away, and how they are to lie then.
+
+        Their memory is ours, or shared where Dynamo's graph shares none, or it is laid out otherwise: strides are part of an
+        answer, Dynamo may have reckoned with them.
+        """
         wanted = [seen.outputs[k] for k in self.tensors]
         theirs = _sharing(wanted, [*split.leaves(seen.args), *(seen.args[k] for k in split.constants)])
         leaves, again = (split.leaves(seen.copies()) for _ in range(2))
         first, second = self.runner(*leaves), self.runner(*again)
         ours, kept = _sharing(first, leaves), {_place(t) for t in second} - {None}
-        lasting = [ours[k] is None and _place(t) in kept for k, t in enumerate(first)]
+        found = {}
         for k, (a, b) in enumerate(zip(first, wanted, strict=True)):
-            if (a.shape, a.stride(), a.dtype) != (b.shape, b.stride(), b.dtype):
+            form = next((f for f in _FORMS if (a if f == torch.preserve_format else a.clone(memory_format=f)).stride() == b.stride()), None)
+            if (a.shape, a.dtype) != (b.shape, b.dtype) or form is None:
                 raise CaptureError(f"output {k} is {_words(a)} instead of {_words(b)}")
-            if theirs[k] is not None and (theirs[k] != ours[k] or a.storage_offset() != b.storage_offset()):
+            if (ours[k] is None and _place(a) in kept) or (ours[k] is not None and theirs[k] is None) or form != torch.preserve_format:
+                found[k] = form
+            same = theirs[k] == ours[k] and a.storage_offset() == b.storage_offset() and k not in found
+            if theirs[k] is not None and not (same and theirs[k] not in [("output", j) for j in found]):
                 raise CaptureError(f"output {k} shares memory with an input or another output, and the captured graph's does not")
-            if lasting[k] and ("output", k) in theirs:
-                raise CaptureError(f"output {k} is a constant that shares memory with another output")
-        return [k for k in range(len(first)) if lasting[k] or (ours[k] is not None and theirs[k] is None)]
+        return found
 
 
 def _grads(args: Sequence[Any]) -> list[bool]:

@@ -30,20 +30,24 @@ class Input:
         name: of a parameter or buffer ``layer.0.weight``; of anything else an identifier.
         sizes: of a tensor, each a number or the text of a symbolic expression; None for an integer.
         symbol: of an integer, the symbol that it is.
+        weight: a parameter, or a tensor that Dynamo found on a module: it keeps its place from call to call.
     """
 
     name: str
     sizes: tuple[int | str, ...] | None = None
     symbol: str | None = None
+    weight: bool = False
 
 
-def inputs_of(graph: fx.Graph) -> list[Input]:
+def inputs_of(graph: fx.Graph, examples: Sequence[Any]) -> list[Input]:
     """Read off the graph while Dynamo compiles: it forgets the sources of inputs afterwards."""
     found = []
-    for node in graph.find_nodes(op="placeholder"):
+    for node, example in zip(graph.find_nodes(op="placeholder"), examples, strict=True):
         name, value = _source(node), node.meta.get("example_value")
         if isinstance(value, Tensor):
-            found.append(Input(name, tuple(s if isinstance(s, int) else str(s.node.expr) for s in value.shape)))
+            sizes = tuple(s if isinstance(s, int) else str(s.node.expr) for s in value.shape)
+            weight = isinstance(example, nn.Parameter) or getattr(example, "_dynamo_static_input_type", None) is not None
+            found.append(Input(name, sizes, None, weight))
         else:
             found.append(Input(name, None, str(value.node.expr) if isinstance(value, torch.SymInt) else None))
     return found
@@ -57,8 +61,21 @@ def _source(node: fx.Node) -> str:
     return ".".join(parts) or re.sub(r"^[lL]_|_$", "", str(node.target))
 
 
+def unfit(values: Sequence[Any]) -> str | None:
+    """None, or why inputs or outputs like these are not for us."""
+    for value in values:
+        if not isinstance(value, Tensor):
+            if not isinstance(value, (int, type(None))):
+                return f"an input or output is a {type(value).__name__}"
+        elif type(value) not in (Tensor, nn.Parameter, nn.Buffer):
+            return f"it works on {type(value).__name__}, a subclass of Tensor"
+        elif value.device.type != "cpu" or value.layout is not torch.strided or value.is_quantized:
+            return f"it works on a {value.type().removeprefix('torch.')} on {value.device}: plain tensors on the CPU are optimized"
+    return None
+
+
 class Trial:
-    """One run of Dynamo's graph on real inputs: what it answered, and what it wrote.
+    """One run of Dynamo's graph on inputs that are fit: what it answered, and what it wrote.
 
     Attributes:
         outputs: its answer.
@@ -84,23 +101,11 @@ class Trial:
         self.differentiable = any(t.requires_grad for t in [*made, *(tensors[k] for k in self.written)])
         self.pure = not (random or self.written)
 
-    def check(self) -> None:
-        """Refuse what no program of ours can stand for.
-
-        Raises:
-            CaptureError: the reason.
-        """
-        for value in (*self.args, *self.outputs):
-            if isinstance(value, Tensor):
-                if type(value) not in (Tensor, nn.Parameter, nn.Buffer):
-                    raise CaptureError(f"it works on {type(value).__name__}, a subclass of Tensor")
-                if value.device.type != "cpu" or value.layout is not torch.strided:
-                    raise CaptureError(f"it works on a {str(value.layout).removeprefix('torch.')} tensor on {value.device}: "
-                                       "dense ones on the CPU are optimized")  # fmt: skip
-            elif not isinstance(value, (int, type(None))):
-                raise CaptureError(f"an input or output is a {type(value).__name__}")
+    def refusal(self) -> str | None:
+        """None, or what speaks against a program of ours in place of the graph."""
         if self.reshaped or self.switched:
-            raise CaptureError("it changes the shape of an input" if self.reshaped else "it leaves gradients switched otherwise")
+            return "it changes the shape of an input" if self.reshaped else "it leaves gradients switched otherwise"
+        return unfit(self.outputs)
 
     def copies(self, keep: Collection[int] = ()) -> tuple[Any, ...]:
         """The inputs, those at ``keep`` as they are, the other tensors copied: they may be written."""
@@ -128,7 +133,7 @@ class Split:
 
     def __init__(self, graph: fx.GraphModule, inputs: Sequence[Input], seen: Trial, varying: Collection[int] = ()):
         args = seen.args
-        weights = {k for k, a in enumerate(args) if isinstance(a, Tensor) and _is_weight(a)}
+        weights = {k for k, i in enumerate(inputs) if i.weight and not args[k].is_inference()}  # those would not count writes
         self.constants = sorted(weights - seen.written - set(varying))
         self.free = [k for k, a in enumerate(args) if isinstance(a, Tensor) and k not in self.constants]
         self.tensors = [k for k, o in enumerate(seen.outputs) if isinstance(o, Tensor)]
@@ -186,12 +191,6 @@ class Split:
         return fx.GraphModule(graph, new, "Rest").forward
 
 
-def _is_weight(value: Tensor) -> bool:
-    """A parameter, or what Dynamo found on a module: it keeps its place from call to call."""
-    marked = isinstance(value, nn.Parameter) or getattr(value, "_dynamo_static_input_type", None) is not None
-    return marked and not value.is_inference()
-
-
 def _free(name: str, taken: Mapping[str, Any]) -> str:
     """A name that no tensor has yet, nor stands above or below one."""
     *path, leaf = name.split(".")
@@ -203,8 +202,7 @@ def _free(name: str, taken: Mapping[str, Any]) -> str:
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    place = tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
-    return tuple(tensor.shape), tensor.stride() if tensor.layout is torch.strided else None, place
+    return tuple(tensor.shape), tensor.stride(), tensor.untyped_storage().data_ptr()
 
 
 # -- constants that may be written -----------------------------------------------------------------------------------
@@ -222,14 +220,12 @@ class Constants:
     """
 
     def __init__(self, held: Mapping[int, Tensor], gone: Callable[[], None]):
-        self.slots = list(held)
+        self.slots, tensors = list(held), list(held.values())
         self._gone = gone
-        tensors = list(held.values())
         self._refs = [weakref.ref(t, self._drop) for t in tensors]
-        self._ids = [*map(id, tensors)]
         self._versions = [t._version for t in tensors]
         self._places = [t.data_ptr() for t in tensors]
-        self.marks = {k: mark(t) for k, t in held.items()}
+        self._marks = {k: mark(t) for k, t in held.items()}
         widths: dict[torch.dtype, list[Tensor]] = {}
         for probe in map(_probe, tensors):
             if probe is not None:
@@ -237,20 +233,23 @@ class Constants:
         self._probes = [(probes, torch.cat(probes)) for probes in widths.values()]
 
     def _drop(self, reference: Any) -> None:
-        self._ids, self._probes = [], []
+        self._probes = []
         self._gone()
 
+    def key(self, args: Sequence[Any]) -> tuple[int, ...]:
+        """Which objects they are."""
+        return tuple(id(args[k]) for k in self.slots)
+
     def same(self, args: Sequence[Any]) -> bool:
-        """Whether every constant is the same object with the same content, as far as the checks see."""
+        """Whether the constants, the same objects as ever, have the same content, as far as the checks see."""
         mine = [args[k] for k in self.slots]
-        return ([*map(id, mine)] == self._ids
-                and [t._version for t in mine] == self._versions
+        return ([t._version for t in mine] == self._versions
                 and [*map(Tensor.data_ptr, mine)] == self._places
                 and all(torch.equal(torch.cat(probes), was) for probes, was in self._probes))  # fmt: skip
 
     def changed(self, args: Sequence[Any]) -> list[int]:
         """Positions of those that changed."""
-        return [k for k in self.slots if mark(args[k]) != self.marks[k]]
+        return [k for k in self.slots if mark(args[k]) != self._marks[k]]
 
 
 def mark(value: Tensor) -> tuple[Any, ...]:
@@ -269,4 +268,4 @@ def _probe(tensor: Tensor) -> Tensor | None:
     return tensor.detach().as_strided((count,), (1,), start).view(kinds[tensor.itemsize])
 
 
-__all__ = ["Constants", "Input", "Run", "Split", "Trial", "inputs_of", "mark"]
+__all__ = ["Constants", "Input", "Run", "Split", "Trial", "inputs_of", "mark", "unfit"]
