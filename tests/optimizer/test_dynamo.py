@@ -185,6 +185,7 @@ class Values(nn.Module):
         return tuple(self.inner(input_ids=ids, attention_mask=mask).values())
 
 
+@pytest.mark.slow
 def test_tiny_bert(fragments):
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=100)
@@ -200,6 +201,7 @@ def test_tiny_bert(fragments):
     assert not any(f._uncovered for f in fragments)
 
 
+@pytest.mark.slow
 def test_tiny_resnet(fragments):
     transformers = pytest.importorskip("transformers")
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], num_labels=3)
@@ -370,7 +372,7 @@ EDITS = {
 }
 
 
-@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ("data +=", "new data") else n for n in EDITS])
 def test_written_weights_are_noticed(name, fragments, caplog):
     model, x = net(), torch.randn(8, 16)
     fast = compiled(model)
@@ -393,6 +395,7 @@ def test_an_optimizer_step_is_noticed(fragments):
     exact(model, fast, x)
 
 
+@pytest.mark.slow
 def test_weights_that_never_stand_still_leave_dynamos_graph(fragments, caplog):
     model, x = net(), torch.randn(8, 16)
     fast = compiled(model)
