@@ -43,17 +43,26 @@ def folder(name: str) -> Path:
     Raises:
         InternalError: ``name`` is no plain word.
     """
+    try:
+        return private(name)
+    except (OSError, RuntimeError) as error:
+        return _temporary(name, str(error))
+
+
+def private(name: str) -> Path:
+    """As ``folder``, for what is not worth a word where it can't be kept.
+
+    Raises:
+        OSError, RuntimeError: there can be no such folder.
+    """
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name):
         raise InternalError(f"{name!r} is no name for a cache folder")
     stated = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    try:
-        base = stated if stated.is_absolute() else Path.home() / ".cache"
-        base.mkdir(parents=True, exist_ok=True)
-        for path in (base / "graphwright", base / "graphwright" / name):
-            _make_private(path)
-        return path
-    except (OSError, RuntimeError) as error:
-        return _temporary(name, str(error))
+    base = stated if stated.is_absolute() else Path.home() / ".cache"
+    base.mkdir(parents=True, exist_ok=True)
+    for path in (base / "graphwright", base / "graphwright" / name):
+        _make_private(path)
+    return path
 
 
 def _make_private(path: Path) -> None:

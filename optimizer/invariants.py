@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def verify(program: Program) -> None:
     """See ``Program.verify``."""
     try:
-        program.graph.lint()
+        program.settled().graph.lint()
     except Exception as error:
         raise InternalError(f"the graph is malformed: {error}", program=_text(program)) from error
     for node in program.graph.nodes:

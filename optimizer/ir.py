@@ -118,10 +118,14 @@ class Program(nn.Module):
     @property
     def fake_mode(self) -> Any:
         """The mode of every ``meta["val"]``; a program that was loaded gets its FakeTensors when this is first asked for."""
+        return self.settled()._fake_mode
+
+    def settled(self) -> Program:
+        """This program, with FakeTensors where loading left outlines of them."""
         if self._late is not None:
             self._late.settle(self.graph.nodes)
             self._late, self._fake_mode = None, self._late.mode
-        return self._fake_mode
+        return self
 
     @property
     def graph(self) -> fx.Graph:

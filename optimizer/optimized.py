@@ -170,7 +170,7 @@ class Optimized(nn.Module):
         if built is None:
             raise InputError("the model was not captured as one program", where="Optimized.program",
                              hint="report.regions names what stands in the way.")  # fmt: skip
-        return built.running
+        return built.running.settled()
 
     def _first(self) -> Variant:
         if not self._variants:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from graphwright.ir import Program, walk_nodes
 from graphwright.manager import PassResult
@@ -60,7 +59,12 @@ def same_size(a: Any, b: Any) -> bool:
     """Two sizes, symbolic ones included, are known to be equal; never adds a guard."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return bool(statically_known_true(a == b))
+    equal = a == b
+    if isinstance(equal, bool):
+        return equal
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes a second to import
+
+    return bool(statically_known_true(equal))
 
 
 def same_sizes(a: Iterable[Any], b: Iterable[Any]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphwright import ops
 from graphwright.backends.base import IntWeight, QParams, Read, Slot, Work, template
 from graphwright.errors import InternalError
 from graphwright.ir import Program, args_by_name
@@ -201,8 +202,10 @@ class _Analyser:
             if node not in self.materialised:
                 a = args_by_name(node)
                 filled = {k: self.program.constant(v) if isinstance(v, fx.Node) else v for k, v in a.items()}
-                with torch.no_grad():
-                    self.materialised[node] = node.target(**filled)  # type: ignore[operator]
+                row = ops.row(node.target)
+                assert row is not None
+                with torch.no_grad():  # its body: the op itself would import PyTorch's compiler
+                    self.materialised[node] = row.reference(**filled)
             return self.materialised[node]
         return self.program.constant(node)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -34,7 +35,7 @@ def from_plain(kind: type[T], data: Any, where: str) -> T:
     """
     if not isinstance(data, dict):
         raise LoadError(f"{where}: wanted an object, found {type(data).__name__}")
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     found = {}
     for f in dataclasses.fields(kind):  # type: ignore[arg-type]
         if f.name in data:
@@ -42,6 +43,11 @@ def from_plain(kind: type[T], data: Any, where: str) -> T:
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise LoadError(f"{where}: {f.name!r} is missing")
     return kind(**found)
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
 
 
 def _read(hint: Any, data: Any, where: str) -> Any:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from graphwright.errors import GraphwrightError, LoadError, SaveError
 from graphwright.ir import Program
+from graphwright.store import verified
 from graphwright.store.graph import Draft, held_tensors, program_to_json, read_program
 from graphwright.store.reading import Record, dumps, from_json, loads, to_json
 from graphwright.store.tensors import Place, StorageTable, check_index, index, read_runs
@@ -89,11 +90,26 @@ def save(path: str | os.PathLike[str], archive: Archive) -> None:
     try:
         with _replacing(target) as temporary:
             save_file(runs, temporary, {_KEY: seal})
+            if not any(v.program.signature.symbols for v in archive.variants):
+                _read_back(temporary)
     except (OSError, SafetensorError) as error:
         raise SaveError(
             f"{target} cannot be written: {_reason(error)}",
             hint="Nothing was written; a file of that name is as it was. Free some space or choose another folder.",
         ) from error
+
+
+def _read_back(path: str) -> None:
+    """Check the graphs of a file just written, while all that takes is imported: loading it here is then quick.
+
+    Raises:
+        SaveError: it would not load.
+    """
+    try:
+        with _opened(path) as file:
+            _drafts(file, *_body(file, path))
+    except LoadError as error:
+        raise SaveError(f"what was written can't be loaded: {error.what}", hint="Please report this model.") from error
 
 
 @contextmanager
@@ -149,11 +165,8 @@ def load(path: str | os.PathLike[str]) -> Archive:
     """
     where = str(path)
     with _opened(where) as file:
-        body = _body(file, where)
-        sums = check_index(body.raw("runs"), _held(file))
-        sizes = {n: _run_bytes(file, n) for n in sums}
-        records = [Record(v, "program plan example", f"variant {k}") for k, v in enumerate(body.get("variants", list))]
-        drafts = [_draft(r.raw("program"), sizes, f"variant {k}") for k, r in enumerate(records)]
+        body, checksum = _body(file, where)
+        records, drafts, sums = _drafts(file, body, checksum)
         runs = read_runs(file, sums)
         meta = from_json(body.get("meta", dict), "meta")
     placed: dict[tuple[str, str], Tensor] = {}
@@ -180,12 +193,22 @@ def peek(path: str | os.PathLike[str]) -> dict[str, Any]:
         LoadError: as ``load``, as far as the header tells.
     """
     with _opened(str(path)) as file:
-        return from_json(_body(file, str(path)).get("meta", dict), "meta")
+        return from_json(_body(file, str(path))[0].get("meta", dict), "meta")
 
 
-def _draft(data: Any, sizes: Mapping[str, int], where: str) -> Draft:
-    with _as_load_error(where):
-        return read_program(data, sizes, where)
+def _drafts(file: Any, body: Record, checksum: str) -> tuple[list[Record], list[Draft], dict[str, str]]:
+    """Every variant's record and its program, all but its tensors; and the checksum of each run of tensor data."""
+    sums = check_index(body.raw("runs"), _held(file))
+    sizes = {n: _run_bytes(file, n) for n in sums}
+    records = [Record(v, "program plan example", f"variant {k}") for k, v in enumerate(body.get("variants", list))]
+    trusted = verified.known(checksum)
+    drafts = []
+    for record in records:
+        with _as_load_error(record.where):
+            drafts.append(read_program(record.raw("program"), sizes, record.where, trusted))
+    if not trusted and all(d.settled for d in drafts):
+        verified.note(checksum)
+    return records, drafts, sums
 
 
 @contextmanager
@@ -235,8 +258,8 @@ def _check_start(path: str) -> None:
         )
 
 
-def _body(file: Any, path: str) -> Record:
-    """The JSON of the graphs, its version and checksum found right."""
+def _body(file: Any, path: str) -> tuple[Record, str]:
+    """The JSON of the graphs, its version and checksum found right, and that checksum."""
     seal = (file.metadata() or {}).get(_KEY)
     if seal is None:
         raise LoadError(
@@ -252,7 +275,7 @@ def _body(file: Any, path: str) -> Record:
         )
     if hashlib.sha256(body.encode()).hexdigest() != checksum:
         raise LoadError(f"{path} was altered: the checksum of its graph does not fit", hint=_ADVICE)
-    return Record(loads(body, "the graph"), "meta variants runs", "the graph")
+    return Record(loads(body, "the graph"), "meta variants runs", "the graph"), checksum
 
 
 def _held(file: Any) -> dict[str, tuple[str, list[int]]]:

@@ -154,6 +154,11 @@ class Draft:
     provenance: dict[str, tuple[str, ...]]
     training: bool
 
+    @property
+    def settled(self) -> bool:
+        """What the file says of values was checked, and follows from the file, this torch and this Graphwright alone."""
+        return not self.scope.late.made and all(_ours(n.target) for n in self.graph.nodes if n.op == "call_function")
+
     def finish(self, load: Callable[[Place], Tensor]) -> Program:
         """The program; ``load`` gives a tensor's contents."""
         made: dict[str, Tensor] = {}
@@ -169,9 +174,18 @@ class Draft:
         read = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
         for name in made.keys() - read:
             _register(graph_module, name, made[name])
-        self.scope.mode.allow_fallback_kernels = True
-        program = Program(graph_module, self.signature, self.scope.mode, self.provenance)
+        program = Program(graph_module, self.signature, self.scope.finish(), self.provenance)
         return program.train(self.training)
+
+
+def _ours(target: Any) -> bool:
+    """Whether a call is one of torch's or of Graphwright's own, not one that another package defines."""
+    if not isinstance(target, OpOverload):
+        return True
+    row = ops.row(target)
+    if target.namespace == "graphwright":
+        return row is not None and row.reference.__module__.startswith(f"{ops.__name__}.")
+    return target.namespace == "aten"
 
 
 def _register(root: nn.Module, name: str, tensor: Tensor) -> None:
@@ -187,11 +201,12 @@ def _register(root: nn.Module, name: str, tensor: Tensor) -> None:
         owner.register_buffer(leaf, tensor)
 
 
-def read_program(data: Any, run_sizes: Mapping[str, int], where: str) -> Draft:
-    """Check a program's JSON and rebuild its graph on fake tensors; no tensor data are read.
+def read_program(data: Any, run_sizes: Mapping[str, int], where: str, trusted: bool = False) -> Draft:
+    """Check a program's JSON and rebuild its graph on fake tensors, or outlines of them; no tensor data are read.
 
     Args:
         run_sizes: bytes of every run of tensor data in the file.
+        trusted: this JSON was read before, and what it says of values was right: they are not inferred again.
 
     Raises:
         LoadError: what does not fit, and where.
@@ -211,11 +226,13 @@ def read_program(data: Any, run_sizes: Mapping[str, int], where: str) -> Draft:
             bad(f"{where}, tensor {name!r}", f"it cannot be the same as {same[:80]!r}")
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
-    rehearsal = Rehearsal(scope)
+    rehearsal = Rehearsal(scope, trusted)
     for k, entry in enumerate(record.get("nodes", list)):
         _read_node(entry, graph, nodes, tensors, rehearsal, f"{where}, node {k}")
     results = tuple(decode_arg(r, nodes, f"{where}, output {k}") for k, r in enumerate(record.get("results", list)))
     graph.output(results)
+    if scope.late.made:
+        scope.late.settle(graph.nodes)
     signature = Signature(
         *(_read_spec(record.raw(k)) for k in ("inputs", "outputs")),
         _read_mutations(record.get("mutations", list), tensors, nodes, results, where),

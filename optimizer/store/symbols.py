@@ -1,112 +1,22 @@
-"""Symbolic sizes on disk: expressions as small JSON trees, and shape environments built anew from what is known.
-
-An expression is an integer, or ``["name", argument, ...]`` with a name from ``FUNCTIONS``, or ``["sym", "s27"]``.
-Nothing is ever parsed from source text.
-"""
+"""Symbolic sizes of a program on disk, and shape environments built anew from what is known of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import sympy
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StrictMinMaxConstraint
-from torch.utils._sympy import functions
-from torch.utils._sympy.numbers import int_oo
-from torch.utils._sympy.value_ranges import ValueRanges
 
 from graphwright.errors import SaveError
 from graphwright.ir import Program, Span
+from graphwright.outline import Late, fresh
 from graphwright.store.reading import INT_MAX, Record, bad, want, want_int
 from graphwright.store.tensors import DTYPES
 
-_SYMPY = ("Add", "Mul", "Pow", "Eq", "Ne", "Lt", "Le", "Gt", "Ge", "And", "Or", "Not")
-_TORCH = (
-    "FloorDiv",
-    "ModularIndexing",
-    "PythonMod",
-    "Mod",
-    "CleanDiv",
-    "CeilToInt",
-    "FloorToInt",
-    "CeilDiv",
-    "IntTrueDiv",
-    "FloatTrueDiv",
-    "TruncToInt",
-    "RoundToInt",
-    "ToFloat",
-    "Where",
-    "PowByNatural",
-    "Max",
-    "Min",
-)
-#: Every function that may stand in a size, by name.
-FUNCTIONS: dict[str, Any] = {n: getattr(sympy, n) for n in _SYMPY} | {
-    n: getattr(functions, n) for n in _TORCH if hasattr(functions, n)
-}
-_NAMES = {f: n for n, f in FUNCTIONS.items()} | {getattr(sympy, n): n for n in ("Max", "Min", "Mod")}
-_ORDERLESS = {"Add", "Mul", "Eq", "Ne", "And", "Or", "Max", "Min"}
-_DEPTH, _EXPONENT = 24, 8
-
-
-def encode(expr: Any, names: Mapping[sympy.Symbol, str] | None = None) -> Any:
-    """An expression as JSON; ``names`` says how symbols are called there. Commuting arguments stand in a fixed order.
-
-    Raises:
-        SaveError: it holds a function that no file may speak of.
-    """
-    if isinstance(expr, (int, sympy.Integer)) and not isinstance(expr, bool):
-        return int(expr)
-    if isinstance(expr, sympy.Symbol):
-        return ["sym", names.get(expr, str(expr)) if names else str(expr)]
-    if isinstance(expr, sympy.Rational):
-        return ["ratio", int(expr.p), int(expr.q)]
-    name = _NAMES.get(getattr(expr, "func", None))
-    if name is None:
-        raise SaveError(
-            f"the symbolic size {expr} holds {type(expr).__name__}, which cannot be saved",
-            hint="Optimize for fixed sizes (dynamic=None), or report this model.",
-        )
-    args = [encode(a, names) for a in expr.args]
-    return [name, *(sorted(args, key=repr) if name in _ORDERLESS else args)]
-
-
-def decode(data: Any, names: Mapping[str, sympy.Symbol], where: str, depth: int = 0) -> sympy.Expr:
-    """The expression that ``encode`` wrote.
-
-    Raises:
-        LoadError: unknown functions or symbols, or powers and depths that nobody writes.
-    """
-    if type(data) is int:
-        return sympy.Integer(want_int(data, where))
-    items = want(data, list, where)
-    if not items or depth > _DEPTH or len(items) > 256:
-        bad(where, "an ill-formed size expression")
-    head = want(items[0], str, where)
-    if head == "sym":
-        if len(items) != 2 or type(items[1]) is not str or items[1] not in names:
-            bad(where, f"unknown symbol {str(items[1:])[:40]}")
-        return names[items[1]]
-    if head == "ratio":
-        if len(items) != 3:
-            bad(where, "an ill-formed ratio")
-        return sympy.Rational(want_int(items[1], where), want_int(items[2], where, 1))
-    if head not in FUNCTIONS:
-        bad(where, f"unknown function {head[:40]!r} in a size")
-    args = [decode(a, names, where, depth + 1) for a in items[1:]]
-    if head in ("Pow", "PowByNatural"):
-        steep = (
-            len(args) != 2
-            or not args[1].is_Integer
-            or abs(int(args[1])) > _EXPONENT
-            or args[0].has(sympy.Pow, functions.PowByNatural)
-        )
-        if steep or not args[0].free_symbols:
-            bad(where, "a power that no size is made of")
-    return FUNCTIONS[head](*args)
+if TYPE_CHECKING:
+    import sympy
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
 def _mentioned(data: Any) -> set[Any]:
@@ -128,17 +38,40 @@ class Scope:
     """The symbols of one program while it is loaded.
 
     Attributes:
-        mode: makes the fake tensors.
+        late: makes the fake tensors, once there is something that only they can answer.
         symbols: by the name in the file.
         hints: the size that each symbol stood for when the model was captured.
         spans: what the signature says, by the name of the rebuilt symbol.
     """
 
-    mode: FakeTensorMode
+    late: Late = field(init=False)
     symbols: dict[str, sympy.Symbol] = field(default_factory=dict)
     hints: dict[sympy.Symbol, sympy.Integer] = field(default_factory=dict)
     spans: dict[str, Span] = field(default_factory=dict)
+    reading: bool = True
     _numbers: dict[str, int | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.late = Late(self._make_mode)
+
+    def _make_mode(self) -> Any:
+        from torch._subclasses.fake_tensor import FakeTensorMode
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+        # an op that no shape rule knows must not run on real memory, the size of which the file chose
+        return FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True, allow_fallback_kernels=not self.reading)
+
+    def finish(self) -> Any:
+        """The file is read: the mode for ``Program``."""
+        self.reading = False
+        if not self.late.made:
+            return self.late
+        self.mode.allow_fallback_kernels = True
+        return self.mode
+
+    @property
+    def mode(self) -> Any:
+        return self.late.mode
 
     @property
     def env(self) -> ShapeEnv:
@@ -148,6 +81,8 @@ class Scope:
         """A size from its JSON: an integer, or a symbolic one in this program's environment."""
         if type(data) is int:
             return want_int(data, where, low)
+        from graphwright.store.expressions import decode
+
         expr = decode(data, self.symbols, where)
         return self.env.create_symintnode(expr, hint=self._known(expr, where, low))
 
@@ -159,6 +94,8 @@ class Scope:
             return None
         key = repr(data)
         if key not in self._numbers:
+            from graphwright.store.expressions import decode
+
             self._numbers[key] = self._known(decode(data, self.symbols, where), where, -INT_MAX)
         return self._numbers[key]
 
@@ -170,9 +107,11 @@ class Scope:
         return number
 
     def fake(self, shape: Sequence[int], stride: Sequence[int], dtype: str, device: str = "cpu") -> torch.Tensor:
-        """A fake tensor of fixed sizes."""
-        bare = torch.empty_strided(shape, stride, dtype=DTYPES[dtype], device="meta")
-        return self.mode.fake_tensor_converter.from_meta_and_device(self.mode, bare, torch.device(device))
+        """A fake tensor of fixed sizes; an outline while there is no mode yet."""
+        if self.late.made or device != "cpu":
+            return fresh(shape, stride, DTYPES[dtype], torch.device(device), self.mode)
+        torch.empty_strided(shape, stride, dtype=DTYPES[dtype], device="meta")  # sizes that no tensor can have
+        return self.late.outline(shape, stride, DTYPES[dtype])
 
     def names(self) -> dict[sympy.Symbol, str]:
         """What the rebuilt symbols are called in the file."""
@@ -224,9 +163,7 @@ def rebuild_symbols(data: Any, where: str) -> Scope:
     Raises:
         LoadError: values outside their range, or wrong types.
     """
-    scope = Scope(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
-    # an op that no shape rule knows must not run on real memory, the size of which the file chose
-    scope.mode.allow_fallback_kernels = False
+    scope = Scope()
     for name, entry in want(data, dict, where).items():
         record = Record(entry, "hint low high span", f"{where}.{name[:40]}")
         known = name
@@ -234,6 +171,8 @@ def rebuild_symbols(data: Any, where: str) -> Scope:
             low = record.integer("low", 0)
             high = None if record.raw("high") is None else record.integer("high", low)
             hint = record.integer("hint", max(low, 2), INT_MAX if high is None else high)
+            import sympy
+
             symbol = _create(scope.env, name, hint, low, high)
             scope.symbols[name], scope.hints[symbol], known = symbol, sympy.Integer(hint), str(symbol)
         if record.raw("span") is not None:
@@ -254,7 +193,10 @@ def _read_span(value: Any, where: str) -> Span:
 
 def _create(env: ShapeEnv, name: str, hint: int, low: int, high: int | None) -> sympy.Symbol:
     """A new size symbol, under its old name where this torch lets us choose the number behind the ``s``."""
-    from torch._dynamo.source import ConstantSource  # takes seconds to import, unless a fake mode has done so
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, StrictMinMaxConstraint
+    from torch.utils._sympy.numbers import int_oo
+    from torch.utils._sympy.value_ranges import ValueRanges
 
     number = int(name[1:]) if name[:1] == "s" and name[1:].isascii() and name[1:].isdigit() and len(name) < 10 else None
     if number is not None and hasattr(env, "_generate_unique_id") and number not in env.unique_ids:

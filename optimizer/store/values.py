@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from graphwright.errors import SaveError
 from graphwright.store.reading import INT_MAX, Record, bad, special_float, want, want_int
-from graphwright.store.symbols import Scope, encode
+from graphwright.store.symbols import Scope
 from graphwright.store.tensors import dtype_name, read_dtype
 
 _FORMATS = ("contiguous_format", "preserve_format", "channels_last", "channels_last_3d")
@@ -168,6 +168,8 @@ def encode_value(value: Any, where: str, *, strict: bool = False) -> Any:
 def _encode_size(size: Any, strict: bool) -> Any:
     if not isinstance(size, torch.SymInt):
         return int(size)
+    from graphwright.store.expressions import encode
+
     try:
         return encode(size.node.expr)
     except SaveError:
@@ -190,6 +192,8 @@ def build_value(data: Any, scope: Scope, where: str) -> Any:
         if len(shape) != len(stride):
             bad(where, f"{len(shape)} sizes and {len(stride)} strides")
         dtype, device = read_dtype(record.raw("dtype"), where), _read_device(record.raw("device"), {}, where)
+        if device.type == "cpu" and all(type(s) is int for s in (*shape, *stride)):
+            return scope.fake(shape, stride, dtype_name(dtype))
         with scope.mode:
             return torch.empty_strided(shape, stride, dtype=dtype, device=device)
     if len(data) == 1:
@@ -243,6 +247,8 @@ def _size_agrees(data: Any, size: Any, scope: Scope) -> bool:
         return type(data) is int and data == size
     if data == _OPAQUE:
         return True
+    from graphwright.store.expressions import encode
+
     if _unbound(data, scope) and size.node.expr.is_Symbol and str(size.node.expr).startswith("u"):
         scope.symbols[data[1]] = size.node.expr
     if encode(size.node.expr, scope.names()) == data:

@@ -9,19 +9,23 @@ import resource
 import stat
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from graphwright import store
 from graphwright.errors import LoadError, SaveError
 from graphwright.ir import Mutation, Program, Signature, Span
-from graphwright.store import Archive, Variant
+from graphwright.outline import Outline
+from graphwright.store import Archive, Variant, verified
+from graphwright.store.infer import Rehearsal
 from graphwright.structure import flatten
 
 aten = torch.ops.aten
@@ -347,3 +351,79 @@ def test_links_are_followed_and_permissions_kept(tmp_path: Path) -> None:
     store.save(link, Archive([], {"k": 2}))
     assert link.is_symlink() and store.load(path).meta == {"k": 2}
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+# -- quick loading ---------------------------------------------------------------------------------------------------
+
+
+def quantized_program() -> Program:
+    x = torch.randn(3, 8)
+    program = start(x)
+    weight = program.add_tensor("weight", torch.randn(4, 8))
+    with program.graph.inserting_before(program.output):
+        q = program.call(torch.ops.graphwright.quantize.default, program.placeholders[0], 0.1, 3, -128, 127, torch.int8, sites=["q"])
+        real = program.call(torch.ops.graphwright.dequantize.default, q, 0.1, 3, torch.float32, sites=["q"])
+        result = program.call(aten.linear.default, real, weight, None, sites=["linear"])
+        result = program.call(aten.split.Tensor, program.call(aten.gelu.default, result, sites=["act"]), 2, -1, sites=["split"])
+        second = program.graph.call_function(operator.getitem, (result, 1))
+        second.meta |= {"sites": ("split",), "val": result.meta["val"][1]}
+    return finish(program, second)
+
+
+def values(program: Program) -> list[Any]:
+    flat = [x for n in program.graph.nodes if "val" in n.meta for x in torch.utils._pytree.tree_leaves(n.meta["val"])]
+    return [(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in flat]
+
+
+def test_a_loaded_program_gets_its_fake_tensors_when_they_are_asked_for(tmp_path: Path) -> None:
+    program = quantized_program()
+    loaded = round_trip(tmp_path, program)
+    held = [n.meta["val"] for n in loaded.placeholders]
+    assert all(isinstance(v, Outline) for v in held)
+    assert values(loaded) == values(program)
+    assert held[0].sum(0).shape == (8,) and isinstance(held[0] + 1, FakeTensor)  # an op on an outline is run on fakes
+    loaded.verify()
+    assert not [n for n in loaded.graph.nodes for x in torch.utils._pytree.tree_leaves(n.meta.get("val")) if isinstance(x, Outline)]
+    assert {n.meta["val"].fake_mode for n in loaded.placeholders} == {loaded.fake_mode}
+    assert values(loaded) == values(program) and loaded.text() == program.text()
+    with loaded.graph.inserting_before(loaded.output):
+        assert loaded.call(aten.relu.default, loaded.placeholders[0]).meta["val"].shape == (3, 8)
+
+
+def test_what_was_saved_here_loads_without_the_compiler(tmp_path: Path) -> None:
+    path = tmp_path / "a.gw"
+    store.save(path, Archive([Variant(quantized_program())]))
+    code = (
+        "import sys, torch; from graphwright import store; from graphwright.store import infer\n"
+        "infer.Rehearsal._rehearse = None  # checked when it was written\n"
+        f"program = store.load({str(path)!r}).variants[0].program\n"
+        "print([m for m in ('torch._dynamo', 'sympy') if m in sys.modules], [tuple(n.meta['val'].shape) for n in program.placeholders])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.strip() == "[] [(3, 8)]", done.stderr
+
+
+def test_a_graph_that_nobody_checked_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, ran = tmp_path / "a.gw", []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    store.save(path, Archive([Variant(quantized_program())]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    original = Rehearsal._rehearse
+    monkeypatch.setattr(Rehearsal, "_rehearse", lambda self, *a: ran.append(1) or original(self, *a))
+    assert values(store.load(path).variants[0].program) and len(ran) == 6
+    assert values(store.load(path).variants[0].program) and len(ran) == 6
+    monkeypatch.setattr(torch, "__version__", "2.0.0+another")
+    verified._code.cache_clear()
+    try:
+        assert values(store.load(path).variants[0].program) and len(ran) == 12
+    finally:
+        verified._code.cache_clear()
+
+
+def test_a_cache_that_cannot_be_kept_costs_time_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a file"
+    file.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert round_trip(tmp_path, quantized_program()).text() == quantized_program().text()
