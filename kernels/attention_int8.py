@@ -72,7 +72,7 @@ from graphwright.kernels.vnni import products, unfit
 
 #: Queries that go through all steps together; a multiple of a tile's rows.
 ROWS = 24
-_ZERO, _INFINITY, _ROWS = np.int64(0), real(np.inf), np.int64(ROWS)
+_ZERO, _ONE, _INFINITY, _ROWS = np.int64(0), np.int64(1), real(np.inf), np.int64(ROWS)
 
 
 @device
@@ -249,7 +249,7 @@ def _attention_int8(params):  # compiled by Numba
             wide = (seen + 15) // 16 * 16  # whole vectors; what lies beyond a row's keys is -inf
             for i in range(n):
                 f32(factors)[i] = round_query(query + i * p[14] * 4, width, queries + i * width) * real(d[30])
-            products(queries, width, n, keys, width * 16, wide // 16, width // 4, scores, keys_at * 4)
+            products(queries, width, n, _ONE, _ZERO, keys, width * 16, wide // 16, width // 4, scores, keys_at * 4)
             for i in range(n):
                 row, to, x = scores + i * keys_at * 4, probs + i * keys_at, f32(scores + i * keys_at * 4)
                 m = min(seen, start + i + 1) if p[35] != 0 else seen
@@ -268,7 +268,7 @@ def _attention_int8(params):  # compiled by Numba
                     total = probabilities(row, wide, top, to)
                     # NaN or infinity among queries, scores: NaN comes out of 0 times that
                     f32(factors)[i] = (real(1) + real(0) * top + real(0) * f32(factors)[i]) / real(total)
-            products(probs, keys_at, n, values, groups * 64, e // 16, (seen + 3) // 4, outs, e * 4)
+            products(probs, keys_at, n, _ONE, _ZERO, values, groups * 64, e // 16, (seen + 3) // 4, outs, e * 4)
             for i in range(n):
                 row = outs + i * e * 4
                 real_values(row, e, value_scales, f32(factors)[i])

@@ -50,7 +50,7 @@ from graphwright.kernels.vnni import pack as pack_columns
 
 #: Rows and blocks of 16 columns of one task.
 ROWS, BLOCKS = 48, 4
-_ROWS, _BLOCKS = np.int64(ROWS), np.int64(BLOCKS)
+_ROWS, _BLOCKS, _ZERO, _ONE = np.int64(ROWS), np.int64(BLOCKS), np.int64(0), np.int64(1)
 _sums, _more = (scratch_of(ROWS * BLOCKS * LANES) if scratch_of else None for _ in range(2))
 
 
@@ -152,7 +152,7 @@ def _linear(params):  # compiled by Numba, with ``activate`` put in by ``_with``
         rows, wide = min(_ROWS, p[4] - row), min(_BLOCKS, blocks - block)
         at, width = block * 16, wide * 16
         n = min(width, columns - at)
-        products(p[2] + row * p[3], p[3], rows, p[6] + block * steps * 64, steps * 64, wide, steps, sums, width * 4)
+        products(p[2] + row * p[3], p[3], rows, _ONE, _ZERO, p[6] + block * steps * 64, steps * 64, wide, steps, sums, width * 4)
         out = p[17] + row * p[19] + at * size
         whole = kind == 0 and code == NOTHING and n == width and p[15] == 0  # noqa: F821
         for r in range(rows):

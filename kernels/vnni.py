@@ -44,53 +44,78 @@ if numba is not None:
     from numba.core import cgutils, types
     from numba.extending import intrinsic
 
-    _INT, _LONG, _BYTES = ir.IntType(32), ir.IntType(64), ir.VectorType(ir.IntType(32), LANES)
+    _WORD, _LONG, _WORDS = ir.IntType(32), ir.IntType(64), ir.VectorType(ir.IntType(32), LANES)
 
     def _tile(rows: int, blocks: int) -> Any:
-        """``c[:rows, :16 * blocks] = a @ b`` over ``steps`` groups of four; strides in bytes."""
+        """``c[:rows, :16 * blocks] = a @ b``; see ``products``."""
 
         @intrinsic
-        def tile(context, a, a_step, b, b_step, steps, c, c_step):
+        def tile(context, a, a_step, taps, tap_step, b, b_step, steps, c, c_step):
             def build(ctx, at, sig, args):
-                a, a_step, b, b_step, steps, c, c_step = args
-                kind = ir.FunctionType(_BYTES, [_BYTES] * 3)
+                a, a_step, taps, tap_step, b, b_step, steps, c, c_step = args
+                kind = ir.FunctionType(_WORDS, [_WORDS] * 3)
                 product = cgutils.get_or_insert_function(at.module, kind, "llvm.x86.avx512.vpdpbusd.512")
-                left = [at.add(a, at.mul(a_step, _LONG(r))) for r in range(rows)]
-                right = [at.add(b, at.mul(b_step, _LONG(v))) for v in range(blocks)]
-                start, loop, done = at.block, at.append_basic_block("tile"), at.append_basic_block("tile.done")
-                at.branch(loop)
-                at.position_at_end(loop)
-                step = at.phi(_LONG)
-                step.add_incoming(_LONG(0), start)
-                sums = [[at.phi(_BYTES) for _ in range(blocks)] for _ in range(rows)]
-                for phi in (s for row in sums for s in row):
-                    phi.add_incoming(ir.Constant(_BYTES, [0] * LANES), start)
+                nothing = ir.Constant(_WORDS, [0] * LANES)
+                start, outer = at.block, at.append_basic_block("tap")
+                inner, latch, done = (at.append_basic_block(name) for name in ("tile", "tap.next", "tile.done"))
+                at.branch(outer)
+
+                def carried(first: Any, origin: Any) -> tuple[Any, list[list[Any]]]:
+                    """A counter from 0 and the sums, as they come into a loop from ``origin``."""
+                    count = at.phi(_LONG)
+                    count.add_incoming(_LONG(0), origin)
+                    sums = [[at.phi(_WORDS) for _ in range(blocks)] for _ in range(rows)]
+                    for r in range(rows):
+                        for v in range(blocks):
+                            sums[r][v].add_incoming(nothing if first is None else first[r][v], origin)
+                    return count, sums
+
+                at.position_at_end(outer)
+                tap, before = carried(None, start)
+                strip = at.mul(at.mul(tap, steps), _LONG(LANES * DEPTH))
+                shift = at.mul(tap, tap_step)
+                left = [at.add(at.add(a, shift), at.mul(a_step, _LONG(r))) for r in range(rows)]
+                right = [at.add(at.add(b, strip), at.mul(b_step, _LONG(v))) for v in range(blocks)]
+                at.branch(inner)
+
+                at.position_at_end(inner)
+                step, sums = carried(before, outer)
                 word, line = at.mul(step, _LONG(DEPTH)), at.mul(step, _LONG(LANES * DEPTH))
-                columns = [_load(at, at.add(r, line), _BYTES) for r in right]
+                columns = [_load(at, at.add(r, line), _WORDS) for r in right]
+                after = []
                 for r in range(rows):
-                    one = at.insert_element(
-                        ir.Constant(_BYTES, ir.Undefined), _load(at, at.add(left[r], word), _INT), _INT(0)
-                    )
-                    spread = at.shuffle_vector(one, one, ir.Constant(_BYTES, [0] * LANES))
-                    for v in range(blocks):
-                        sums[r][v].add_incoming(at.call(product, [sums[r][v], spread, columns[v]]), loop)
-                following = at.add(step, _LONG(1))
-                step.add_incoming(following, loop)
-                at.cbranch(at.icmp_signed("<", following, steps), loop, done)
+                    first = _load(at, at.add(left[r], word), _WORD)
+                    one = at.insert_element(ir.Constant(_WORDS, ir.Undefined), first, _WORD(0))
+                    spread = at.shuffle_vector(one, one, nothing)
+                    after.append([at.call(product, [sums[r][v], spread, columns[v]]) for v in range(blocks)])
+                _again(at, step, steps, inner, latch, sums, after)
+
+                at.position_at_end(latch)
+                _again(at, tap, taps, outer, done, before, after)
+
                 at.position_at_end(done)
                 for r in range(rows):
                     to = at.add(c, at.mul(c_step, _LONG(r)))
                     for v in range(blocks):
-                        place = at.inttoptr(at.add(to, _LONG(v * LANES * 4)), _BYTES.as_pointer())
-                        at.store(sums[r][v].incomings[1][0], place, align=4)
+                        place = at.inttoptr(at.add(to, _LONG(v * LANES * 4)), _WORDS.as_pointer())
+                        at.store(after[r][v], place, align=4)
                 return ctx.get_dummy_value()
 
-            return types.void(*[types.int64] * 7), build
+            return types.void(*[types.int64] * 9), build
 
         return tile
 
     def _load(at: Any, address: Any, kind: Any) -> Any:
-        return at.load(at.inttoptr(address, kind.as_pointer()), align=4 if kind is _BYTES else 1)
+        return at.load(at.inttoptr(address, kind.as_pointer()), align=4 if kind is _WORDS else 1)
+
+    def _again(at: Any, count: Any, end: Any, loop: Any, done: Any, sums: list[list[Any]], after: list[list[Any]]) -> None:
+        """Close a loop: count on, carry the sums over."""
+        following = at.add(count, _LONG(1))
+        count.add_incoming(following, at.block)
+        for row, news in zip(sums, after, strict=True):
+            for phi, new in zip(row, news, strict=True):
+                phi.add_incoming(new, at.block)
+        at.cbranch(at.icmp_signed("<", following, end), loop, done)
 
     _6x4, _6x2, _6x1 = _tile(6, 4), _tile(6, 2), _tile(6, 1)
     _2x4, _2x2, _2x1 = _tile(2, 4), _tile(2, 2), _tile(2, 1)
@@ -102,8 +127,11 @@ _SIX, _FOUR, _TWO, _ONE = np.int64(6), np.int64(4), np.int64(2), np.int64(1)
 
 
 @device
-def products(a, a_step, rows, b, b_step, blocks, steps, c, c_step):
-    """``c = a @ b``: addresses; ``rows`` of a, ``blocks`` of 16 columns, ``steps`` groups of four; strides in bytes.
+def products(a, a_step, rows, taps, tap_step, b, b_step, blocks, steps, c, c_step):
+    """``c = a @ b``: addresses; ``rows`` of a, ``blocks`` of 16 columns; strides in bytes.
+
+    A row of ``a`` lies in ``taps`` pieces of ``steps`` groups of four, ``tap_step`` apart (the lines of a convolution's
+    window); that of a plain product is one piece.
 
     Blocks lie outside, so that a strip of ``b`` stays in the L1 cache while the rows of ``a`` pass by.
     """
@@ -118,23 +146,23 @@ def products(a, a_step, rows, b, b_step, blocks, steps, c, c_step):
             x, y = a + row * a_step, out + row * c_step
             if high == 6:
                 if wide == 4:
-                    _6x4(x, a_step, strip, b_step, steps, y, c_step)
+                    _6x4(x, a_step, taps, tap_step, strip, b_step, steps, y, c_step)
                 elif wide == 2:
-                    _6x2(x, a_step, strip, b_step, steps, y, c_step)
+                    _6x2(x, a_step, taps, tap_step, strip, b_step, steps, y, c_step)
                 else:
-                    _6x1(x, a_step, strip, b_step, steps, y, c_step)
+                    _6x1(x, a_step, taps, tap_step, strip, b_step, steps, y, c_step)
             elif high == 2:
                 if wide == 4:
-                    _2x4(x, a_step, strip, b_step, steps, y, c_step)
+                    _2x4(x, a_step, taps, tap_step, strip, b_step, steps, y, c_step)
                 elif wide == 2:
-                    _2x2(x, a_step, strip, b_step, steps, y, c_step)
+                    _2x2(x, a_step, taps, tap_step, strip, b_step, steps, y, c_step)
                 else:
-                    _2x1(x, a_step, strip, b_step, steps, y, c_step)
+                    _2x1(x, a_step, taps, tap_step, strip, b_step, steps, y, c_step)
             elif wide == 4:
-                _1x4(x, a_step, strip, b_step, steps, y, c_step)
+                _1x4(x, a_step, taps, tap_step, strip, b_step, steps, y, c_step)
             elif wide == 2:
-                _1x2(x, a_step, strip, b_step, steps, y, c_step)
+                _1x2(x, a_step, taps, tap_step, strip, b_step, steps, y, c_step)
             else:
-                _1x1(x, a_step, strip, b_step, steps, y, c_step)
+                _1x1(x, a_step, taps, tap_step, strip, b_step, steps, y, c_step)
             row += high
         block += wide

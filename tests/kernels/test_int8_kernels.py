@@ -17,7 +17,7 @@ if vnni.unfit() is None:
 
     def _whole_product(params):  # compiled by Numba
         p = i64(params)
-        vnni.products(p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10])
+        vnni.products(p[2], p[3], p[4], 1, 0, p[5], p[6], p[7], p[8], p[9], p[10])
 
     # a variable of its own, because Numba finds functions by the globals of the kernel's module
     _PRODUCT = Native(_whole_product, "q" * 9)
