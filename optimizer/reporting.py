@@ -239,13 +239,14 @@ def site_rows(built: Built, leaves: Sequence[Tensor]) -> list[SiteRow]:
     for choice in built.lowered.choices:
         node = choice.work.node
         ms = by_node.get(node, 0.0) + by_site.pop(choice.work.site, 0.0)
-        rows.append(_row(choice, ms, ms / total, unchanged=built.unchanged))
+        timed = ms or not choice.fused  # a region's time stands at its first op
+        rows.append(_row(choice, ms if timed else None, ms / total if timed else None, unchanged=built.unchanged))
     for site, ms in by_site.items():  # conversions of inputs
         rows.append(SiteRow((site,), "convert", "f32", "conversion", "graphwright", ms=ms, share=ms / total))
     return rows
 
 
-def _row(choice: Choice, ms: float, share: float, unchanged: str | None) -> SiteRow:
+def _row(choice: Choice, ms: float | None, share: float | None, unchanged: str | None) -> SiteRow:
     work, node = choice.work, choice.work.node
     decision = choice.precision if choice.precision != "f32" or choice.name != "aten.native" else AS_IT_WAS
     rounding = work.has(QUANT) and work.has(CAST)  # a quantize or dequantize left standing; fused ops are no simulation
@@ -256,11 +257,11 @@ def _row(choice: Choice, ms: float, share: float, unchanged: str | None) -> Site
         tried = [o for o in choice.options if "int8" in o.name]
         reason = ("int8 measured slower than float here" if any(o.ms is not None for o in tried)
                   else f"int8 could not run: {tried[0].problem}" if tried else "no int8 kernel serves this op: its weights are int8, its arithmetic is float")  # fmt: skip
-    work_done = cost(node)
+    work_done = None if choice.fused else cost(node)  # which of a region's numbers go through memory is the compiler's affair
     return SiteRow(
         tuple(node.meta.get("sites") or (node.name,)), work.op, decision, choice.name, choice.name.partition(".")[0],
         describe(node.meta.get("val")), tuple(Option(o.name, o.ms, o.problem) for o in choice.options), ms, share,
-        node.meta.get("sqnr_db"), work_done.flops, work_done.bytes, unchanged or reason, node.meta.get("trace"),
+        node.meta.get("sqnr_db"), work_done and work_done.flops, work_done and work_done.bytes, unchanged or reason, node.meta.get("trace"),
     )  # fmt: skip
 
 

@@ -42,12 +42,17 @@ class Option:
 
 @dataclass
 class Choice:
-    """What was chosen for one work, among what."""
+    """What was chosen for one work, among what.
+
+    Attributes:
+        fused: it runs as a part of the region ``name``.
+    """
 
     work: Work
     name: str
     precision: str
     options: tuple[Option, ...]
+    fused: bool = False
 
 
 @dataclass(eq=False)

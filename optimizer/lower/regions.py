@@ -71,6 +71,8 @@ def compiled(lowered: Lowered, example: Sequence[Tensor], deadline: float, say: 
     why = inductor.reason()
     if why:
         return _noted(lowered, [f"no region was compiled by Inductor: {why}"])
+    if lowered.analysis.program.signature.symbols:
+        return _noted(lowered, ["no region was compiled by Inductor: its code is made for fixed sizes, and some are left open"])
     chosen = dict(zip(lowered.analysis.works, lowered.chosen, strict=True))
     groups, total = _groups(lowered, find(lowered.analysis, chosen), example)
     groups = [g for g in groups if g.ms >= _WORTH * total]
@@ -84,7 +86,7 @@ def compiled(lowered: Lowered, example: Sequence[Tensor], deadline: float, say: 
         if inductor.open_library(group.fragment) is None:
             left = deadline - time.perf_counter()
             if left < seconds:
-                rest = f"{len(groups) - k} of {len(groups)} different regions, from {name} on"
+                rest = f"{len(groups) - k} of {len(groups)} different regions, {name} first"
                 notes.append(f"not compiled by Inductor: {rest}: one takes about {seconds:.0f} s, {max(left, 0.0):.0f} s of the time budget are left")
                 break
             say(f"compiling region {k + 1}/{len(groups)} with Inductor: {name}")
@@ -92,7 +94,7 @@ def compiled(lowered: Lowered, example: Sequence[Tensor], deadline: float, say: 
             try:
                 inductor.compile_library(group.fragment, left)
             except NotCompiled as error:
-                notes.append(f"{name} was not compiled by Inductor: {error}")
+                notes.append(f"{name}: not compiled by Inductor: {error}")
                 continue
             finally:
                 seconds = time.perf_counter() - start
@@ -109,8 +111,8 @@ def _noted(lowered: Lowered, notes: Sequence[str]) -> Lowered:
 
 def _name(group: _Group) -> str:
     first = group.regions[0]
-    more = f", {len(group.regions)} times" if len(group.regions) > 1 else ""
-    return f"the {len(first.works)} ops from {first.head.site} on{more}"
+    more = f" ({len(group.regions)} times)" if len(group.regions) > 1 else ""
+    return f"{len(first.works)} ops from {first.head.site} on{more}"
 
 
 def _groups(lowered: Lowered, regions: Sequence[Region], example: Sequence[Tensor]) -> tuple[list[_Group], float]:
@@ -229,7 +231,7 @@ def _raced(lowered: Lowered, taken: Sequence[_Taken], example: Sequence[Tensor],
 def _choices(lowered: Lowered, fused: Sequence[Fused]) -> list[Choice]:
     """What the report shows: the works of a region name it."""
     names = {w: f.name for f in fused for w in f.region.works}
-    return [dataclasses.replace(c, name=names.get(c.work, c.name)) for c in lowered.choices]
+    return [dataclasses.replace(c, name=names[c.work], fused=True) if c.work in names else c for c in lowered.choices]
 
 
 # -- from a file -----------------------------------------------------------------------------------------------------

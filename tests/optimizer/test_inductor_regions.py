@@ -293,7 +293,7 @@ def test_regions_are_compiled_once_checked_and_taken(compiler):
     assert "inductor" in kinds
     assert result.plan == plain.plan  # what runs where no library is to be had
     assert Exact().failure(run_double(program, (x,))[0], run_pure(program, (x,))[0], result.runner(x)[0]) is None
-    assert any("through Inductor" in n and "2 times" in n for n in result.notes)
+    assert any("through Inductor" in n and "(2 times)" in n for n in result.notes)
     assert [label for label, _ in result.variants][:2] == ["regions through Inductor", "without them"]
 
 
@@ -354,9 +354,18 @@ def test_only_a_time_budget_grants_it(compiler):
     assert any("no C++ compiler" in n for n in notes)
 
 
+def test_a_regions_time_stands_at_its_first_op(saved):
+    rows = [r for r in saved.fast.report.sites if r.backend == "inductor"]
+    named = {r.kernel for r in rows}
+    assert len(rows) > len(named) and all(r.flops is None for r in rows)
+    for name in named:
+        assert [r.ms is not None for r in rows if r.kernel == name].count(True) >= 1
+    assert "inductor.region1" in saved.fast.explain(rows[-1].site) or "inductor.region2" in saved.fast.explain(rows[-1].site)
+
+
 def test_the_accuracy_budget_has_the_last_word(compiler, monkeypatch):
     model, x = Odd().eval(), torch.randn(3, 5, 24)
-    monkeypatch.setattr("graphwright.reporting._decide", lambda *a: None)
+    monkeypatch.setattr("graphwright.search.revert", lambda built, why: built)
     strict = lambda m: -float(m is not model and any(s.name.startswith("inductor") for s in m._variants[0].built.lowered.runner.steps))
     fast = gw.optimize(model, x, evaluate=strict, goal=gw.Goal(time_budget=500, max_drop=0.5))
     assert any("left out: score drops" in n for n in fast.report.notes)
@@ -369,7 +378,7 @@ def test_the_accuracy_budget_has_the_last_word(compiler, monkeypatch):
 @pytest.fixture
 def saved(compiler, monkeypatch, tmp_path):
     """A result with regions on disk, and what it gives."""
-    monkeypatch.setattr("graphwright.reporting._decide", lambda *a: None)
+    monkeypatch.setattr("graphwright.search.revert", lambda built, why: built)
     model, x = Odd().eval(), torch.randn(3, 5, 24)
     fast = gw.optimize(model, x, goal=gw.Goal(time_budget=500))
     assert "inductor" in fast.report.backend_shares()
@@ -504,7 +513,7 @@ def test_real_libraries_give_the_same_bits_in_another_process(cache, monkeypatch
     """Compiled, saved, loaded: with the compiler, without it, and without the libraries."""
     monkeypatch.setattr(regions, "race", lambda calls, reads: [1.0, 0.5])
     monkeypatch.setattr(regions, "interleaved", lambda calls, **_: [Timing(t, t, t, 1) for t in (2.0, 1.0)])
-    monkeypatch.setattr("graphwright.reporting._decide", lambda *a: None)
+    monkeypatch.setattr("graphwright.search.revert", lambda built, why: built)
     model, x = Odd(64).eval(), torch.randn(4, 33, 64)
     fast = gw.optimize(model, x, goal=gw.Goal(time_budget=500))
     assert fast._variants[0].built.lowered.regions, fast.report.notes
