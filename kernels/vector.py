@@ -82,6 +82,16 @@ if numba is not None:
     def load_i(at, address):
         return at.load(_at(at, address, _INTS), align=4)
 
+    @_op(I, _address)
+    def load_u8(at, address):
+        """Sixteen unsigned bytes."""
+        return at.zext(at.load(_at(at, address, _BYTES), align=1), _INTS)
+
+    @_op(I, _address)
+    def load_i8(at, address):
+        """Sixteen signed bytes."""
+        return at.sext(at.load(_at(at, address, _BYTES), align=1), _INTS)
+
     @_op(types.void, F, _address)
     def store_f(at, x, address):
         at.store(x, _at(at, address, _FLOATS), align=4)
@@ -208,7 +218,7 @@ if numba is not None:
         return call
 else:
     F = I = None
-    load_f = load_i = store_f = store_i = store_bytes = splat_f = splat_i = fma = add = sub = mul = larger = smaller = ordered = None
+    load_f = load_i = load_u8 = load_i8 = store_f = store_i = store_bytes = splat_f = splat_i = fma = add = sub = mul = larger = smaller = ordered = None
     add_i = sub_i = mul_i = both = either = shifted = larger_i = bits_of = of_bits = floats = sum_i = most_i = most = least = total_f = None
 
 

@@ -170,19 +170,19 @@ def test_a_dynamic_pair_whose_parts_have_other_readers_stands():
 
 @needs_vnni
 def test_without_vnni_int8_attention_runs_in_float(monkeypatch):
-    from graphwright.backends import numba_linear
+    from graphwright.backends import numba_int8
     from graphwright.kernels import attention_int8, linear_int8, vnni
 
     for module in (attention_int8, linear_int8, vnni):
         monkeypatch.setattr(module, "unfit", lambda: "the processor has no AVX-512 VNNI")
-    numba_linear.reason.cache_clear()
+    numba_int8.reason.cache_clear()
     try:
         _, program = program_of(Attention(), torch.randn(3, 19, 48), "int8")
         names = {c.name for w in analyse(program).works for c in backends.candidates(w, frozenset({"f32", "int8"}))}
         assert "numba.attention-f32" in names and not any("attention-int8" in n or n.startswith("numba.int8") for n in names)
-        assert "VNNI" in backends.reasons()["numba_linear"]
+        assert "VNNI" in backends.reasons()["numba_int8"]
     finally:
-        numba_linear.reason.cache_clear()
+        numba_int8.reason.cache_clear()
 
 
 def test_clobbered_values_that_live_on_are_copied():

@@ -1,0 +1,117 @@
+"""Our own int8 products: linears and convolutions with everything behind them fused; rows quantized ahead or as they come."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from graphwright.backends import numba_cpu
+from graphwright.backends.base import NATIVE, NATIVE_LAST, Q_LAST, Candidate, Format, Q, QParams, Work
+from graphwright.backends.onednn import Matrix, matrix
+
+_BYTES = (torch.uint8, torch.int8)
+
+
+@functools.cache
+def reason() -> str | None:
+    """None, or why the kernels can't run here."""
+    if numba_cpu.reason():
+        return None  # said once, by the module beside
+    from graphwright.kernels.vnni import unfit
+
+    return unfit()
+
+
+def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
+    """Matrix ops with a symmetric int8 weight whose input is read quantized."""
+    if "int8" not in allowed or numba_cpu.kernel("graphwright.linear_int8") is None or reason():
+        return
+    m = matrix(work)
+    if m is None or m.int_weight is None or not work.is_float or not work.static or work.val(m.x).dtype != torch.float32:
+        return
+    w = m.int_weight
+    if w.values.dtype != torch.int8 or not w.symmetric or w.axis != 0:
+        return
+    if m.other is not None and tuple(work.val(m.other).shape) != tuple(work.out.shape):
+        return
+    yield from _convolution(work, m) if m.conv else _linear(work, m)
+
+
+def _outs(work: Work, last: bool) -> Iterator[tuple[Format, str, QParams | None]]:
+    """Result forms: float, and the value's own integers where it has them."""
+    yield (NATIVE_LAST if last else NATIVE), "f32", None
+    if work.qparams is not None and work.qparams.dtype in _BYTES:
+        yield (Q_LAST if last else Q), "q", work.qparams
+
+
+def _grid(out: QParams | None) -> tuple[float, int, int, int, torch.dtype | None]:
+    return (1.0, 0, 0, 0, None) if out is None else (out.scale, out.zero_point, out.low, out.high, out.dtype)
+
+
+# -- linear ------------------------------------------------------------------------------------------------------------
+
+
+def _linear(work: Work, m: Matrix) -> Iterator[Candidate]:
+    """From uint8, or from float rows that are to be quantized at run time."""
+    from graphwright.kernels.linear_int8 import unfit_rest
+
+    read = work.reads[m.x]
+    if unfit_rest(m.activation, m.weight.shape[1], None if m.other is None else work.val(m.other), None):
+        return
+    q = work.read_qparams[m.x] if read.quantized else None
+    for form, tag, out in _outs(work, last=False):
+        if q is not None and q.dtype == torch.uint8:
+            needs = tuple(Q if k == m.x else NATIVE for k in range(len(work.reads)))
+            yield Candidate(f"numba.int8-{tag}", needs, (form,), "int8", functools.partial(_build_linear, m, q, out))
+        elif read.rows:
+            yield Candidate(f"numba.int8-rows-{tag}", (NATIVE,) * len(work.reads), (form,), "int8",
+                            functools.partial(_build_linear, m, None, out), floor_db=20.0)  # fmt: skip
+
+
+def _build_linear(m: Matrix, q: QParams | None, out: QParams | None) -> Callable[..., Tensor]:
+    from graphwright.kernels.linear_int8 import apply, pack
+
+    assert m.int_weight is not None
+    packed = pack(m.int_weight.values, m.int_weight.scales, m.bias)
+    scale, zero = (1.0, 0) if q is None else (q.scale, q.zero_point)
+    x, other, name, scalars, grid = m.x, m.other, m.activation, m.scalars, _grid(out)
+    if other is None:
+        return lambda *r: apply(r[x], scale, zero, packed, None, name, scalars, *grid)
+    return lambda *r: apply(r[x], scale, zero, packed, r[other], name, scalars, *grid)
+
+
+# -- convolution -------------------------------------------------------------------------------------------------------
+
+
+def _convolution(work: Work, m: Matrix) -> Iterator[Candidate]:
+    """Two-dimensional ones without groups and dilation, from uint8; the residual as integers where it is read so."""
+    from graphwright.kernels.conv2d_int8 import unfit_rest
+
+    q = work.read_qparams[m.x] if work.reads[m.x].quantized else None
+    plain = m.rank == 2 and m.groups == 1 and all(d == 1 or k == 1 for d, k in zip(m.dilation, m.weight.shape[2:], strict=False))
+    if q is None or q.dtype != torch.uint8 or not plain or work.val(m.x).dim() != 4:
+        return
+    other, form, dtype = None, NATIVE_LAST, None
+    if m.other is not None:
+        dtype = work.val(m.other).dtype
+        if work.reads[m.other].quantized and work.read_qparams[m.other].dtype in _BYTES:  # type: ignore[union-attr]
+            other, form = work.read_qparams[m.other], Q_LAST
+    if unfit_rest(tuple(m.weight.shape), m.activation, dtype, None):
+        return
+    needs = tuple(Q_LAST if k == m.x else form if k == m.other else NATIVE for k in range(len(work.reads)))
+    for given, tag, out in _outs(work, last=True):
+        yield Candidate(f"numba.int8-{tag}", needs, (given,), "int8", functools.partial(_build_convolution, m, q, other, out))
+
+
+def _build_convolution(m: Matrix, q: QParams, other: QParams | None, out: QParams | None) -> Callable[..., Tensor]:
+    from graphwright.kernels.conv2d_int8 import Convolution, pack
+
+    assert m.int_weight is not None
+    residual = (1.0, 0) if other is None else (other.scale, other.zero_point)
+    run = Convolution(pack(m.int_weight.values, m.int_weight.scales, m.bias), q.scale, q.zero_point, m.stride, m.padding, *residual,
+                      m.activation, m.scalars, *_grid(out), m.other is not None)  # fmt: skip
+    x, o = m.x, m.other
+    return (lambda *r: run(r[x])) if o is None else (lambda *r: run(r[x], r[o]))
