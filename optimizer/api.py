@@ -124,7 +124,7 @@ class Job:
             variant, leaves = self._variant(model, args, kwargs, self.dynamic)
             if self.evaluate is not None and self.goal.max_drop is not None:
                 self._tuned(model, variant) if variant.built is not None else self._tuned_pieces(model, variant, leaves)
-            if self.goal.time_budget and variant.built is not None:
+            if self.goal.time_budget:
                 self._with_regions(model, variant, start + self.goal.time_budget)
             assert self.result is not None
             self.result.__dict__["_report"] = make_report(self, model, variant, leaves, start)
@@ -199,12 +199,9 @@ class Job:
 
     def _build_parts(self, variant: Variant, passes: Sequence[Pass]) -> None:
         """Optimize every piece that the example reaches; a pattern need match in one of them only."""
-        slots = [s for piece in variant.capture.pieces for s in piece.variants if s.program.example is not None]
-        check_patterns(passes, *(s.program for s in slots))
-        variant.parts = []
-        for slot in slots:
-            variant.parts.append(self._build(slot.program, narrowed(passes, slot.program)))
-            slot.run = variant.parts[-1].lowered.runner
+        programs = [s.program for s in _reached(variant)]
+        check_patterns(passes, *programs)
+        _install(variant, [self._build(p, narrowed(passes, p)) for p in programs])
 
     def _tuned_pieces(self, model: nn.Module, variant: Variant, leaves: list[Tensor]) -> None:
         """The accuracy budget where a model is in pieces: all lossy passes, or none of them."""
@@ -236,13 +233,13 @@ class Job:
 
     def _with_regions(self, model: nn.Module, variant: Variant, deadline: float) -> None:
         """Spend what is left of the time budget on regions; they are exact, yet the accuracy budget has the last word."""
-        assert variant.built is not None
-        before, after = variant.built, search.with_regions(variant.built, deadline, self.say)
-        variant.built = after
-        if after.lowered.regions and self.evaluate is not None and self.goal.max_drop is not None:
+        before = variant.parts if variant.built is None else [variant.built]
+        after = [search.with_regions(b, deadline, self.say) for b in before]
+        _install(variant, after)
+        if self.evaluate is not None and self.goal.max_drop is not None and any(b.lowered.regions for b in after):
             lost = self._original(model) - self._candidate(model, variant)
             if lost > self.goal.max_drop:
-                variant.built = before
+                _install(variant, before)
                 variant.capture.notes.append(f"regions compiled by Inductor are left out: score drops by {lost:.4g}, budget {self.goal.max_drop:.4g}")
 
     def scores(self, model: nn.Module, variant: Variant) -> tuple[float, float] | None:
@@ -261,6 +258,21 @@ class Job:
         trial = Optimized(self.again, model, _attributes(model))
         trial._add(variant, model)
         return score(self.evaluate, trial)
+
+
+def _reached(variant: Variant) -> list[Any]:
+    """Of a model in pieces: the captured pieces that the example reaches."""
+    return [s for piece in variant.capture.pieces for s in piece.variants if s.program.example is not None]
+
+
+def _install(variant: Variant, builds: Sequence[Built]) -> None:
+    """Let these builds run: the one of a model captured whole, or one per piece that is reached."""
+    if variant.pieces is None:
+        (variant.built,) = builds
+        return
+    variant.parts = list(builds)
+    for slot, part in zip(_reached(variant), builds, strict=True):
+        slot.run = part.lowered.runner
 
 
 def _recorder(program: Any, into: list[tuple[Tensor, ...]]) -> Callable[..., Any]:

@@ -208,9 +208,10 @@ def _fill_parts(report: Report, parts: Sequence[Built]) -> None:
                 report.warnings.append(f"pass {r.name} was undone: {r.undone}")
         with part.captured.preserved(part.captured.example or ()):
             report.sites += site_rows(part, part.captured.example or ())
+        report.notes.extend(n for n in part.lowered.notes if n not in report.notes)
     report.passes = list(records.values())
     total = sum(row.ms or 0.0 for row in report.sites) or 1.0
-    report.sites = [replace(row, share=(row.ms or 0.0) / total) for row in report.sites]
+    report.sites = [replace(row, share=None if row.ms is None else row.ms / total) for row in report.sites]
 
 
 def _merged(a: PassRecord, b: PassRecord) -> PassRecord:

@@ -372,6 +372,24 @@ def test_the_accuracy_budget_has_the_last_word(compiler, monkeypatch):
     assert not fast._variants[0].built.lowered.regions
 
 
+def test_pieces_of_a_model_have_regions_too(compiler, monkeypatch):
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one = Odd()
+
+        def forward(self, x):
+            y = self.one(x)
+            return y.tanh() if y.sum() > 1e6 else y
+
+    monkeypatch.setattr("graphwright.search.revert", lambda built, why: built)
+    x, model = torch.randn(3, 5, 24), Branch().eval()
+    fast = gw.optimize(model, x, goal=gw.Goal(time_budget=500))
+    assert fast.report.regions and any(part.lowered.regions for part in fast._variants[0].parts)
+    assert any("through Inductor" in n for n in fast.report.notes)
+    torch.testing.assert_close(fast(x), model(x))
+
+
 # -- saving ----------------------------------------------------------------------------------------------------------
 
 
