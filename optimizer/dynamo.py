@@ -34,9 +34,6 @@ from graphwright.measure import interleaved
 from graphwright.optimized import WORKING
 from graphwright.passes.pipeline import precisions, resolve
 
-#: how an output may lie: as it comes, or in one of these orders
-_FORMS = (torch.preserve_format, torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
-
 log = logging.getLogger(__name__)
 
 #: calls for which new or written weights must stand still before a graph is optimized for them
@@ -65,7 +62,11 @@ def backend(graph: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str |
         _once(f"mode={mode!r} changes nothing for backend='graphwright': every kernel is timed anyway")
     if not any(n.op.startswith("call_") for n in graph.graph.nodes):
         return graph.forward
-    return Fragment(graph, example_inputs, passes, name)
+    try:
+        return Fragment(graph, example_inputs, passes, name)
+    except Exception as error:  # noqa: BLE001 - inputs of a kind that we don't know: the user's program runs on
+        log.warning("Dynamo's graph runs as it is: %s", explain(error)[1])
+        return graph.forward
 
 
 def _recipe(options: dict[str, Any]) -> tuple[tuple[Pass, ...], str]:
@@ -109,12 +110,14 @@ class State:
         form: what runs instead of Dynamo's graph.
         marks, calm: the weights at the last call without a form that covers them, and how often they were so in a row.
         chances: how often a form may be made.
+        seen: at which of the calls without a form the last one was.
     """
 
     form: Form | None = None
     marks: dict[int, Any] = field(default_factory=dict)
     calm: int = 0
     chances: int = CHANCES
+    seen: int = 0
 
 
 class Fragment:
@@ -136,6 +139,7 @@ class Fragment:
         self._plain: Run = graph.forward
         self._lock = threading.Lock()
         self._kept = self._uncovered = False
+        self._waits = 0
         self._weights = [k for k, i in enumerate(self.inputs) if i.weight]
         self._varying: set[int] = set()  # inputs that look like weights but change from call to call
 
@@ -258,10 +262,13 @@ class Fragment:
             state = State()
             if self.verdict is None:
                 return self._make(state, args)
+            if len(self.states) >= STATES:  # some that waited may be gone by now
+                self.states = {k: s for k, s in self.states.items() if s.form is not None or self._waits - s.seen < 8 * STATES}
             if len(self.states) >= STATES:
                 _once(f"{self.label}: it runs on more than {STATES} sets of weights; Dynamo's graph runs for the rest")
                 return self._plain(*args)
             self.states[tuple([id(args[k]) for k in self._weights])] = state
+        state.seen = self._waits = self._waits + 1
         marks = {k: mark(args[k]) for k in self._weights}
         moved = {k for k in marks if state.marks.get(k) != marks[k]}
         self._drop_varying({k for k in moved if k in state.marks and not isinstance(args[k], nn.Parameter)})
@@ -333,8 +340,8 @@ class Form:
         ours, kept = _sharing(first, leaves), {_place(t) for t in second} - {None}
         found = {}
         for k, (a, b) in enumerate(zip(first, wanted, strict=True)):
-            form = next((f for f in _FORMS if (a if f == torch.preserve_format else a.clone(memory_format=f)).stride() == b.stride()), None)
-            if (a.shape, a.dtype) != (b.shape, b.dtype) or form is None:
+            form = _laid_out(a, b) if (a.shape, a.dtype) == (b.shape, b.dtype) else None
+            if form is None:
                 raise CaptureError(f"output {k} is {_words(a)} instead of {_words(b)}")
             if (ours[k] is None and _place(a) in kept) or (ours[k] is not None and theirs[k] is None) or form != torch.preserve_format:
                 found[k] = form
@@ -342,6 +349,19 @@ class Form:
             if theirs[k] is not None and not (same and theirs[k] not in [("output", j) for j in found]):
                 raise CaptureError(f"output {k} shares memory with an input or another output, and the captured graph's does not")
         return found
+
+
+def _laid_out(tensor: Tensor, like: Tensor) -> torch.memory_format | None:
+    """The memory format in which a copy of ``tensor`` has the strides of ``like``; None where there is none."""
+    if _strides(tensor) == _strides(like):
+        return torch.preserve_format
+    formats = [torch.contiguous_format, *{4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(tensor.ndim, [])]
+    return next((f for f in formats if _strides(tensor.clone(memory_format=f)) == _strides(like)), None)
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Strides where they mean something: of dimensions longer than 1."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 and tensor.numel()]
 
 
 def _grads(args: Sequence[Any]) -> list[bool]:

@@ -579,6 +579,38 @@ def test_a_defect_of_ours_does_not_reach_the_user(fragments, caplog, monkeypatch
     assert not fragments[-1].states and caplog.text.count("the optimized one failed") == 1
 
 
+def test_inputs_of_an_unknown_kind(fragments, caplog):
+    graph = torch.fx.symbolic_trace(lambda x: x + 1)
+    assert torch.equal(dynamo.backend(graph, [])(torch.ones(2)), torch.full((2,), 2.0))  # one input and no example
+    assert "runs as it is" in caplog.text
+
+
+def test_more_sets_of_weights_than_are_kept(fragments, monkeypatch, caplog):
+    monkeypatch.setattr(dynamo, "STATES", 2)
+
+    class Layer(nn.Module):
+        def __init__(self, *sizes):
+            super().__init__()
+            self.inner = nn.Linear(*sizes)
+
+        def forward(self, x):
+            return self.inner(x) * 2
+
+    layers, x = [Layer(4, 4) for _ in range(4)], torch.randn(2, 4)
+    for layer in layers:
+        layer.compile(backend="graphwright")
+    for _ in range(dynamo.PATIENCE + 2):
+        for layer in layers:
+            torch.testing.assert_close(layer(x), layer.forward(x))
+    assert len(fragments) == 1 and len(fragments[0].states) == 2
+    assert caplog.text.count("more than 2 sets of weights") == 1
+    del layers[1], layer  # what waits and is seen no more makes room
+    for _ in range(20):
+        for layer in layers:
+            torch.testing.assert_close(layer(x), layer.forward(x))
+    assert len(fragments[0].states) == 2 and all(s.form is not None for s in fragments[0].states.values())
+
+
 def test_the_users_own_error_stays_his(fragments):
     model = nn.Embedding(5, 3)
     fast = compiled(lambda i: model(i) * 2)
