@@ -507,6 +507,13 @@ def test_a_compiler_that_takes_too_long_is_stopped(cache):
     assert inductor.open_library(SINE) is None
 
 
+def test_zeros_have_the_stated_strides():
+    inputs = (("float32", (3, 4), (0, 1)), ("int64", (2, 1, 5), (40, 7, 2)), ("bool", (), ()))
+    made = Fragment(inputs, (), ()).zeros()
+    assert [(str(x.dtype)[6:], tuple(x.shape), x.stride()) for x in made] == list(inputs)
+    assert not any(x.any() for x in made)
+
+
 def test_no_compiler_no_inductor(monkeypatch):
     monkeypatch.setenv("CXX", "/no/such/compiler")
     assert "no C++ compiler (/no/such/compiler)" in inductor.reason()
