@@ -272,32 +272,45 @@ class Convolution:
         self.shift, self.scales, self.offset = packed.sums * x_zero_point, scales.float(), offset.float()
         self.native = _SMOOTH if activation in SMOOTH else _SIMPLE
         self.tail = CODE[activation], *scalars_of(activation, scalars), *bounds
+        self._plans: dict[Any, tuple[Any, ...]] = {}
 
     def __call__(self, x: Tensor, other: Tensor | None = None) -> Tensor:
-        packed, (n, c, h, w) = self.packed, x.shape
-        out_channels, _, kh, kw = packed.shape
-        (down, right), (above, left) = self.stride, self.padding
-        high, wide = (h + 2 * above - kh) // down + 1, (w + 2 * left - kw) // right + 1
-        out = torch.empty((n, out_channels, high, wide), dtype=self.dtype, memory_format=torch.channels_last)
-        if not out.numel():
+        shape = x.shape
+        plan = self._plans.get(shape)
+        if plan is None:
+            plan = self._plans[shape] = self._planned(*shape)
+        size, steps, work, framed, before, after = plan
+        out = torch.empty_strided(size, steps, dtype=self.dtype)
+        if not work:
             return out
-        work = out.numel() * kh * kw * c // 16
         x = x.contiguous(memory_format=torch.channels_last)
-        if above or left or packed.channels != c:
-            x = self._framed(x, h + 2 * above, w + 2 * left)
-            h, w, c = h + 2 * above, w + 2 * left, packed.channels
-        residual, kind = 0, _F32
+        if framed is not None:
+            x = self._framed(x, *framed)
+        residual, kind = 0, F32
         if other is not None:
             other = other.contiguous(memory_format=torch.channels_last)
             residual, kind = other.data_ptr(), KIND[other.dtype]
-        across = -(-wide // PIXELS)
-        pixels = -(-wide // across)
-        self.native(
-            threads_for(work), x.data_ptr(), c, w * c, h * w * c, n, high, wide, out_channels, packed.weight.data_ptr(), kh,
-            kw * c // DEPTH, down, right, self.shift.data_ptr(), self.scales.data_ptr(), self.offset.data_ptr(), residual, kind, *self.other,
-            out.data_ptr(), KIND[self.dtype], *self.tail, max(1, PIXELS // pixels), pixels, self.steps,
-        )  # fmt: skip
+        self.native(threads_for(work), x.data_ptr(), *before, residual, kind, *self.other, out.data_ptr(), *after)
         return out
+
+    def _planned(self, n: int, c: int, h: int, w: int) -> tuple[Any, ...]:
+        """All that follows from a shape: size and strides of the result, work (0: none), size of the frame, slots."""
+        packed, (down, right), (above, left) = self.packed, self.stride, self.padding
+        columns, _, kh, kw = packed.shape
+        high, wide = (h + 2 * above - kh) // down + 1, (w + 2 * left - kw) // right + 1
+        size, steps = (n, columns, high, wide), (high * wide * columns, 1, wide * columns, columns)
+        count = n * columns * high * wide
+        if not count:
+            return size, steps, 0, None, (), ()
+        framed = None
+        work = max(1, count * kh * kw * c // 16)
+        if above or left or packed.channels != c:
+            h, w, c = h + 2 * above, w + 2 * left, packed.channels
+            framed = h, w
+        pixels = -(-wide // -(-wide // PIXELS))
+        before = (c, w * c, h * w * c, n, high, wide, columns, packed.weight.data_ptr(), kh, kw * c // DEPTH, down, right,
+                  self.shift.data_ptr(), self.scales.data_ptr(), self.offset.data_ptr())  # fmt: skip
+        return size, steps, work, framed, before, (KIND[self.dtype], *self.tail, max(1, PIXELS // pixels), pixels, self.steps)
 
     def _framed(self, x: Tensor, h: int, w: int) -> Tensor:
         n, c = x.shape[:2]

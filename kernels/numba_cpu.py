@@ -111,6 +111,11 @@ class Native:
         else:
             self._alone(self._pack(0, 0, *params))  # type: ignore[misc]
 
+    def on_disk(self) -> bool:
+        """Whether an earlier process has left the compiled kernel; True where nothing can be left."""
+        path = None if unavailable() else _file(self._body)
+        return path is None or path.is_file()
+
     def warm(self) -> None:
         """Compile now.
 
@@ -132,14 +137,21 @@ FAST = frozenset({"contract", "nsz"})
 _compile_lock = threading.Lock()
 
 
+def _file(body: Callable[[int], None]) -> Path | None:
+    """Where a compiled kernel is kept; None where none can be."""
+    from graphwright.kernels import disk
+
+    folder = cache_folder()
+    return None if folder is None else disk.place(folder, f"{body.__module__.rpartition('.')[2]}.{body.__name__}")
+
+
 def _compile(body: Callable[[int], None]) -> tuple[Any, int]:
     """The owner of a kernel's code and the address of it, from the disk or compiled now."""
     from graphwright.kernels import disk
 
-    folder = cache_folder()
     with _compile_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore", numba.core.errors.NumbaWarning)
-        path = None if folder is None else disk.place(folder, f"{body.__module__.rpartition('.')[2]}.{body.__name__}")
+        path = _file(body)
         found = None if path is None else disk.read(path)
         if found is None:
             options = {"fastmath": set(FAST), "error_model": "numpy"}

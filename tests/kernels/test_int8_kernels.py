@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphwright.kernels import attention_int8, linear_int8, vnni
+from graphwright.kernels import attention_int8, conv2d_int8, linear_int8, vnni
 from graphwright.kernels.numba_cpu import Native
 from graphwright.ops import lowered
 
@@ -122,3 +122,27 @@ def test_inputs_of_any_strides() -> None:
 
     for x in (wide[:, ::2], wide[:, 40:], wide.t()[:40, :].t(), wide[:1, :40].expand(6, 40)):
         assert torch.equal(apply(x), apply(x.contiguous()))
+
+
+def test_a_convolution_serves_every_size_and_layout() -> None:
+    g = torch.Generator().manual_seed(6)
+    weight = torch.randint(-127, 128, (20, 3, 3, 3), generator=g).to(torch.int8)
+    conv = conv2d_int8.Convolution(
+        conv2d_int8.pack(weight, torch.full((20,), 0.01), torch.randn(20, generator=g)), 0.02, 7, (2, 1), (1, 1), 1.0, 0, "none", (),
+        1.0, 0, 0, 0, None, False,
+    )  # fmt: skip
+    for n, h, w in ((1, 5, 6), (2, 9, 3), (1, 5, 6), (1, 2, 130), (0, 4, 4)):
+        x = torch.randint(0, 256, (n, 3, h, w), dtype=torch.uint8, generator=g)
+        wanted = torch.nn.functional.conv2d((x.double() - 7) * 0.02, weight.double() * 0.01, conv.packed.bias[:20].double(), (2, 1), (1, 1))
+        for laid_out in (x, x.contiguous(memory_format=torch.channels_last), x.transpose(2, 3).contiguous().transpose(2, 3)):
+            got = conv(laid_out)
+            assert got.is_contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(got.double(), wanted, atol=1e-4, rtol=1e-5)
+
+
+def test_the_last_pixel_of_a_picture_reads_nothing_behind_it() -> None:
+    """The last line of three-channel pictures ends where a page may end: only its own bytes count."""
+    x = torch.arange(2 * 2 * 3, dtype=torch.uint8).reshape(1, 2, 2, 3).permute(0, 3, 1, 2)
+    weight = torch.ones(1, 3, 1, 1, dtype=torch.int8)
+    y = conv2d_int8.run(x, 1.0, 0, weight, torch.ones(1), None, (1, 1), (0, 0), None, 1.0, 0, "none", (), 1.0, 0, 0, 0, None)
+    assert y.flatten().tolist() == [3.0, 12.0, 21.0, 30.0]
