@@ -131,7 +131,7 @@ def optimize(
     size_mb: Annotated[float | None, typer.Option(help="Size to reach, in MB.", show_default=False)] = None,
     memory_mb: Annotated[float | None, typer.Option(help="Peak memory to reach, in MB.", show_default=False)] = None,
     time_budget: Annotated[
-        float | None, typer.Option(help="Seconds that optimizing may take.", show_default=False)
+        float | None, typer.Option(help="Seconds that optimizing may take; what is left goes into regions through Inductor.", show_default=False)
     ] = None,
     dynamic: Annotated[
         bool, typer.Option("--dynamic", help="Let batch and sequence length vary (dynamic='auto').")
