@@ -147,14 +147,18 @@ class Fragment:
         if self._kept:
             return self._plain(*args)
         state = self.states.get(tuple([id(args[k]) for k in self._weights]))
-        if state is None or state.form is None:
-            return self._wait(state, args)
+        form = None if state is None else state.form
+        if form is None:
+            return self._wait(state, args) if state is None or state.chances else self._plain(*args)
+        assert state is not None
         try:
-            if state.form.covers(args):
-                return state.form.run(args)
+            if form.covers(args):
+                return form.run(args)
         except Exception as error:  # noqa: BLE001 - inputs are written last: nothing has happened yet
-            return self._failed(args, error)
-        return self._otherwise(state, args)
+            outputs = self._plain(*args)  # where this fails too, the error is the user's
+            self._keep(state, f"the optimized one failed: {explain(error)[1]}")
+            return outputs
+        return self._otherwise(state, form, args)
 
     def _make(self, state: State, args: tuple[Any, ...]) -> Sequence[Any]:
         """Run Dynamo's graph, and optimize it by what it was seen to do."""
@@ -163,7 +167,7 @@ class Fragment:
         try:
             reason = unfit(args)
             if reason is not None:
-                self._keep(reason)
+                self._keep(state, reason)
                 return self._plain(*args)
             seen = Trial(self._plain, args)
             if seen.differentiable:
@@ -177,7 +181,7 @@ class Fragment:
                 with _alone(), torch.inference_mode(False), torch.no_grad():  # what is made here outlives the caller's mode
                     form = self._optimized(seen, state)
             except Exception as error:  # noqa: BLE001 - whatever goes wrong, the user's program runs on
-                self._keep(explain(error)[1])
+                self._keep(state, explain(error)[1])
                 return seen.outputs
             if self._weights != form.constants.slots:  # from now on constants alone tell one set of weights from another
                 self._weights, self.states = form.constants.slots, {}
@@ -188,9 +192,12 @@ class Fragment:
         finally:
             self._lock.release()
 
-    def _keep(self, reason: str) -> None:
-        self._kept, self.states, self.verdict = True, {}, f"Dynamo's graph runs as it is: {reason}"
-        log.warning("%s: %s", self.label, self.verdict)
+    def _keep(self, state: State, reason: str) -> None:
+        """Let Dynamo's graph run: for good, unless it was optimized for other weights."""
+        state.form, state.chances = None, 0
+        log.warning("%s: Dynamo's graph runs as it is: %s", self.label, reason)
+        if not any(s.form for s in self.states.values()):
+            self._kept, self.states, self.verdict = True, {}, f"Dynamo's graph runs as it is: {reason}"
 
     def _optimized(self, seen: Trial, state: State) -> Form:
         """The form that runs from now on.
@@ -235,24 +242,17 @@ class Fragment:
 
     # -- calls that the form does not cover ------------------------------------------------------------------------
 
-    def _failed(self, args: tuple[Any, ...], error: Exception) -> Sequence[Any]:
-        """Where Dynamo's graph fails too, its error is the user's; else the form is not to be trusted."""
-        outputs = self._plain(*args)
-        self._keep(f"the optimized one failed: {explain(error)[1]}")
-        return outputs
-
-    def _otherwise(self, state: State, args: tuple[Any, ...]) -> Sequence[Any]:
+    def _otherwise(self, state: State, form: Form, args: tuple[Any, ...]) -> Sequence[Any]:
         """A call that the form does not cover: Dynamo's graph answers."""
-        assert state.form is not None
-        changed = state.form.constants.changed(args)
+        changed = form.constants.changed(args)
         if changed:
             names = ", ".join(self.inputs[k].name for k in changed[:3]) + (", …" if len(changed) > 3 else "")
             log.warning("%s: weights were written since it was optimized (%s): Dynamo's graph runs%s", self.label, names,
                         f" until they stand still for {PATIENCE} calls" if state.chances else " from now on; torch.compiler.reset() starts anew")  # fmt: skip
             state.form = None
-            return self._wait(state, args)
+            return self._wait(state, args) if state.chances else self._plain(*args)
         if not self._uncovered:
-            log.warning("%s: Dynamo's graph runs where the optimized one does not cover the call: %s", self.label, state.form.reason(args))
+            log.warning("%s: Dynamo's graph runs where the optimized one does not cover the call: %s", self.label, form.reason(args))
         self._uncovered = True
         return self._plain(*args)
 
@@ -271,17 +271,13 @@ class Fragment:
         state.seen = self._waits = self._waits + 1
         marks = {k: mark(args[k]) for k in self._weights}
         moved = {k for k in marks if state.marks.get(k) != marks[k]}
-        self._drop_varying({k for k in moved if k in state.marks and not isinstance(args[k], nn.Parameter)})
+        if moved and state.marks and not any(isinstance(args[k], nn.Parameter) for k in moved):
+            # written between two calls while the parameters stood still: inputs like others
+            self._varying |= moved
+            self._weights, self.states = [k for k in self._weights if k not in moved], {}
         state.calm = 0 if moved else state.calm + 1
         state.marks = marks
-        return self._make(state, args) if state.calm >= PATIENCE and state.chances else self._plain(*args)
-
-    def _drop_varying(self, found: set[int]) -> None:
-        """What is no parameter and was written between any two calls is an input like others."""
-        if found:
-            self._varying |= found
-            self._weights = [k for k in self._weights if k not in found]
-            self.states = {}
+        return self._make(state, args) if state.calm >= PATIENCE else self._plain(*args)
 
     def _gone(self, state: State) -> None:
         """The user dropped a constant: the model, most likely. What was made of it goes too."""
