@@ -285,7 +285,7 @@ class Convolution:
             return out
         x = x.contiguous(memory_format=torch.channels_last)
         if framed is not None:
-            x = self._framed(x, *framed)
+            x = frame(x, *framed, self.packed.channels, *self.padding, self.zero)
         residual, kind = 0, F32
         if other is not None:
             other = other.contiguous(memory_format=torch.channels_last)
@@ -312,12 +312,19 @@ class Convolution:
                   self.shift.data_ptr(), self.scales.data_ptr(), self.offset.data_ptr())  # fmt: skip
         return size, steps, work, framed, before, (KIND[self.dtype], *self.tail, max(1, PIXELS // pixels), pixels, self.steps)
 
-    def _framed(self, x: Tensor, h: int, w: int) -> Tensor:
-        n, c = x.shape[:2]
-        framed = torch.empty((n, h, w, self.packed.channels), dtype=torch.uint8)
-        _FRAME(threads_for(framed.numel() // 8), x.data_ptr(), n, x.shape[2], x.shape[3], c, framed.data_ptr(), h, w, framed.shape[3],
-               *self.padding, self.zero)  # fmt: skip
-        return framed
+
+def frame(x: Tensor, height: int, width: int, channels: int, above: int, left: int, fill: int) -> Tensor:
+    """``x [n, c, h, w]`` of bytes, channels last, as it stands in a larger picture full of ``fill``.
+
+    Gives ``[n, channels, height, width]``, channels last, x's dtype, with x from row ``above`` and column ``left`` on.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    n, c, h, w = x.shape
+    steps = (height * width * channels, 1, width * channels, channels)
+    framed = torch.empty_strided((n, channels, height, width), steps, dtype=x.dtype)
+    if framed.numel():
+        _FRAME(threads_for(framed.numel() // 8), x.data_ptr(), n, h, w, c, framed.data_ptr(), height, width, channels, above, left, fill & 255)
+    return framed
 
 
 def supports(

@@ -202,6 +202,26 @@ def _max_pool(work: Work) -> Iterator[Candidate]:
         yield Candidate("numba.max-pool-q", (Q_LAST,), (Q_LAST,), "int8", build)
 
 
+def _pad(work: Work) -> Iterator[Candidate]:
+    """Zeros round integers: their zero point, written as they are copied."""
+    a, x = work.named, work.named["self"]
+    by = list(a["pad"])
+    quantized = isinstance(x, Slot) and work.reads[x.index].quantized and work.qparams == work.read_qparams[x.index]
+    if not quantized or len(work.reads) != 1 or not work.static or work.out.dim() != 4 or len(by) not in (2, 4) or min(by) < 0:
+        return
+    if a.get("mode", "constant") != "constant" or a.get("value"):
+        return
+    left, above = by[0], by[2] if len(by) == 4 else 0
+    q, (_, channels, height, width) = work.qparams, work.out.shape
+    assert q is not None
+    if q.dtype not in (torch.uint8, torch.int8):
+        return
+    from graphwright.kernels.conv2d_int8 import frame
+
+    yield Candidate("numba.pad-q", (Q_LAST,), (Q_LAST,), "int8",
+                    lambda: lambda x: frame(x, height, width, channels, above, left, q.zero_point))  # fmt: skip
+
+
 def _mean_pool(work: Work) -> Iterator[Candidate]:
     """Global average over height and width, from integers or floats channels-last."""
     run, a = kernel("graphwright.mean_pool"), work.named
@@ -229,5 +249,5 @@ _OFFERS: dict[str, Callable[[Work], Iterator[Candidate]]] = {
     "aten.scaled_dot_product_attention": _attention, "graphwright.attention": _attention,
     "graphwright.attention_int8": _attention, "aten.reshape": _copy,
     "aten.contiguous": _copy, "aten.clone": _copy, "aten.max_pool2d": _max_pool, "aten.mean.dim": _mean_pool,
-    "aten.adaptive_avg_pool2d": _mean_pool,
+    "aten.adaptive_avg_pool2d": _mean_pool, "aten.constant_pad_nd": _pad, "aten.pad": _pad,
 }  # fmt: skip

@@ -325,3 +325,25 @@ def test_check_knows_integers_from_floats():
     off = work.qparams
     shifted = (wanted / off.scale + off.zero_point + 5).round().clamp(off.low, off.high).to(off.dtype)
     assert "integers off" in check(work, good, lambda *a: shifted, inputs, wanted)
+
+
+@needs_vnni
+def test_zeros_are_padded_round_integers():
+    class Padded(nn.Module):
+        """As TensorFlow pads for a stride of 2: below and to the right alone."""
+
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 8, 3, stride=2)
+
+        def forward(self, x):
+            return self.two(nn.functional.pad(torch.relu(self.one(x)), (0, 1, 0, 1)))
+
+    x = torch.randn(2, 3, 12, 15)
+    _, program = program_of(Padded(), x, "int8")
+    work = next(w for w in analyse(program).works if "pad" in w.op)
+    options = list(backends.candidates(work, frozenset({"f32", "int8"})))
+    assert "numba.pad-q" in {o.name for o in options}
+    assert not [f for f in Stopwatch(0, fresh=True).work(work, options) if isinstance(f, str)]
+    lowered = lower(program, allowed={"int8"}, plan={work.node.name: "numba.pad-q"})
+    assert sqnr_db(run_pure(program, (x,))[0], lowered.runner(x)[0]) > 25
