@@ -28,8 +28,8 @@ _SIGNS: dict[str, tuple[str, bool]] = {
     "norm": ("layernorm|rmsnorm", False),
     "pointwise_simple": ("conv|linear|relu", True),
     "linear_int8_simple": ("linear", True),
-    "conv2d_int8_simple": ("conv2d|graphwright\\.conv", True),
-    "frame": ("conv2d|graphwright\\.conv", True),
+    "conv2d_int8_simple": (r"conv2d|graphwright\.conv", True),
+    "frame": (r"conv2d|graphwright\.conv", True),
     "attention_int8": ("attention", True),
     "attention": ("attention", False),
     "pointwise_smooth": (_SMOOTH, True),
@@ -37,7 +37,14 @@ _SIGNS: dict[str, tuple[str, bool]] = {
 }
 #: Seconds that the last kernel is waited for; compiling it here takes about as long.
 _PATIENCE_S = 3.0
-_CHILD = "from graphwright.kernels.ahead import _child; _child()"
+#: What the other process runs: it ends when its input closes, and that from its first moment on.
+_CHILD = """
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
+from graphwright.kernels import ahead
+ahead._compile(sys.argv[1:])
+os._exit(0)
+"""
 
 _lock = threading.Lock()
 _running: subprocess.Popen[bytes] | None = None
@@ -47,7 +54,7 @@ def start(names: Iterable[str], quantizing: bool) -> None:
     """Compile what a model with modules or ops of these names will ask for and is not on disk yet. Returns at once."""
     global _running
     with _lock:
-        if _running is not None and _running.poll() is None:
+        if _alive():
             return
         missing = _missing(names, quantizing)
         if not missing or not sys.executable or (os.cpu_count() or 1) < 2:
@@ -67,17 +74,22 @@ def finish(names: Iterable[str], quantizing: bool) -> None:
     The two work towards each other: what the other process would come to last is compiled here.
     """
     names = list(names)
-    end = None
-    while (child := _running) is not None and child.poll() is None and (missing := _missing(names, quantizing)):
-        if len(missing) > 1:
-            with contextlib.suppress(Exception):  # it fails in sight where it is timed
-                _natives()[missing[-1]].warm()
-            continue
-        end = end or time.monotonic() + _PATIENCE_S
-        if time.monotonic() > end:
+    for name in reversed(_missing(names, quantizing)[1:]):
+        if not _alive():
             break
+        native = _natives()[name]
+        if not native.on_disk():
+            with contextlib.suppress(Exception):  # it fails in sight where it is timed
+                native.warm()
+    end = time.monotonic() + _PATIENCE_S
+    while _alive() and time.monotonic() < end and _missing(names, quantizing):
         time.sleep(0.02)
     stop()
+
+
+def _alive() -> bool:
+    child = _running
+    return child is not None and child.poll() is None
 
 
 def stop() -> None:
@@ -112,16 +124,8 @@ def _natives() -> dict[str, numba_cpu.Native]:
     return {v.name: v for m in modules for v in vars(m).values() if isinstance(v, numba_cpu.Native)}
 
 
-def _child() -> None:
-    """What the other process does: compile the kernels that its arguments name, unless its parent ends."""
-
-    def follow() -> None:
-        sys.stdin.buffer.read()
-        os._exit(0)
-
-    threading.Thread(target=follow, daemon=True).start()
+def _compile(names: Iterable[str]) -> None:
     known = _natives()
-    for name in sys.argv[1:]:
+    for name in names:
         with contextlib.suppress(Exception):  # it is compiled, and fails in sight, where it is needed
             known[name].warm()
-    os._exit(0)

@@ -163,15 +163,21 @@ class Job:
         return found or None
 
     def _variant(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Any) -> tuple[Variant, list[Tensor]]:
+        from graphwright.kernels import ahead
+
         leaves, spec = flatten_call(args, kwargs)
-        self.say("capturing the model")
-        found = capture(model, args, kwargs, dynamic=dynamic, storage=self._storage)
-        if found.program is None:
-            return self._in_pieces(found, spec, leaves), leaves
-        found.program.example = tuple(x.detach() for x in leaves)
-        if self.calibration is not None:
-            found.program.calibration = collect(self.calibration, found.program.signature.inputs, found.program)
-        return Variant(spec, found, self._build(found.program, self.passes), Guard(found.program)), leaves
+        ahead.start((type(m).__name__ for m in model.modules()), "int8" in precisions(self.passes))
+        try:
+            self.say("capturing the model")
+            found = capture(model, args, kwargs, dynamic=dynamic, storage=self._storage)
+            if found.program is None:
+                return self._in_pieces(found, spec, leaves), leaves
+            found.program.example = tuple(x.detach() for x in leaves)
+            if self.calibration is not None:
+                found.program.calibration = collect(self.calibration, found.program.signature.inputs, found.program)
+            return Variant(spec, found, self._build(found.program, self.passes), Guard(found.program)), leaves
+        finally:
+            ahead.stop()
 
     def _build(self, program: Program, passes: Sequence[Pass]) -> Built:
         return search.build(program, passes, precisions(passes), self.say)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from graphwright.errors import InputError
-from graphwright.ir import Program, site_of
+from graphwright.ir import Program, op_name, site_of
 from graphwright.lower import Lowered, lower, regions
 from graphwright.manager import Pass, PassRecord, Pipeline
 
@@ -81,8 +81,17 @@ def build(captured: Program, passes: Sequence[Pass], allowed: frozenset[str], sa
     start = time.perf_counter()
     program, records = Pipeline(tuple(passes)).run(captured, progress=say)
     middle = time.perf_counter()
+    _compiled(program, "int8" in allowed)
     lowered = lower(program, allowed=allowed, example=captured.example, progress=say)
     return Built(captured, program, records, lowered, {"passes": middle - start, "lowering": time.perf_counter() - middle})
+
+
+def _compiled(program: Program, quantizing: bool) -> None:
+    """Have the kernels that the program may ask for before any is timed: nothing else may run then."""
+    from graphwright.kernels import ahead
+
+    activations = {a for n in program.nodes for a in n.args if isinstance(a, str)}
+    ahead.finish(activations.union(op_name(n.target) for n in program.nodes), quantizing)
 
 
 def with_regions(built: Built, deadline: float, say: Say) -> Built:
