@@ -292,6 +292,7 @@ class _Late:
     def _made(self, reads: Sequence[Tensor]) -> Callable[..., Any]:
         try:
             if inductor.open_library(self._fragment) is None:
+                warnings.warn(f"{self._site}: a region is compiled now, which takes about {inductor.expected_seconds():.0f} s, once on this machine", stacklevel=2)
                 inductor.compile_library(self._fragment, _PATIENCE_S)
             run = inductor.open_library(self._fragment)
             if run is None:
