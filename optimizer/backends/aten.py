@@ -35,6 +35,8 @@ _ANY_DTYPE_VIEWS = {
 COPIES = {"aten.reshape", "aten.flatten.using_ints", "aten.contiguous", "aten.clone", "aten.cat", "aten.repeat", "aten.stack"}
 #: views that may be asked of a channels-last value because they give the same numbers whatever the strides
 _STRIDE_FREE = {"aten.reshape", "aten.flatten.using_ints", "aten.cat"}
+#: ops that read memory as another type
+_REINTERPRETING = {torch.ops.aten.view_as_complex.default, torch.ops.aten.view.dtype}
 _POOLS_LAST = {"aten.max_pool2d", "aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten.mean.dim", "aten.amax"}
 
 
@@ -76,6 +78,8 @@ def implementation(work: Work) -> Callable[..., Any]:
     target = torch.ops.aten.reshape.default if work.op == "aten.view" else work.target
     if work.op == "aten.as_strided":
         return _as_strided(work)
+    if work.target in _REINTERPRETING:
+        return _reinterpreting(work)
     if work.args and not work.kwargs and all(isinstance(a, Slot) and a.index == k for k, a in enumerate(work.args)):
         return target
     fill = filler(work.args, work.kwargs)
@@ -83,6 +87,19 @@ def implementation(work: Work) -> Callable[..., Any]:
     def run(*reads: Any) -> Any:
         args, kwargs = fill(*reads)
         return target(*args, **kwargs)
+
+    return run
+
+
+def _reinterpreting(work: Work) -> Callable[..., Any]:
+    """Reading memory as another type takes strides that allow it: the kernel before may have given others."""
+    fill = filler(work.args, work.kwargs)
+
+    def run(*reads: Any) -> Any:
+        (x, *rest), kwargs = fill(*reads)
+        step = max(1, rest[0].itemsize // x.itemsize) if rest else 2
+        fits = not x.dim() or (x.stride(-1) == 1 and not x.storage_offset() % step and not any(s % step for s in x.stride()[:-1]))
+        return work.target(x if fits else x.contiguous(), *rest, **kwargs)
 
     return run
 

@@ -299,3 +299,23 @@ def test_a_spectrum_of_any_batch():
         wave = torch.randn(batch, 600)
         torch.testing.assert_close(fast(wave), model(wave))
     assert len(fast._variants) == 1
+
+
+class Rotary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(16, 16)
+        angles = torch.outer(torch.arange(5.0), torch.tensor([1.0, 0.01]))
+        self.register_buffer("turn", torch.polar(torch.ones_like(angles), angles))
+
+    def forward(self, x):
+        heads = self.proj(x).view(2, -1, 4, 4).transpose(1, 2)
+        turned = torch.view_as_complex(heads.reshape(*heads.shape[:-1], -1, 2)) * self.turn
+        return torch.view_as_real(turned).flatten(-2), heads.flip(-1).view(torch.int32)
+
+
+def test_memory_read_as_another_type(tmp_path):
+    model, x = Rotary().eval(), torch.randn(2, 5, 16)
+    fast = gw.optimize(model, x)
+    for got, wanted in zip(fast(x), model(x), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5 if got.is_floating_point() else 64, rtol=0)
