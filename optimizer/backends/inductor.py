@@ -241,6 +241,8 @@ def _child(job: str, seconds: float) -> str:
     scratch = folder("inductor") / "scratch"  # Inductor keeps there what it found out about the compiler
     settings = {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "TORCHINDUCTOR_CACHE_DIR": str(scratch),
                 "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # fmt: skip
+    if machine()["isa"] == "AVX512":  # torch's own kernels run with it: Inductor need not find out by compiling
+        settings["TORCHINDUCTOR_VEC_ISA_OK"] = "1"
     with subprocess.Popen([sys.executable, "-P", "-W", "ignore", "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, text=True, env={**os.environ, **settings}, start_new_session=True) as child:  # fmt: skip
         try:
