@@ -254,4 +254,12 @@ def _size_agrees(data: Any, size: Any, scope: Scope) -> bool:
     if encode(size.node.expr, scope.names()) == data:
         return True
     said, found = scope.size(data, "a size", -INT_MAX), size  # spelled in another way: the values at capture decide
-    return isinstance(said, torch.SymInt) and said.node.hint is not None and said.node.hint == found.node.hint
+    if not isinstance(said, torch.SymInt):
+        return False
+    if _data_decides(said) and _data_decides(found):
+        return True  # two counts of the same trues: that they are equal was noted at capture and is in no file
+    return said.node.hint is not None and said.node.hint == found.node.hint
+
+
+def _data_decides(size: torch.SymInt) -> bool:
+    return any(str(s).startswith("u") for s in size.node.expr.free_symbols)

@@ -319,3 +319,29 @@ def test_memory_read_as_another_type(tmp_path):
     fast = gw.optimize(model, x)
     for got, wanted in zip(fast(x), model(x), strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-5 if got.is_floating_point() else 64, rtol=0)
+
+
+class Experts(nn.Module):
+    """Each row through one of several layers: how many rows each gets, the data decide."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.experts = nn.Linear(8, 3), nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        weight = self.gate(x).softmax(-1)
+        chosen, out = weight.argmax(-1), torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            mine = chosen == k
+            out[mine] = expert(x[mine]) * weight[mine, k : k + 1]
+        return out
+
+
+def test_sizes_that_the_data_decide_survive_the_disk(tmp_path):
+    model, x = Experts().eval(), torch.randn(6, 8)
+    fast = gw.optimize(model, x)
+    fast.save(tmp_path / "m.gw")
+    loaded = gw.load(tmp_path / "m.gw")
+    for value in (x, torch.randn(6, 8), torch.ones(6, 8)):
+        torch.testing.assert_close(fast(value), model(value))
+        assert torch.equal(loaded(value), fast(value))
