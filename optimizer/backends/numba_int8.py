@@ -1,4 +1,8 @@
-"""Our own int8 products: linears and convolutions with everything behind them fused; rows quantized ahead or as they come."""
+"""Our own kernels for int8 weights: linears and convolutions with everything behind them fused.
+
+Products of integers where the input is read quantized, ahead or row by row at run time; else the weight is read as integers
+and multiplied as float, which pays where reading it is the work.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +30,8 @@ def reason() -> str | None:
 
 
 def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
-    """Matrix ops with a symmetric int8 weight whose input is read quantized."""
-    if "int8" not in allowed or numba_cpu.kernel("graphwright.linear_int8") is None or reason():
+    """Matrix ops with a symmetric int8 weight."""
+    if "int8" not in allowed or numba_cpu.kernel("graphwright.linear_int8") is None:
         return
     m = matrix(work)
     if m is None or m.int_weight is None or not work.is_float or not work.static or work.val(m.x).dtype != torch.float32:
@@ -37,7 +41,10 @@ def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
         return
     if m.other is not None and tuple(work.val(m.other).shape) != tuple(work.out.shape):
         return
-    yield from _convolution(work, m) if m.conv else _linear(work, m)
+    if not m.conv and not work.reads[m.x].quantized and not work.reads[m.x].rows:
+        yield from _weight_only(work, m)
+    elif not reason():
+        yield from _convolution(work, m) if m.conv else _linear(work, m)
 
 
 def _outs(work: Work, last: bool) -> Iterator[tuple[Format, str, QParams | None]]:
@@ -81,6 +88,21 @@ def _build_linear(m: Matrix, q: QParams | None, out: QParams | None) -> Callable
     if other is None:
         return lambda *r: apply(r[x], scale, zero, packed, None, name, scalars, *grid)
     return lambda *r: apply(r[x], scale, zero, packed, r[other], name, scalars, *grid)
+
+
+def _weight_only(work: Work, m: Matrix) -> Iterator[Candidate]:
+    from graphwright.kernels.linear_w8 import apply, pack, unfit_rest
+
+    if unfit_rest(m.activation, None if m.other is None else work.val(m.other).dtype):
+        return
+
+    def build() -> Callable[..., Tensor]:
+        assert m.int_weight is not None
+        packed = pack(m.int_weight.values, m.int_weight.scales, m.bias)
+        x, other, name, scalars = m.x, m.other, m.activation, m.scalars
+        return lambda *r: apply(r[x], packed, None if other is None else r[other], name, scalars)
+
+    yield Candidate("numba.w8", (NATIVE,) * len(work.reads), (NATIVE,), "int8", build, floor_db=90.0)
 
 
 # -- convolution -------------------------------------------------------------------------------------------------------

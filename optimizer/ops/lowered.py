@@ -181,6 +181,16 @@ def linear_int8(
     return _own(_emit(activate(y, activation, scalars), scale, zero_point, low, high, dtype).contiguous())
 
 
+@op("graphwright.linear_w8", axes=_linear_axes, traits={CONTRACTION, QUANT})
+def linear_w8(
+    x: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, other: Tensor | None, activation: str, scalars: Sequence[float],
+) -> Tensor:  # fmt: skip
+    """``activation(x @ (weight * weight_scales).T + bias + other)`` with ``weight [o, i]`` int8, all else float; gives ``[*, o]``."""
+    work = _work(x)
+    y = F.linear(x.to(work), weight.to(work) * weight_scales.to(work)[:, None], None if bias is None else bias.to(work))
+    return _own(activate(y if other is None else y + other.to(work), activation, scalars).contiguous())
+
+
 def _conv_axes(**args: Any) -> str:
     spelled = "n i h w, o i kh kw, o" + (", o" if args["bias"] is not None else "") + (", n o y x" if args["other"] is not None else "")
     return spelled + " -> n o y x"

@@ -347,3 +347,16 @@ def test_zeros_are_padded_round_integers():
     assert not [f for f in Stopwatch(0, fresh=True).work(work, options) if isinstance(f, str)]
     lowered = lower(program, allowed={"int8"}, plan={work.node.name: "numba.pad-q"})
     assert sqnr_db(run_pure(program, (x,))[0], lowered.runner(x)[0]) > 25
+
+
+def test_weights_alone_are_read_as_integers():
+    x = torch.randn(3, 19, 48)
+    captured, _ = program_of(Attention(), x)
+    program = Pipeline(resolve("w8")).run(captured)[0]
+    linears = [w for w in analyse(program).works if "linear" in w.op]
+    for work in linears:
+        options = list(backends.candidates(work, frozenset({"f32", "int8"})))
+        assert "numba.w8" in {o.name for o in options}
+        assert not [f for f in Stopwatch(0, fresh=True).work(work, options) if isinstance(f, str)]
+    lowered = lower(program, allowed={"int8"}, plan={w.node.name: "numba.w8" for w in linears})
+    assert sqnr_db(run_pure(program, (x,))[0], lowered.runner(x)[0]) > 100

@@ -1,0 +1,252 @@
+"""Linear layers whose weight is read as int8 and multiplied as float32: for few rows, where reading the weight is all the work.
+
+    y = activation(x @ w8^T * w_scale + bias + other)
+
+``x`` [*, i] float32; ``weight`` [o, i] int8 with a scale per row, packed ahead (``pack``) as [o / 16, i, 16]; out [*, o] float32.
+A tile holds up to 4 rows times 64 columns of sums in registers, widening each weight once. Bound by memory up to about a dozen rows
+(a quarter of the bytes of float32), by arithmetic beyond.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphwright.kernel import Cost, Kernel, Sample
+from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth
+from graphwright.kernels.common import not_cpu, pieces, rows_of
+from graphwright.kernels.numba_cpu import GRAIN, Native, numba, threads_for, unavailable
+from graphwright.kernels.tile import add as add_rows
+from graphwright.kernels.tile import apart, device, f64, i64, real, scratch_of, share, store
+from graphwright.kernels.vector import LANES, fma, load_f, splat_f, store_f
+
+#: Rows and blocks of 16 columns of a task, and how many products go into one running sum.
+ROWS, BLOCKS, CHUNK = 16, 4, 512
+_CHUNK = np.int64(CHUNK)
+_ROWS, _BLOCKS, _FOUR, _TWO, _ONE, _ZERO = (np.int64(n) for n in (ROWS, BLOCKS, 4, 2, 1, 0))
+_sums, _more = (scratch_of(ROWS * BLOCKS * LANES) if scratch_of else None for _ in range(2))
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight as the kernel reads it: ``weight [blocks, width, 16]`` int8; all padded to whole blocks of 16 output channels."""
+
+    out: int
+    width: int
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor
+
+
+def pack(weight: Tensor, scales: Tensor, bias: Tensor | None) -> Packed:
+    """Pack ``weight [o, i]`` int8 with ``scales`` [o] (or one for all) and ``bias`` [o]."""
+    out, width = weight.shape
+    pad, behind = torch.nn.functional.pad, (0, -out % LANES)
+    columns = pad(weight.detach().t(), behind).reshape(width, -1, LANES).transpose(0, 1).contiguous()
+    offset = torch.zeros(out) if bias is None else bias.detach().float()
+    return Packed(out, width, columns, pad(scales.detach().float().expand(out), behind), pad(offset, behind))
+
+
+if numba is not None:
+    from llvmlite import ir
+    from numba.core import cgutils
+    from numba.core import types as numba_types
+    from numba.extending import intrinsic
+
+    def _tile(rows: int, blocks: int) -> Any:
+        """``c[:rows, :16 * blocks] += x @ w`` over ``width`` steps; strides in bytes."""
+
+        @intrinsic
+        def tile(context, x, x_step, w, w_step, width, c, c_step):
+            def build(ctx, at, sig, args):
+                x, x_step, w, w_step, width, c, c_step = args
+                long, real32, vector = ir.IntType(64), ir.FloatType(), ir.VectorType(ir.FloatType(), LANES)
+                narrow = ir.VectorType(ir.IntType(8), LANES)
+                nothing, first = ir.Constant(vector, [0.0] * LANES), ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+                product = cgutils.get_or_insert_function(at.module, ir.FunctionType(vector, [vector] * 3), "llvm.fma.v16f32")
+
+                def load(address: Any, kind: Any, align: int) -> Any:
+                    return at.load(at.inttoptr(address, kind.as_pointer()), align=align)
+
+                start, loop, done = at.block, at.append_basic_block("tile"), at.append_basic_block("tile.done")
+                at.branch(loop)
+                at.position_at_end(loop)
+                step = at.phi(long)
+                step.add_incoming(long(0), start)
+                sums = [[at.phi(vector) for _ in range(blocks)] for _ in range(rows)]
+                line = at.mul(step, long(LANES))
+                columns = [at.sitofp(load(at.add(at.add(w, at.mul(w_step, long(v))), line), narrow, 1), vector) for v in range(blocks)]
+                after = []
+                for r in range(rows):
+                    one = load(at.add(at.add(x, at.mul(x_step, long(r))), at.mul(step, long(4))), real32, 4)
+                    spread = at.shuffle_vector(at.insert_element(ir.Constant(vector, ir.Undefined), one, ir.IntType(32)(0)), nothing, first)
+                    after.append([at.call(product, [spread, columns[v], sums[r][v]]) for v in range(blocks)])
+                following = at.add(step, long(1))
+                step.add_incoming(following, loop)
+                for r in range(rows):
+                    for v in range(blocks):
+                        sums[r][v].add_incoming(nothing, start)
+                        sums[r][v].add_incoming(after[r][v], loop)
+                at.cbranch(at.icmp_signed("<", following, width), loop, done)
+                at.position_at_end(done)
+                for r in range(rows):
+                    for v in range(blocks):
+                        place = at.inttoptr(at.add(at.add(c, at.mul(c_step, long(r))), long(v * LANES * 4)), vector.as_pointer())
+                        at.store(at.fadd(at.load(place, align=4), after[r][v]), place, align=4)
+                return ctx.get_dummy_value()
+
+            return numba_types.void(*[numba_types.int64] * 7), build
+
+        return tile
+
+    _4x4, _4x1, _1x4, _1x1 = _tile(4, 4), _tile(4, 1), _tile(1, 4), _tile(1, 1)
+else:
+    _4x4 = _4x1 = _1x4 = _1x1 = None
+
+
+@device
+def widened_products(x, x_step, rows, w, w_step, blocks, width, c, c_step):
+    """``c = x @ w``: ``rows`` of x, ``blocks`` of 16 columns; strides in bytes.
+
+    Long sums are made of shorter ones: one running float32 sum over thousands of products would lose digits.
+    """
+    apart()
+    for k in range(0, rows * c_step, 64):
+        store_f(splat_f(real(0)), c + k)
+    block = _ZERO
+    while block < blocks:
+        wide = _FOUR if blocks - block >= 4 else _ONE
+        for start in range(0, width, _CHUNK):
+            steps = min(_CHUNK, width - start)
+            strip, out, row = w + block * w_step + start * 16, c + block * 64, _ZERO
+            while row < rows:
+                high = _FOUR if rows - row >= 4 else _ONE
+                at, to = x + row * x_step + start * 4, out + row * c_step
+                if high == 4:
+                    if wide == 4:
+                        _4x4(at, x_step, strip, w_step, steps, to, c_step)
+                    else:
+                        _4x1(at, x_step, strip, w_step, steps, to, c_step)
+                elif wide == 4:
+                    _1x4(at, x_step, strip, w_step, steps, to, c_step)
+                else:
+                    _1x1(at, x_step, strip, w_step, steps, to, c_step)
+                row += high
+        block += wide
+
+
+def _linear_w8(params):  # compiled by Numba, with ``activate`` put in by ``_with``
+    """Slots: 2 x, 3 its row in bytes, 4 rows, 5 columns, 6 weight, 7 width, 8 scales, 9 bias, 10 other or 0, 11 its row in bytes,
+    12 out, 13 code, 14 a, 15 b."""
+    p, d = i64(params), f64(params)
+    columns, width = p[5], p[7]
+    blocks, bands, sums = (columns + 15) // 16, (p[4] + _ROWS - 1) // _ROWS, _sums()
+    first, end = share(params, (blocks + _BLOCKS - 1) // _BLOCKS * bands)
+    for task in range(first, end):
+        block, row = task // bands * _BLOCKS, task % bands * _ROWS
+        rows, count = min(_ROWS, p[4] - row), min(_BLOCKS, blocks - block)
+        at, wide = block * 16, count * 16
+        n = min(wide, columns - at)
+        widened_products(p[2] + row * p[3], p[3], rows, p[6] + block * width * 16, width * 16, count, width, sums, wide * 4)
+        for r in range(rows):
+            line = sums + r * wide * 4
+            for c in range(0, wide, 16):
+                store_f(fma(load_f(line + c * 4), load_f(p[8] + (at + c) * 4), load_f(p[9] + (at + c) * 4)), line + c * 4)
+            if p[10] != 0:
+                add_rows(line, p[10] + (row + r) * p[11] + at * 4, n, line)
+        y = activate(p[13], sums, rows * wide, real(d[14]), real(d[15]), _more())  # noqa: F821
+        for r in range(rows):
+            store(0, p[12] + ((row + r) * columns + at) * 4, n, y + r * wide * 4, real(1), 0, real(0), real(0))
+
+
+def _with(activate: Any, name: str) -> Any:
+    """``_linear_w8`` with its activation put in; under its own name, for the disk cache."""
+    body = types.FunctionType(_linear_w8.__code__, {**globals(), "activate": activate}, name)
+    body.__qualname__, body.__module__ = name, __name__
+    return body
+
+
+_SIMPLE, _SMOOTH = (Native(_with(f, f"linear_w8_{f.__name__}"), "q" * 12 + "dd") for f in (simple, smooth))
+
+
+def run(
+    x: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, other: Tensor | None, activation: str, scalars: Sequence[float],
+) -> Tensor:  # fmt: skip
+    """See ``graphwright.ops.lowered.linear_w8``."""
+    return apply(x, pack(weight, weight_scales, bias), other, activation, scalars)
+
+
+def apply(x: Tensor, packed: Packed, other: Tensor | None, activation: str, scalars: Sequence[float]) -> Tensor:
+    """``run`` with a weight packed ahead."""
+    out = torch.empty((*x.shape[:-1], packed.out))
+    if not out.numel():
+        return out
+    rows = rows_of(x)
+    residual, step = 0, 0
+    if other is not None:
+        other = rows_of(other.expand(out.shape))
+        residual, step = other.data_ptr(), other.stride(0) * 4
+    native = _SMOOTH if activation in SMOOTH else _SIMPLE
+    native(
+        threads_for(max(GRAIN, packed.weight.numel()) * rows.shape[0] // 4), rows.data_ptr(), rows.stride(0) * 4, rows.shape[0], packed.out,
+        packed.weight.data_ptr(), packed.width, packed.scales.data_ptr(), packed.bias.data_ptr(), residual, step, out.data_ptr(),
+        CODE[activation], *scalars_of(activation, scalars),
+    )  # fmt: skip
+    return out
+
+
+def supports(
+    x: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, other: Tensor | None, activation: str, scalars: Sequence[float],
+) -> str | None:  # fmt: skip
+    if (reason := unavailable() or not_cpu(x, weight, weight_scales, bias, other)) is not None:
+        return reason
+    if x.dtype != torch.float32 or weight.dtype != torch.int8 or weight.ndim != 2:
+        return f"x is {x.dtype}, the weight {weight.dtype} with {weight.ndim} axes; wanted float32, and int8 with 2"
+    if not x.ndim or x.shape[-1] != weight.shape[1] or not weight.shape[1]:
+        return f"shapes {tuple(x.shape)} and {tuple(weight.shape)} do not belong together"
+    return unfit_rest(activation, None if other is None else other.dtype)
+
+
+def unfit_rest(activation: str, other: torch.dtype | None) -> str | None:
+    """None, or why a product with this epilogue can't be served."""
+    if activation not in CODE:
+        return f"activation {activation!r} is not fused"
+    return None if other in (None, torch.float32) else f"the residual is {other}; wanted float32"
+
+
+def cost(
+    x: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, other: Tensor | None, activation: str, scalars: Sequence[float],
+) -> Cost:  # fmt: skip
+    rows, (out, width) = x.numel() // max(x.shape[-1], 1), weight.shape
+    moved = pieces(x, weight, weight_scales, bias, other) + rows * out * 4
+    return Cost(moved, rows * out * (2 * width + 2 + ARITHMETIC.get(activation, 30)))
+
+
+def samples() -> Iterator[Sample]:
+    def make(name: str, rows: tuple[int, ...], width: int, out: int, *, bias: bool = True, other: bool = False, activation: str = "none",
+             bench: bool = False) -> Sample:  # fmt: skip
+        def args(g: torch.Generator) -> tuple[Any, ...]:
+            weight = torch.randint(-127, 128, (out, width), generator=g).to(torch.int8)
+            return (torch.randn(*rows, width, generator=g), weight, torch.rand(out, generator=g) * 0.001 + 0.0005,
+                    torch.randn(out, generator=g) if bias else None, torch.randn(*rows, out, generator=g) if other else None,
+                    activation, ())  # fmt: skip
+
+        return Sample(name, args, bench)
+
+    yield make("1x4096x4096", (1,), 4096, 4096, bench=True)
+    yield make("4x4096x11008 silu", (4,), 4096, 11008, activation="silu", bench=True)
+    yield make("16x768x3072 gelu", (16,), 768, 3072, activation="gelu", bench=True)
+    yield make("3x5x7", (3,), 5, 7, bias=False)
+    yield make("2x9x33x17 residual relu", (2, 9), 33, 17, other=True, activation="relu")
+    yield make("21x20x130 tanh", (21,), 20, 130, activation="tanh")
+    yield make("1x1x1", (1,), 1, 1)
+    yield make("0x8x16", (0,), 8, 16)
+
+
+KERNEL = Kernel("graphwright.linear_w8", "cpu", "numba", run, supports, cost, samples)
