@@ -15,6 +15,7 @@ from torch import Tensor
 from graphwright.backends import numba_cpu
 from graphwright.backends.base import NATIVE, NATIVE_LAST, Q_LAST, Candidate, Format, Q, QParams, Work
 from graphwright.backends.onednn import Matrix, matrix
+from graphwright.ops.axes import same
 
 _BYTES = (torch.uint8, torch.int8)
 
@@ -34,17 +35,22 @@ def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
     if "int8" not in allowed or numba_cpu.kernel("graphwright.linear_int8") is None:
         return
     m = matrix(work)
-    if m is None or m.int_weight is None or not work.is_float or not work.static or work.val(m.x).dtype != torch.float32:
+    if m is None or m.int_weight is None or not work.is_float or work.val(m.x).dtype != torch.float32:
         return
     w = m.int_weight
     if w.values.dtype != torch.int8 or not w.symmetric or w.axis != 0:
         return
-    if m.other is not None and tuple(work.val(m.other).shape) != tuple(work.out.shape):
+    if m.other is not None and not _alike(work.val(m.other), work.out):
         return
     if not m.conv and not work.reads[m.x].quantized and not work.reads[m.x].rows:
         yield from _weight_only(work, m)
     elif not reason():
         yield from _convolution(work, m) if m.conv else _linear(work, m)
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    """Whether two fake tensors have the same shape, symbolic sizes by name."""
+    return x.dim() == y.dim() and all(same(a, b) for a, b in zip(x.shape, y.shape, strict=True))
 
 
 def _outs(work: Work, last: bool) -> Iterator[tuple[Format, str, QParams | None]]:
