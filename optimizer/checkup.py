@@ -222,7 +222,8 @@ def timing_table(timings: Mapping[str, Timing], title: str) -> Any:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=f"{title}, {torch.get_num_threads()} threads", box=box.SIMPLE_HEAD, title_justify="left")
+    threads = torch.get_num_threads()
+    table = Table(title=f"{title}, {threads} thread{'s' if threads != 1 else ''}", box=box.SIMPLE_HEAD, title_justify="left")
     for heading in ("", "median", "p95", "minimum", "speed"):
         table.add_column(heading, justify="left" if not heading else "right")
     first = next(iter(timings.values()))

@@ -235,7 +235,7 @@ def inspect(
     console.print(report.text(full=True, width=console.width) if full else report, markup=False, highlight=False)
     console.print(
         f"\n{file}: {file.stat().st_size / 1e6:.2f} MB, written with torch {meta.get('torch')}, "
-        f"{meta.get('threads')} threads",
+        f"{meta.get('threads')} thread{'s' if meta.get('threads') != 1 else ''}",
         markup=False, highlight=False,
     )  # fmt: skip
 

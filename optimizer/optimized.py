@@ -47,8 +47,10 @@ class Variant:
 
     def covers(self, leaves: list[Tensor], spec: Spec) -> str | None:
         """None, or why this variant can't serve the call."""
-        if spec != self.spec:
-            return f"the call's structure is {spec.describe()}; covered: {self.spec.describe()}"
+        if spec is not self.spec:
+            if spec != self.spec:
+                return f"the call's structure is {spec.describe()}; covered: {self.spec.describe()}"
+            self.spec = spec  # structures of mere tensors are one object: the next comparison is free
         return self.guard.check(leaves) if self.guard is not None else None
 
     def run(self, leaves: list[Tensor]) -> Any:
@@ -97,7 +99,10 @@ class Optimized(nn.Module):
         return variant.run(leaves)
 
     def _covering(self, leaves: list[Tensor], spec: Spec) -> Variant | None:
-        return next((v for v in self._variants if v.covers(leaves, spec) is None), None)
+        for variant in self.__dict__["_variants"]:
+            if variant.covers(leaves, spec) is None:
+                return variant
+        return None
 
     def _recapture(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Tensor], spec: Spec) -> Variant:
         near = next((v for v in self._variants if v.spec == spec), None)
@@ -242,6 +247,9 @@ class Optimized(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Optimized:
         raise UnsupportedError("an optimized model can't be moved or cast: its kernels were chosen for this device and dtype",
                                where=".to() / .half() / .cuda()", hint="Move the original model, then optimize it there.")  # fmt: skip
+
+    def cpu(self) -> Optimized:
+        return self.to("cpu")
 
     def to(self, *args: Any, **kwargs: Any) -> Optimized:
         """Returns itself where nothing would change; anything else is refused."""

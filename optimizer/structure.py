@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -168,11 +169,20 @@ def flatten(value: Any, *, name: str = "") -> tuple[list[torch.Tensor], Spec]:
 
 def flatten_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[list[torch.Tensor], Spec]:
     """Like ``flatten`` of ``(args, kwargs)``; the order in which keywords were written does not matter."""
-    leaves: list[torch.Tensor] = []
-    positional = Spec("tuple", None, (), tuple(_flatten(a, leaves, f"argument {k}") for k, a in enumerate(args)))
     names = sorted(kwargs)
+    leaves = [*args, *(kwargs[n] for n in names)]
+    if all(isinstance(v, torch.Tensor) for v in leaves):
+        return leaves, _tensors_only(len(args), tuple(names))
+    leaves = []
+    positional = Spec("tuple", None, (), tuple(_flatten(a, leaves, f"argument {k}") for k, a in enumerate(args)))
     named = Spec("dict", None, tuple(names), tuple(_flatten(kwargs[n], leaves, n) for n in names))
     return leaves, Spec("tuple", None, (), (positional, named))
+
+
+@functools.lru_cache(maxsize=256)
+def _tensors_only(count: int, names: tuple[str, ...]) -> Spec:
+    """The structure of a call with ``count`` tensors and one tensor by each name: the same object each time, quick to compare."""
+    return Spec("tuple", None, (), (Spec("tuple", None, (), (TENSOR,) * count), Spec("dict", None, names, (TENSOR,) * len(names))))
 
 
 def _flatten(value: Any, leaves: list[torch.Tensor], path: str) -> Spec:

@@ -137,8 +137,9 @@ def stated(given: Any, leaves: Sequence[torch.Tensor], names: Sequence[str], pos
     for name, dims in given.items():
         mine = [k for k, n in enumerate(names) if n == name or n.startswith(f"{name}_")]
         if not mine:
-            raise InputError(f"dynamic names the input {name!r}", hint=f"The inputs are {', '.join(names)}; "
-                             f"{nearest(str(name), names)}")  # fmt: skip
+            close = nearest(str(name), names)
+            raise InputError(f"dynamic names the input {name!r}, which does not exist",
+                             hint=f"The inputs are {', '.join(names)}{f'; {close}' if close else ''}.")  # fmt: skip
         for k in mine:
             for d, said in _entries(dims, leaves[k], name):
                 label, low, high = _label(said, k, d)

@@ -263,3 +263,13 @@ assert same == spec and all(a is b for a, b in zip(again, leaves, strict=True)) 
 assert "transformers" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_calls_with_tensors_alone_share_one_structure():
+    x, y = torch.zeros(2), torch.ones(3)
+    leaves, spec = flatten_call((x,), {"b": y, "a": x})
+    assert [id(t) for t in leaves] == [id(x), id(x), id(y)]
+    assert flatten_call((y,), {"a": y, "b": x})[1] is spec
+    assert spec == Spec.from_json(spec.to_json()) and spec != flatten_call((x,), {"b": y})[1]
+    args, kwargs = spec.unflatten(leaves)
+    assert args == (x,) and kwargs["a"] is x and kwargs["b"] is y

@@ -345,3 +345,15 @@ def test_sizes_that_the_data_decide_survive_the_disk(tmp_path):
     for value in (x, torch.randn(6, 8), torch.ones(6, 8)):
         torch.testing.assert_close(fast(value), model(value))
         assert torch.equal(loaded(value), fast(value))
+
+
+def test_moving_to_where_it_is_changes_nothing(faster):
+    fast = gw.optimize(nn.Linear(4, 4).eval(), torch.randn(2, 4))
+    assert fast.cpu() is fast and fast.to("cpu") is fast and fast.eval() is fast
+    with pytest.raises(gw.UnsupportedError):
+        fast.double()
+
+
+def test_a_dynamic_input_that_does_not_exist():
+    with pytest.raises(gw.InputError, match=r"'y', which does not exist\n  The inputs are input\.$"):
+        gw.optimize(nn.Linear(4, 4), torch.randn(2, 4), dynamic={"y": {0: "batch"}})
