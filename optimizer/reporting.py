@@ -133,6 +133,8 @@ def _declined(job: Job, variant: Variant, report: Report) -> bool:
     smaller = built is not None and built.program.size_bytes() < built.captured.size_bytes()
     if after < before or (smaller and job.goal.about_size):
         report.verdict = (left if built is None else "") + _ratio(before, after)
+        if after >= before and built is not None:
+            report.verdict = f"{built.captured.size_bytes() / max(1, built.program.size_bytes()):.2f} times smaller, {report.verdict}"
         return False
     reason = f"not faster: {after:.3g} ms against {before:.3g} ms"
     if built is None:
@@ -255,7 +257,7 @@ def _row(choice: Choice, ms: float | None, share: float | None, unchanged: str |
         decision = SIMULATED + "int8" if rounding else "f32"
     reason = None
     if choice.precision == "f32" and work.weights:
-        tried = [o for o in choice.options if "int8" in o.name]
+        tried = [o for o in choice.options if "int8" in o.name or o.name.endswith(".w8")]
         reason = ("int8 measured slower than float here" if any(o.ms is not None for o in tried)
                   else f"int8 could not run: {tried[0].problem}" if tried else "no int8 kernel serves this op: its weights are int8, its arithmetic is float")  # fmt: skip
     work_done = None if choice.fused else cost(node)  # which of a region's numbers go through memory is the compiler's affair
@@ -273,7 +275,9 @@ def _goals(job: Job, report: Report, variant: Variant, result: Callable[[], Any]
     if goal.memory_mb is not None:
         report.memory_after_mb = search.peak_memory_mb(result)
     size = None if report.bytes_after is None else report.bytes_after / 1e6
+    lost = report.accuracy.before - report.accuracy.after if report.accuracy is not None else 0.0
     missed = [
+        (goal.max_drop is not None and lost > goal.max_drop, f"evaluate drops by {lost:.3g}, goal {goal.max_drop}"),
         (goal.latency_ms is not None and report.optimized.minimum > goal.latency_ms, f"latency {report.optimized.minimum:.3g} ms, goal {goal.latency_ms} ms"),
         (goal.speedup is not None and (report.speedup or 0) < goal.speedup, f"speedup {report.speedup or 0:.2f}, goal {goal.speedup}"),
         (goal.size_mb is not None and size is not None and size > goal.size_mb, f"size {size or 0:.3g} MB, goal {goal.size_mb} MB"),

@@ -136,8 +136,8 @@ def within_budget(built: Built, passes: Sequence[Pass], attempt: Callable[[Seque
         return built, log
     spots = lossy_passes(passes)
     ranked = sorted((n.meta["sqnr_db"], site_of(n)) for n in built.program.nodes if "sqnr_db" in n.meta)
-    for share in (16, 8, 4, 2):
-        worst = [site for _, site in ranked[: -(-len(ranked) // share)]]
+    for count in dict.fromkeys(-(-len(ranked) // share) for share in (16, 8, 4, 2)):
+        worst = [site for _, site in ranked[:count]]
         if not worst or time.perf_counter() > deadline:
             break
         escaped = tuple(s.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]") for s in worst)

@@ -357,3 +357,21 @@ def test_moving_to_where_it_is_changes_nothing(faster):
 def test_a_dynamic_input_that_does_not_exist():
     with pytest.raises(gw.InputError, match=r"'y', which does not exist\n  The inputs are input\.$"):
         gw.optimize(nn.Linear(4, 4), torch.randn(2, 4), dynamic={"y": {0: "batch"}})
+
+
+# -- goals -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_that_nothing_meets_is_said_and_no_trial_is_made_twice(faster):
+    model, data = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), [torch.randn(2, 8)]
+    report = gw.optimize(model, data[0], "int8", calibration=data, evaluate=lambda m: 1.0 if m is model else 0.5, goal=gw.Goal(max_drop=0.1)).report
+    assert "goal missed: evaluate drops by 0.5, goal 0.1" in report.warnings
+    trials = [n for n in report.notes if "sites in float" in n]
+    assert trials and len(trials) == len(set(trials))
+
+
+def test_smaller_and_slower_is_said_in_one_breath(monkeypatch):
+    before, after = Timing(10.0, 10.0, 10.0, 3), Timing(20.0, 20.0, 20.0, 3)
+    monkeypatch.setattr(reporting, "interleaved", lambda calls, **options: [before, after])
+    report = gw.optimize(nn.Linear(64, 64).eval(), torch.randn(2, 64), "w8", goal=gw.Goal(size_mb=1)).report
+    assert "times smaller, 2.00 times slower" in report.verdict
