@@ -196,7 +196,7 @@ def _fill(report: Report, variant: Variant, leaves: Sequence[Tensor]) -> None:
     report.notes.extend(built.lowered.notes)
     report.log.extend(f"whole assignment {label!r}: {t.minimum:.3g} ms" for label, t in built.lowered.variants)
     report.graph = Picture.of(built.running)
-    report.warnings.extend(f"pass {r.name} was undone: {r.undone}" for r in built.records if r.undone)
+    report.warnings.extend(f"pass {r.name} was {r.undone}" for r in built.records if r.undone)
     report.sites = site_rows(built, leaves)
 
 
@@ -207,7 +207,7 @@ def _fill_parts(report: Report, parts: Sequence[Built]) -> None:
         for r in part.records:
             records[r.name] = r if r.name not in records else _merged(records[r.name], r)
             if r.undone:
-                report.warnings.append(f"pass {r.name} was undone: {r.undone}")
+                report.warnings.append(f"pass {r.name} was {r.undone}")
         with part.captured.preserved(part.captured.example or ()):
             report.sites += site_rows(part, part.captured.example or ())
         report.notes.extend(n for n in part.lowered.notes if n not in report.notes)

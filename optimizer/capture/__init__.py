@@ -64,6 +64,10 @@ def capture(model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, A
                          hint="Call the model once on an example first.")  # fmt: skip
     with torch.inference_mode(False):  # its tensors cannot be traced
         leaves, spec = flatten_call(args, kwargs or {})
+        tensors = [*leaves, *model.parameters(), *model.buffers()]
+        if tensors and all(t.is_meta for t in tensors):
+            raise InputError("model and inputs are on device meta, where tensors hold no numbers",
+                             hint="Load the weights first (model.to_empty(device='cpu'), then load_state_dict).")  # fmt: skip
         leaves = [t.clone() if t.is_inference() else t for t in leaves]
         return _capture(model, leaves, spec, dynamic, {} if storage is None else storage)
 

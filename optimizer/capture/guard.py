@@ -30,21 +30,21 @@ class Guard:
         self.late = [(k, d, s) for k, row in enumerate(self.rows) for d, s in enumerate(row[3])
                      if isinstance(s, _Expression)]  # fmt: skip
 
-    def _row(self, node: fx.Node) -> tuple[torch.dtype, torch.device, tuple[int, ...] | None, tuple[Size, ...]]:
+    def _row(self, node: fx.Node) -> tuple[torch.dtype, torch.device, tuple[int, ...] | None, tuple[Size, ...], torch.layout]:
         value = node.meta["val"]
         sizes = tuple(_size(s) for s in value.shape)
         fixed = sizes if all(isinstance(s, int) for s in sizes) else None
-        return value.dtype, value.device, fixed, sizes
+        return value.dtype, value.device, fixed, sizes, value.layout
 
     def check(self, leaves: Sequence[torch.Tensor]) -> str | None:
         """None where the program covers these inputs, else the first reason why not."""
         if len(leaves) != len(self.rows):
             return f"{len(leaves)} tensors given, {len(self.rows)} expected"
         bound: dict[str, int] = {}
-        for k, (dtype, device, fixed, sizes) in enumerate(self.rows):
+        for k, (dtype, device, fixed, sizes, layout) in enumerate(self.rows):
             leaf = leaves[k]
             shape = leaf.shape
-            if leaf.dtype is dtype and leaf.device == device and (
+            if leaf.dtype is dtype and leaf.device == device and leaf.layout is layout and (
                 shape == fixed if fixed is not None else _match(shape, sizes, bound)):  # fmt: skip
                 continue
             return self._mismatch(k, leaf)
@@ -64,8 +64,10 @@ class Guard:
         return None
 
     def _mismatch(self, k: int, leaf: torch.Tensor) -> str:
-        dtype, device, _, sizes = self.rows[k]
+        dtype, device, _, sizes, layout = self.rows[k]
         name = self.names[k]
+        if leaf.layout is not layout:
+            return f"{name} has layout {leaf.layout}; covered: {layout}"
         if leaf.dtype is not dtype:
             return f"{name} is {leaf.dtype}; covered: {dtype}"
         if leaf.device != device:
@@ -73,7 +75,7 @@ class Guard:
         return f"{name} has shape {list(leaf.shape)}; covered: [{', '.join(map(_size_text, sizes))}]"
 
     def _where(self, symbol: str) -> str:
-        for name, (_, _, _, sizes) in zip(self.names, self.rows, strict=True):
+        for name, (_, _, _, sizes, _) in zip(self.names, self.rows, strict=True):
             for d, size in enumerate(sizes):
                 if isinstance(size, tuple) and size[0] == symbol:
                     return f"dimension {d} of {name}"
@@ -82,7 +84,7 @@ class Guard:
     def describe(self) -> str:
         """What is covered, for humans: shapes by input, then the sizes that may vary."""
         lines = [f"{name}: {str(dtype).removeprefix('torch.')}[{', '.join(map(_size_text, sizes))}] on {device}"
-                 for name, (dtype, device, _, sizes) in zip(self.names, self.rows, strict=True)]  # fmt: skip
+                 for name, (dtype, device, _, sizes, _) in zip(self.names, self.rows, strict=True)]  # fmt: skip
         return "\n".join(lines + [f"{name}: {span_text(span)}" for name, span in self.symbols.items()])
 
 

@@ -20,6 +20,7 @@ WRAPPED = "model"
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _OWN = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_PYTHON = os.path.dirname(os.path.abspath(os.__file__))
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 
 
@@ -58,9 +59,10 @@ def user_line(stack: str | None) -> str | None:
 
 
 def outside_torch(file: str) -> bool:
-    """Whether a source file is the user's (or a library's above torch), not torch's or Graphwright's."""
+    """Whether a source file is the user's (or a library's above torch), not torch's, Graphwright's or Python's own."""
     full = os.path.abspath(file)
-    return not full.startswith((_TORCH + os.sep, _OWN + os.sep)) and not file.startswith("<")
+    installed = f"{os.sep}site-packages{os.sep}" in full  # may lie inside the folder of Python's own modules
+    return not full.startswith((_TORCH + os.sep, _OWN + os.sep)) and not file.startswith("<") and (installed or not full.startswith(_PYTHON + os.sep))
 
 
 @lru_cache(maxsize=1024)

@@ -375,3 +375,20 @@ def test_smaller_and_slower_is_said_in_one_breath(monkeypatch):
     monkeypatch.setattr(reporting, "interleaved", lambda calls, **options: [before, after])
     report = gw.optimize(nn.Linear(64, 64).eval(), torch.randn(2, 64), "w8", goal=gw.Goal(size_mb=1)).report
     assert "times smaller, 2.00 times slower" in report.verdict
+
+
+def test_sparse_inputs_are_another_call(faster, tmp_path):
+    model, x = nn.Linear(4, 4).eval(), torch.randn(3, 4)
+    fast = gw.optimize(model, x)
+    torch.testing.assert_close(fast(x.to_sparse()), model(x))
+    gw.optimize(model, x).save(tmp_path / "m.gw")
+    with pytest.raises(gw.CoverageError, match="layout"):
+        gw.load(tmp_path / "m.gw")(x.to_sparse())
+
+
+def test_tensors_without_numbers_are_refused():
+    with torch.device("meta"):
+        model = nn.Linear(4, 4)
+    for x in (torch.randn(2, 4), torch.randn(2, 4, device="meta")):
+        with pytest.raises(gw.InputError, match="meta"):
+            gw.optimize(model, x)
