@@ -57,7 +57,9 @@ def start(names: Iterable[str], quantizing: bool) -> None:
         if _alive():
             return
         missing = _missing(names, quantizing)
-        if not missing or not sys.executable or (os.cpu_count() or 1) < 2:
+        # an application that embeds Python may stand there in its stead
+        python = "python" in os.path.basename(sys.executable or "") and not getattr(sys, "frozen", False)
+        if not missing or not python or (os.cpu_count() or 1) < 2:
             return
         # -P and the path: the same packages as here, and nothing that happens to lie in the current folder
         path = os.pathsep.join(p for p in sys.path if p)

@@ -190,7 +190,7 @@ class Pipeline:
             SiteError: a pattern matches nothing.
         """
         check_patterns(self.passes, program)
-        state, records = _State(program.copy(), program.copy(), fingerprint(program)), []
+        state, records = _State(program.copy(), program, fingerprint(program)), []
         oracle = _Oracle(program) if program.example is not None else None
         for p in self.passes:
             if progress:
@@ -271,7 +271,7 @@ class _Oracle:
         worst, failure = float("inf"), None
         try:
             after = run_pure(program, self.leaves)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  whatever a pass has made of the program: it is put back
             return -worst, f"the program no longer runs: {type(error).__name__}: {error}", ()
         if self.reference is None and isinstance(numerics, Exact):
             self.reference = self._double(accepted)  # nothing was accepted since the lossy pass: an exact one would have asked

@@ -50,7 +50,7 @@ def test_no_process_where_all_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("empty")
-@pytest.mark.parametrize("python", ["", "/no/such/python"])
+@pytest.mark.parametrize("python", ["", "/no/such/python", "/bin/sh"])
 def test_no_process_where_there_is_no_python(python: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", python)
     ahead.start(["MaxPool2d"], False)
