@@ -57,6 +57,7 @@ from graphwright.kernels.vector import (
     mul,
     of_bits,
     power_of_two,
+    quantized,
     rounded,
     shifted,
     splat_f,
@@ -173,22 +174,46 @@ def real_scores(row, n, shifts, scales, factor):
 
 
 @device
+def masked_scores(row, n, shifts, scales, factor, mask):
+    """The same plus a float mask of adjacent numbers; NaN where there is one among them."""
+    f, top, peak = splat_f(factor), splat_f(-_INFINITY), splat_i(0)
+    for j in range(0, n, 16):
+        x = floats(sub_i(load_i(row + j * 4), load_i(shifts + j * 4)))
+        x = fma(x, mul(load_f(scales + j * 4), f), load_f(mask + j * 4))
+        store_f(x, row + j * 4)
+        top, peak = larger(top, x), larger_i(peak, magnitude(x))
+    return from_bits(most_i(peak)) if most_i(peak) > bits(_INFINITY) else most(top)
+
+
+@device
 def probabilities(row, n, top, to):
     """``round(255 exp(s - top))`` as uint8, whole vectors; gives their sum. ``top`` is finite."""
-    peak, sum_ = splat_f(top), splat_i(0)
+    if top < real(-1e30):  # nothing but the least float: as they are, their differences would overflow
+        x = f32(row)
+        for j in range(n):
+            x[j] = x[j] - top
+        top = real(0)
+    shift, sum_ = splat_f(real(7.994353436858858) - top * real(1.4426950408889634)), splat_i(0)
     for j in range(0, n, 16):
-        z = fma(sub(load_f(row + j * 4), peak), splat_f(real(1.4426950408889634)), splat_f(real(7.994353436858858)))
-        e = rounded(power_of_two(larger(z, splat_f(real(-40)))))
+        e = rounded(power_of_two(fma(load_f(row + j * 4), splat_f(real(1.4426950408889634)), shift)))
         store_bytes(e, to + j)
         sum_ = add_i(sum_, e)
     return np.int32(sum_i(sum_) - np.int32(n) * bits(SHIFT))  # modulo 2^32
 
 
 @device
-def real_values(row, n, scales, factor):
-    f = splat_f(factor)
-    for c in range(0, n, 16):
-        store_f(mul(floats(load_i(row + c * 4)), mul(load_f(scales + c * 4), f)), row + c * 4)
+def store_values(row, n, scales, factor, kind, inverse, zero, low, high, to):
+    """int32 sums as what the result is made of; ``n`` of them, the row whole vectors."""
+    if kind != 0 and n % 16 == 0:
+        f, point, low_, high_ = splat_f(factor * inverse), splat_f(real(zero)), splat_f(low), splat_f(high)
+        for c in range(0, n, 16):
+            x = mul(floats(load_i(row + c * 4)), mul(load_f(scales + c * 4), f))
+            store_bytes(quantized(x, splat_f(real(1)), low_, high_, point), to + c)
+    else:
+        f = splat_f(factor)
+        for c in range(0, n, 16):
+            store_f(mul(floats(load_i(row + c * 4)), mul(load_f(scales + c * 4), f)), row + c * 4)
+        store(kind, to, n, row, inverse, zero, low, high)
 
 
 @device
@@ -253,14 +278,17 @@ def _attention_int8(params):  # compiled by Numba
             for i in range(n):
                 row, to, x = scores + i * keys_at * 4, probs + i * keys_at, f32(scores + i * keys_at * 4)
                 m = min(seen, start + i + 1) if p[35] != 0 else seen
-                top = real_scores(row, m, sums, scales, f32(factors)[i])
+                mask = mask_row(params, _MASK_AT, batch, head, start + i) if p[36] != 0 else _ZERO
+                if m % 16 == 0 and mask != 0 and p[37] == 0 and p[41] == 1:
+                    top = masked_scores(row, m, sums, scales, f32(factors)[i], mask)
+                else:
+                    top = real_scores(row, m, sums, scales, f32(factors)[i])
+                    if mask != 0:
+                        apply_mask(row, m, mask, p[37], p[41])
+                    if mask != 0 or m % 16 != 0:
+                        top = largest(row, m)
                 for j in range(m, wide):
                     x[j] = -_INFINITY
-                if p[36] != 0:
-                    apply_mask(row, m, mask_row(params, _MASK_AT, batch, head, start + i), p[37], p[41])
-                    top = largest(row, m)
-                elif m % 16 != 0:
-                    top = largest(row, m)
                 if top == -_INFINITY:
                     f32(factors)[i] = real(0)
                     clear(to, wide)
@@ -270,9 +298,7 @@ def _attention_int8(params):  # compiled by Numba
                     f32(factors)[i] = (real(1) + real(0) * top + real(0) * f32(factors)[i]) / real(total)
             products(probs, keys_at, n, _ONE, _ZERO, values, groups * 64, e // 16, (seen + 3) // 4, outs, e * 4)
             for i in range(n):
-                row = outs + i * e * 4
-                real_values(row, e, value_scales, f32(factors)[i])
-                store(kind, out + i * p[27] * size, p[42], row, inverse, p[32], low, high)
+                store_values(outs + i * e * 4, p[42], value_scales, f32(factors)[i], kind, inverse, p[32], low, high, out + i * p[27] * size)
 
 
 _NATIVE = Native(_attention_int8, "q" * 28 + "d" + GRID + "q" + MASK + "q")

@@ -140,6 +140,18 @@ if numba is not None:
         return at.select(at.fcmp_ordered("<", x, y), x, y)
 
     @_op(F, F)
+    def fraction(at, x):
+        """``x - floor(x)``, 0 for infinities (AVX-512 DQ)."""
+        whole = ir.Constant(_FLOATS, [0.0] * LANES), ir.IntType(16)(-1), ir.IntType(32)(4)
+        return _known(at, "llvm.x86.avx512.mask.reduce.ps.512", _FLOATS, x, ir.IntType(32)(1), *whole)
+
+    @_op(F, F, F)
+    def scaled(at, x, y):
+        """``x * 2^floor(y)``, 0 where y is -inf (AVX-512)."""
+        whole = ir.Constant(_FLOATS, [0.0] * LANES), ir.IntType(16)(-1), ir.IntType(32)(4)
+        return _known(at, "llvm.x86.avx512.mask.scalef.ps.512", _FLOATS, x, y, *whole)
+
+    @_op(F, F)
     def ordered(at, x):
         """x, 0 in place of NaN."""
         return at.select(at.fcmp_ordered("ord", x, x), x, ir.Constant(_FLOATS, [0.0] * LANES))
@@ -218,7 +230,7 @@ if numba is not None:
         return call
 else:
     F = I = None
-    load_f = load_i = load_u8 = load_i8 = store_f = store_i = store_bytes = splat_f = splat_i = fma = add = sub = mul = larger = smaller = ordered = None
+    load_f = load_i = load_u8 = load_i8 = store_f = store_i = store_bytes = splat_f = splat_i = fma = add = sub = mul = larger = smaller = ordered = fraction = scaled = None
     add_i = sub_i = mul_i = both = either = shifted = larger_i = bits_of = of_bits = floats = sum_i = most_i = most = least = total_f = None
 
 
@@ -230,14 +242,13 @@ def rounded(x):
 
 @device
 def power_of_two(x):
-    """2^x for x from -126 to 127, within 3e-6 of its value: the fraction by a minimax polynomial of degree 4."""
-    whole = add(x, splat_f(SHIFT))
-    r = sub(x, sub(whole, splat_f(SHIFT)))
-    p = fma(splat_f(real(0.00957009)), r, splat_f(real(0.05591786)))
-    p = fma(p, r, splat_f(real(0.24024745)))
-    p = fma(p, r, splat_f(real(0.69312182)))
-    p = fma(p, r, splat_f(real(0.99999926)))
-    return of_bits(add_i(bits_of(p), shifted(bits_of(whole), splat_i(23))))
+    """2^x within 3e-6 of its value, for any x that is not NaN: the fraction by a minimax polynomial of degree 4."""
+    r = fraction(x)
+    p = fma(splat_f(real(0.0135341604)), r, splat_f(real(0.0520114855)))
+    p = fma(p, r, splat_f(real(0.241442733)))
+    p = fma(p, r, splat_f(real(0.693003842)))
+    p = fma(p, r, splat_f(real(1.00000259)))
+    return scaled(p, x)
 
 
 @device
