@@ -123,6 +123,9 @@ def _flat(item: Any, spec: Spec | None, where: str) -> list[Tensor]:
         args = tuple(item) if isinstance(item, (tuple, list)) else (item,)
     try:
         leaves, found = flatten_call(args, kwargs)
+        if found != spec and isinstance(item, list):  # a list is what loaders make of several inputs, or one input that is a list
+            one_leaves, one = flatten_call((item,), {})
+            leaves, found = (one_leaves, one) if one == spec else (leaves, found)
     except InputError as error:
         raise CalibrationError(error.what, where=f"{where}, {error.where}", hint=_prepare_hint(item)) from error
     if spec is not None and found != spec:

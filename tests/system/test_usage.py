@@ -392,3 +392,18 @@ def test_tensors_without_numbers_are_refused():
     for x in (torch.randn(2, 4), torch.randn(2, 4, device="meta")):
         with pytest.raises(gw.InputError, match="meta"):
             gw.optimize(model, x)
+
+
+class Listing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, parts):
+        return self.proj(parts[0]) + self.proj(parts[1])
+
+
+def test_a_list_may_be_one_input(faster):
+    model, parts = Listing().eval(), [torch.randn(2, 4), torch.randn(2, 4)]
+    fast = gw.optimize(model, parts, "int8", calibration=[parts, parts])
+    torch.testing.assert_close(fast(parts), model(parts), rtol=0.05, atol=0.05)
