@@ -407,3 +407,21 @@ def test_a_list_may_be_one_input(faster):
     model, parts = Listing().eval(), [torch.randn(2, 4), torch.randn(2, 4)]
     fast = gw.optimize(model, parts, "int8", calibration=[parts, parts])
     torch.testing.assert_close(fast(parts), model(parts), rtol=0.05, atol=0.05)
+
+
+def test_an_op_of_another_library_runs_and_is_refused_by_save_with_a_way_out(faster, tmp_path):
+    @torch.library.custom_op("usage_test::twice", mutates_args=())
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    twice.register_fake(torch.empty_like)
+
+    class Foreign(nn.Module):
+        def forward(self, x):
+            return twice(x) + 1
+
+    fast, x = gw.optimize(Foreign().eval(), torch.randn(3)), torch.randn(3)
+    torch.testing.assert_close(fast(x), x * 2 + 1)
+    with pytest.raises(gw.SaveError, match="usage_test") as caught:
+        fast.save(tmp_path / "m.gw")
+    assert caught.value.hint and not (tmp_path / "m.gw").exists()
