@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from graphwright.errors import InternalError
 from graphwright.ir import Program
 from graphwright.lower.conversions import conversion, possible
 from graphwright.lower.graph import Analysis, Region, schedule
+from graphwright.lower.views import collapse
 from graphwright.ops import VIEW
 
 
@@ -155,7 +156,7 @@ class _Emitter:
         buffers = [(self._new(n, NATIVE), str(n.target)) for n in program.graph.nodes
                    if n.op == "get_attr" and program.constant(n) is None]  # fmt: skip
         self.borrowed.update(inputs, (b for b, _ in buffers))
-        clobbers: dict[int, int] = {}  # step → register overwritten
+        clobbers: dict[int, int] = {}  # id of a step → register overwritten
         for work in schedule(self.analysis, list(self.fused)):
             if isinstance(work, Region):
                 self._region(self.fused[work])
@@ -163,15 +164,17 @@ class _Emitter:
             candidate, call = self.chosen[work]
             reads = tuple(self._form(r.value, f) for r, f in zip(work.reads, candidate.needs, strict=True))
             writes = tuple(self._new(work.node, f) for f in candidate.gives)
-            if candidate.clobbers is not None:
-                clobbers[len(self.steps)] = reads[candidate.clobbers]
             if candidate.aliases or work.has(VIEW):
                 self.borrowed.update(writes)
                 self.borrowed.update(reads)
             self.steps.append(Step(call, reads, writes, (), work.site, candidate.name, work))
+            if candidate.clobbers is not None:
+                clobbers[id(self.steps[-1])] = reads[candidate.clobbers]
         outputs = [Register(self._form(o.value, NATIVE)) if isinstance(o, Read) else o for o in self.analysis.outputs]
-        self._protect(clobbers, {o.slot for o in outputs if isinstance(o, Register)})
-        self._free({o.slot for o in outputs if isinstance(o, Register)})
+        returned = {o.slot for o in outputs if isinstance(o, Register)}
+        self.steps = collapse(self.steps, returned)
+        self._protect(clobbers, returned)
+        self._free(returned)
         return Runner(program, self.steps, self.count, inputs, buffers, outputs)
 
     def _region(self, fused: Fused) -> None:
@@ -210,17 +213,15 @@ class _Emitter:
 
     def _protect(self, clobbers: dict[int, int], outputs: set[int]) -> None:
         """Give a step that overwrites a register a copy of it where somebody else still looks at it."""
-        added = 0
-        for index, slot in sorted(clobbers.items()):
-            index += added
-            read_later = any(slot in s.reads for s in self.steps[index + 1:])
-            if slot in self.borrowed or slot in outputs or read_later:
-                fresh = self.count
-                self.count += 1
-                step = self.steps[index]
-                self.steps[index] = Step(step.call, tuple(fresh if r == slot else r for r in step.reads), step.writes, (), step.site, step.name, step.work)
-                self.steps.insert(index, Step(torch.clone, (slot,), (fresh,), (), step.site, "copy"))
-                added += 1
+        safe: list[Step] = []
+        for index, step in enumerate(self.steps):
+            slot = clobbers.get(id(step))
+            if slot is not None and (slot in self.borrowed or slot in outputs or any(slot in s.reads for s in self.steps[index + 1 :])):
+                fresh, self.count = self.count, self.count + 1
+                safe.append(Step(torch.clone, (slot,), (fresh,), (), step.site, "copy"))
+                step = replace(step, reads=tuple(fresh if r == slot else r for r in step.reads))
+            safe.append(step)
+        self.steps = safe
 
     def _free(self, outputs: set[int]) -> None:
         last: dict[int, int] = {}

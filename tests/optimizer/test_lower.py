@@ -360,3 +360,19 @@ def test_weights_alone_are_read_as_integers():
         assert not [f for f in Stopwatch(0, fresh=True).work(work, options) if isinstance(f, str)]
     lowered = lower(program, allowed={"int8"}, plan={w.node.name: "numba.w8" for w in linears})
     assert sqnr_db(run_pure(program, (x,))[0], lowered.runner(x)[0]) > 100
+
+
+def test_chains_of_views_are_one_call_whatever_the_strides():
+    class Heads(nn.Module):
+        def forward(self, x):
+            q, k, v = (t.unflatten(-1, (4, 4)).transpose(1, 2) for t in x.split(16, -1))
+            return q.exp(), k, v[:, 1:3, ::2], torch.view_as_real(torch.complex(x, x)).transpose(0, 1)[1]
+
+    x = torch.randn(2, 5, 48)
+    program = capture(Heads(), (x,)).program
+    program.example = (x,)
+    lowered = lower(program)
+    assert len(lowered.runner.steps) <= len([n for n in program.nodes]) - 8  # split, its parts and their reshapes are gone
+    for given in (x, torch.randn(2, 48, 5).transpose(1, 2), torch.randn(4, 5, 96)[::2, :, ::2]):
+        for got, wanted in zip(lowered.runner(given), Heads()(given), strict=True):
+            assert torch.equal(got, wanted)
