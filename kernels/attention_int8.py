@@ -248,7 +248,8 @@ def _attention_int8(params):  # compiled by Numba
     line = mean + width * 4
     queries = line + width + 64
     factors = queries + _ROWS * width
-    probs = factors + _ROWS * 4
+    tops = factors + _ROWS * 4
+    probs = tops + _ROWS * 4
     size = 4 if kind == 0 else 1
     packed = np.int64(-1)
     clear(zeros, e * 4)
@@ -275,8 +276,8 @@ def _attention_int8(params):  # compiled by Numba
             for i in range(n):
                 f32(factors)[i] = round_query(query + i * p[14] * 4, width, queries + i * width) * real(d[30])
             products(queries, width, n, _ONE, _ZERO, keys, width * 16, wide // 16, width // 4, scores, keys_at * 4)
-            for i in range(n):
-                row, to, x = scores + i * keys_at * 4, probs + i * keys_at, f32(scores + i * keys_at * 4)
+            for i in range(n):  # apart from the next loop, whose first step would wait for this one's last at every row
+                row, x = scores + i * keys_at * 4, f32(scores + i * keys_at * 4)
                 m = min(seen, start + i + 1) if p[35] != 0 else seen
                 mask = mask_row(params, _MASK_AT, batch, head, start + i) if p[36] != 0 else _ZERO
                 if m % 16 == 0 and mask != 0 and p[37] == 0 and p[41] == 1:
@@ -289,11 +290,14 @@ def _attention_int8(params):  # compiled by Numba
                         top = largest(row, m)
                 for j in range(m, wide):
                     x[j] = -_INFINITY
+                f32(tops)[i] = top
+            for i in range(n):
+                to, top = probs + i * keys_at, f32(tops)[i]
                 if top == -_INFINITY:
                     f32(factors)[i] = real(0)
                     clear(to, wide)
                 else:
-                    total = probabilities(row, wide, top, to)
+                    total = probabilities(scores + i * keys_at * 4, wide, top, to)
                     # NaN or infinity among queries, scores: NaN comes out of 0 times that
                     f32(factors)[i] = (real(1) + real(0) * top + real(0) * f32(factors)[i]) / real(total)
             products(probs, keys_at, n, _ONE, _ZERO, values, groups * 64, e // 16, (seen + 3) // 4, outs, e * 4)
@@ -343,7 +347,7 @@ def _scratch(t: int, d: int, e: int) -> int:
     """Bytes that one thread works in: the sum of what ``_attention_int8`` lays out."""
     keys, groups = -(-t // 16) * 16, -(-t // 4)
     shared = keys * d + groups * 4 * e + keys * 8 + e * 8 + d * 5 + 64
-    return (shared + ROWS * (keys * 5 + e * 4 + d + 4) + 127) // 64 * 64
+    return (shared + ROWS * (keys * 5 + e * 4 + d + 8) + 127) // 64 * 64
 
 
 def supports(

@@ -123,14 +123,28 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
     best = next(iter(built))
     if len(built) > 1 and example:
         say(f"timing {len(built)} whole assignments")
-        runs = [(lambda r=r: r(*example)) for *_, r in built.values()]
         with program.preserved(example):
+            for label, why in _failing({label: runner for label, (*_, runner) in built.items()}, example):
+                notes.append(f"whole assignment {label!r} does not run: {why}")
+                del built[label]
+            runs = [(lambda r=r: r(*example)) for *_, r in built.values()]
             timings = interleaved(runs, rounds=10, budget_s=1.5)
         variants = sorted(zip(built, timings, strict=True), key=lambda v: v[1].minimum)
         best = variants[0][0]
     picks, chosen, runner = built[best]
     choices = [Choice(w, kept[k][c].name, kept[k][c].precision, shown[k]) for k, (w, c) in enumerate(zip(analysis.works, picks, strict=True))]
     return Lowered(runner, {c.work.node.name: c.name for c in choices}, choices, analysis, chosen, variants, notes)
+
+
+def _failing(runners: Mapping[str, Runner], example: Sequence[Tensor]) -> list[tuple[str, str]]:
+    """Assignments that can't run, and why; none where no other would be left, whose error then says more."""
+    found = []
+    for label, runner in runners.items():
+        try:
+            runner(*example)
+        except Exception as error:  # kernels that each serve their op may still not go together
+            found.append((label, f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"))
+    return found if len(found) < len(runners) else []
 
 
 def _option(candidate: Candidate, found: float | str, count: int) -> Option:

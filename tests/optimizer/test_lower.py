@@ -376,3 +376,30 @@ def test_chains_of_views_are_one_call_whatever_the_strides():
     for given in (x, torch.randn(2, 48, 5).transpose(1, 2), torch.randn(4, 5, 96)[::2, :, ::2]):
         for got, wanted in zip(lowered.runner(given), Heads()(given), strict=True):
             assert torch.equal(got, wanted)
+
+
+def test_an_assignment_that_fails_whole_drops_out(monkeypatch):
+    from graphwright import lower as lowering
+
+    _, program = program_of(Small(), torch.randn(2, 3, 33, 41))
+    real, broken = lowering._assignments, []
+
+    def assignments(problem):
+        found = real(problem)
+        first = next(iter(found.values()))
+        other = [(k + 1) % len(o) for k, o in zip(first, problem.options, strict=True)]
+        return {"broken": other, **found} if broken == [] else found
+
+    def emit(analysis, chosen, fused=()):
+        runner = original(analysis, chosen, fused)
+        if not broken:
+            broken.append(runner)
+            runner.forward = lambda *leaves: 1 / 0
+        return runner
+
+    original = lowering.emit
+    monkeypatch.setattr(lowering, "_assignments", assignments)
+    monkeypatch.setattr(lowering, "emit", emit)
+    lowered = lower(program)
+    assert lowered.runner is not broken[0]
+    assert any("'broken' does not run: ZeroDivisionError" in n for n in lowered.notes)
