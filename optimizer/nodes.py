@@ -18,10 +18,10 @@ from graphwright.errors import InternalError
 SCALAR_FUNCTIONS: dict[str, Callable[..., Any]] = {
     f"{m.__name__}.{n}": getattr(m, n)
     for m, names in (
-        (operator, "getitem add sub mul floordiv truediv mod neg pow eq ne lt le gt ge and_ or_ not_".split()),
-        (math, "ceil floor trunc sqrt".split()),
-        (builtins, "max min abs round int float".split()),
-        (torch, "sym_max sym_min sym_int sym_float sym_ite sym_not sym_sum".split()),
+        (operator, ["getitem", "add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "pow", "eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_"]),
+        (math, ["ceil", "floor", "trunc", "sqrt"]),
+        (builtins, ["max", "min", "abs", "round", "int", "float"]),
+        (torch, ["sym_max", "sym_min", "sym_int", "sym_float", "sym_ite", "sym_not", "sym_sum"]),
     )
     for n in names
     if hasattr(m, n)

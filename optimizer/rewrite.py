@@ -153,7 +153,7 @@ def choose_overload(program: Program, packet: OpOverloadPacket, args: tuple[Any,
         try:
             program.infer_call(target, *normalise(target, args, kwargs))
             return target
-        except Exception:  # noqa: S112  an overload that does not take the arguments says so by raising anything
+        except Exception:  # noqa: BLE001, S112
             continue
     raise InternalError(f"no overload of {packet} takes ({', '.join(map(str, args))})")
 
@@ -233,9 +233,7 @@ def _fit(pattern: Any, value: Any, bound: dict[str, Any], nodes: list[fx.Node]) 
     if not isinstance(pattern, Call):
         if isinstance(pattern, (list, tuple)) and isinstance(value, (list, tuple)) and len(pattern) == len(value):
             yield from _fit_all(list(zip(pattern, value, strict=True)), bound, nodes)
-        elif not isinstance(value, fx.Node) and type(pattern) is not bool and pattern == value:
-            yield bound, nodes
-        elif pattern is value:
+        elif not isinstance(value, fx.Node) and type(pattern) is not bool and pattern == value or pattern is value:
             yield bound, nodes
         return
     if not (isinstance(value, fx.Node) and isinstance(value.target, OpOverload) and value.target._schema.name == pattern.op):

@@ -79,7 +79,7 @@ class FoldConstants(Pass):
         try:
             with torch.no_grad():
                 known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             result.refuse(site_of(node), f"computing it failed: {error}")
 
     def _too_large(self, node: fx.Node, family: set[fx.Node]) -> str | None:

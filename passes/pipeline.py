@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from graphwright.errors import RecipeError, nearest
 from graphwright.manager import Pass
 from graphwright.passes.allow_bf16 import AllowBf16
-from graphwright.passes.bisection import bisect as bisect
+from graphwright.passes.bisection import bisect as bisect  # noqa: PLC0414
 from graphwright.passes.canonicalize import Canonicalize
 from graphwright.passes.common_subexpressions import CommonSubexpressions
 from graphwright.passes.dead_code import DeadCode
@@ -225,6 +225,6 @@ def load_plugins() -> None:
                     register_pass(found)
             elif isinstance(found, Callable):  # type: ignore[arg-type]
                 found()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             warnings.warn(f"plug-in {point.name!r} ({point.value}) is left out, it could not be loaded: "
                           f"{type(error).__name__}: {error}", stacklevel=2)  # fmt: skip

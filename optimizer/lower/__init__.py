@@ -142,7 +142,7 @@ def _failing(runners: Mapping[str, Runner], example: Sequence[Tensor]) -> list[t
     for label, runner in runners.items():
         try:
             runner(*example)
-        except Exception as error:  # kernels that each serve their op may still not go together
+        except Exception as error:  # kernels that each serve their op may still not go together  # noqa: BLE001
             found.append((label, f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"))
     return found if len(found) < len(runners) else []
 
@@ -225,7 +225,7 @@ def _from_plan(analysis: Analysis, options: list[list[Candidate]], plan: Mapping
                 if candidate is None:
                     notes.append(f"{work.site}: kernel {name} does not exist on this machine; the op runs as it is")
                 chosen.append((candidate or native, (candidate or native).build()))
-            except Exception as error:  # the file may come from another machine: slower is better than not at all
+            except Exception as error:  # the file may come from another machine: slower is better than not at all  # noqa: BLE001
                 notes.append(f"{work.site}: kernel {name} can't be built here ({error}); the op runs as it is")
                 chosen.append((native, native.build()))
     choices = [Choice(w, c.name, c.precision, ()) for w, (c, _) in zip(analysis.works, chosen, strict=True)]

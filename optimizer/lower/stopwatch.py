@@ -79,7 +79,7 @@ class Stopwatch:
                 if problem:
                     found[k] = f"wrong result: {problem}"
                     del calls[k]
-            except Exception as error:  # a kernel may refuse a shape in any way it likes; the reason is kept for explain
+            except Exception as error:  # a kernel may refuse a shape in any way it likes; the reason is kept for explain  # noqa: BLE001
                 found[k] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
                 calls.pop(k, None)
         return found | self._turns(calls)

@@ -8,7 +8,7 @@ from torch import nn
 
 from graphwright import backends
 from graphwright.backends import onednn
-from graphwright.backends.base import NATIVE, NATIVE_LAST, Q, Q_LAST, Candidate, Format, QParams
+from graphwright.backends.base import NATIVE, NATIVE_LAST, Q_LAST, Candidate, Format, Q, QParams
 from graphwright.capture import capture
 from graphwright.lower import lower
 from graphwright.lower.conversions import conversion, possible
@@ -281,7 +281,7 @@ def test_selection_equals_brute_force():
 
         def total(picks, costs=costs, convert=convert):
             layouts = [0, *picks, 0]
-            return sum(c[p] for c, p in zip(costs, picks, strict=True)) + convert * sum(a != b for a, b in zip(layouts, layouts[1:], strict=False))
+            return sum(c[p] for c, p in zip(costs, picks, strict=True)) + convert * sum(a != b for a, b in itertools.pairwise(layouts))
 
         best = min(itertools.product((0, 1), repeat=3), key=total)
         assert total(solve(chain(costs, convert))) == pytest.approx(total(best))

@@ -117,7 +117,7 @@ def test_adding_zero_is_dropped_where_the_sign_of_a_zero_is_lost_anyway(captured
 @pytest.mark.parametrize("f", [lambda x: x.reciprocal(), lambda x: 1 / x, lambda x: (x * 2).rsqrt(), lambda x: x**-1,
                                lambda x: torch.atan2(x, x), lambda x: torch.copysign(x + 1, x)])  # fmt: skip
 def test_adding_zero_is_kept_where_the_sign_of_a_zero_becomes_a_number(f, captured, run):
-    after, result = run(captured(lambda self, x: f(x + 0.0), X), Canonicalize())
+    _after, result = run(captured(lambda self, x: f(x + 0.0), X), Canonicalize())
     assert len(result.refusals) == 1
     assert result.refusals[0][0] == "add" and "may read the sign of a zero" in result.refusals[0][1]
 

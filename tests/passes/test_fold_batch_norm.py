@@ -100,7 +100,7 @@ def test_a_convolution_used_twice_gets_weights_for_each(captured, run, ops):
         def forward(self, x):
             return self.b(self.conv(self.a(self.conv(x))))
 
-    after, result = run(captured(Shared(), torch.randn(2, 3, 4, 4)), FoldBatchNorm())
+    after, _result = run(captured(Shared(), torch.randn(2, 3, 4, 4)), FoldBatchNorm())
     assert ops(after) == ["conv2d", "conv2d"]
     assert len(after.tensors()) == 4 and len({t.data_ptr() for t in after.tensors().values()}) == 4
 

@@ -85,9 +85,9 @@ CASES = [
     ),
     (lambda s, x: torch.add(F.linear(x, s.w), x, alpha=2), "its alpha is 2, not 1"),
     (lambda s, x: F.linear(x, s.w) + x.double(), "it mixes torch.float32 and torch.float64"),
-    (lambda s, x: (lambda y: y + y)(F.linear(x, s.w)), "it adds linear to itself"),
-    (lambda s, x: (lambda y: y + x + y.exp())(F.linear(x, s.w)), "linear is read by exp too"),
-    (lambda s, x: (lambda y: F.relu(y) + y.exp())(F.linear(x, s.w)), "linear is read by exp too"),
+    (lambda s, x: (lambda y: y + y)(F.linear(x, s.w)), "it adds linear to itself"),  # noqa: PLC3002
+    (lambda s, x: (lambda y: y + x + y.exp())(F.linear(x, s.w)), "linear is read by exp too"),  # noqa: PLC3002
+    (lambda s, x: (lambda y: F.relu(y) + y.exp())(F.linear(x, s.w)), "linear is read by exp too"),  # noqa: PLC3002
     (lambda s, x: F.linear(x, x), "its weight is computed, or written to"),
     (lambda s, x: F.conv_transpose1d(x[None], s.t), "a transposed convolution has no fused form"),
     (

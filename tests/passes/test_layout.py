@@ -27,12 +27,12 @@ def test_golden(captured, run, body):
     [
         (lambda x: (x.permute(0, 2, 3, 1).sin() * 2).permute(0, 3, 1, 2), ["sin", "mul"]),
         (lambda x: x.permute(0, 2, 3, 1).relu().permute(0, 2, 3, 1), ["relu", "permute"]),
-        (lambda x: (lambda y: y.permute(0, 3, 1, 2).sin() + y.permute(0, 2, 1, 3).sum(3, keepdim=True).sum())(x.permute(0, 2, 3, 1).exp()),
+        (lambda x: (lambda y: y.permute(0, 3, 1, 2).sin() + y.permute(0, 2, 1, 3).sum(3, keepdim=True).sum())(x.permute(0, 2, 3, 1).exp()),  # noqa: PLC3002
          ["exp", "permute", "sin", "sum", "sum", "add"]),
         (lambda x: x.permute(0, 2, 3, 1).relu() + 1, ["permute", "relu", "add"]),
         (lambda x: x.permute(0, 2, 3, 1).softmax(-1).permute(0, 3, 1, 2), ["permute", "softmax", "permute"]),
         (lambda x: (x.permute(0, 2, 3, 1) + torch.ones(3)).permute(0, 3, 1, 2), ["ones", "permute", "add", "permute"]),
-        (lambda x: (lambda y: y.relu().permute(0, 3, 1, 2) + y.sum())(x.permute(0, 2, 3, 1)), ["permute", "relu", "permute", "sum", "add"]),
+        (lambda x: (lambda y: y.relu().permute(0, 3, 1, 2) + y.sum())(x.permute(0, 2, 3, 1)), ["permute", "relu", "permute", "sum", "add"]),  # noqa: PLC3002
     ],
 )  # fmt: skip
 def test_where_it_moves_and_where_not(f, left, captured, run, ops):

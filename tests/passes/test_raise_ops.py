@@ -166,9 +166,9 @@ def test_a_bias_after_rms_norm_stays_a_sum(captured, run, ops):
             lambda s, x: x * torch.rsqrt(x.pow(2).mean((1, 2), keepdim=True) + 1e-6),
             "it normalises over axes [1, 2], not over the last one alone",
         ),
-        (lambda s, x: (lambda r: x * r + r.sum())(torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), None),
+        (lambda s, x: (lambda r: x * r + r.sum())(torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)), None),  # noqa: PLC3002
         (
-            lambda s, x: (lambda v: x * torch.rsqrt(v + 1e-6) + v.sum())(x.pow(2).mean(-1, keepdim=True)),
+            lambda s, x: (lambda v: x * torch.rsqrt(v + 1e-6) + v.sum())(x.pow(2).mean(-1, keepdim=True)),  # noqa: PLC3002
             "it spells RMS norm, but mean is read by sum too",
         ),
         (lambda s, x: x * torch.rsqrt(x.abs().mean(-1, keepdim=True) + 1e-6), None),
@@ -247,7 +247,7 @@ def test_masks_that_vary_are_turned_into_sums(captured, run):
         ),
         (lambda q, k, v: torch.softmax(q @ k[:1].mT, -1) @ v, "its operands are broadcast over the batch"),
         (lambda q, k, v: torch.softmax(q @ k.mT + MASK.double(), -1).float() @ v, "its mask is torch.float64"),
-        (lambda q, k, v: (lambda w: w @ v + w.sum())(torch.softmax(q @ k.mT, -1)), "softmax is read by sum too"),
+        (lambda q, k, v: (lambda w: w @ v + w.sum())(torch.softmax(q @ k.mT, -1)), "softmax is read by sum too"),  # noqa: PLC3002
         (lambda q, k, v: torch.softmax(q[0, 0] @ k[0, 0].mT, -1) @ v[0, 0], "its operands have other than 3 or 4 axes"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", TEXT, re.M | re.S)
+BLOCKS = re.findall(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_no_block_escapes():
-    fences = len(re.findall(r"^```", TEXT, re.M))
+    fences = len(re.findall(r"^```", TEXT, re.MULTILINE))
     assert fences == 2 * len(BLOCKS)
     assert {kind for kind, _, _ in BLOCKS} == {"python", "sh"}
 
@@ -36,7 +36,7 @@ def test_python_blocks(here):
     code = "\n".join(body for kind, name, body in BLOCKS if kind == "python" and not name)
     scope: dict = {"__name__": "readme"}
     try:
-        exec(compile(code, "README.md", "exec"), scope)
+        exec(compile(code, "README.md", "exec"), scope)  # noqa: S102
     finally:
         unregister_pass("fuse-squared-relu")
     assert (here / "small.gw").exists()
@@ -61,8 +61,8 @@ def test_shell_blocks(here):
 
 def test_the_two_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
-    for command in re.findall(r"^    make (\w+)", TEXT, re.M):
-        assert re.search(rf"^{command}:", makefile, re.M)
+    for command in re.findall(r"^    make (\w+)", TEXT, re.MULTILINE):
+        assert re.search(rf"^{command}:", makefile, re.MULTILINE)
 
 
 def test_floors_are_those_that_are_tested():
@@ -72,7 +72,7 @@ def test_floors_are_those_that_are_tested():
     spec = importlib.util.spec_from_file_location("floors", ROOT / "tests/system/test_floors.py")
     floors = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(floors)
-    rows = re.findall(r"^\| (\d) \| (.*?) \|", TEXT, re.M)
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", TEXT, re.MULTILINE)
     for number, cell in rows:
         named = set(re.findall(r"`([\w/]+)`", cell))
         known = {m for m in floors.FLOORS[int(number)] if f"graphwright.{m}" in floors.MODULES}
@@ -91,7 +91,7 @@ def test_measured_numbers_come_from_result_files():
     files = sorted(set(re.findall(r"`(bench/results/\S+\.json)`", TEXT)))
     assert files
     printed = "\n".join(table.table(json.loads((ROOT / f).read_text())) for f in files)
-    rows = re.findall(r"^\| [\w-]+ \| [\d.]+ \| .*\|$", TEXT, re.M)
+    rows = re.findall(r"^\| [\w-]+ \| [\d.]+ \| .*\|$", TEXT, re.MULTILINE)
     assert len(rows) >= 5
     for row in rows:
         assert row in printed, row
