@@ -123,9 +123,10 @@ def _groups(lowered: Lowered, regions: Sequence[Region], example: Sequence[Tenso
         strides.update((value, x.stride()) for value, x in _tensors(step, args))
         return step.call(*args)
 
-    lowered.runner.step_through(example, look)
-    steps = lowered.runner.profile(example, rounds=3)
-    spent = {s.work: ms for s, ms in zip(lowered.runner.steps, steps, strict=True) if s.work is not None}
+    runner = emit(lowered.analysis, lowered.chosen, apart=True)
+    runner.step_through(example, look)
+    steps = runner.profile(example, rounds=3)
+    spent = {s.work: ms for s, ms in zip(runner.steps, steps, strict=True) if s.work is not None}
     groups: dict[str, _Group] = {}
     for region in regions:
         seen = [strides[n] for n in region.reads]
@@ -162,7 +163,7 @@ def _samples(lowered: Lowered, region: Region, example: Sequence[Tensor]) -> lis
                     kept[value] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
         return step.call(*args)
 
-    lowered.runner.step_through(example, look)
+    emit(lowered.analysis, lowered.chosen, apart=True).step_through(example, look)
     return [kept[n] for n in region.reads]
 
 

@@ -128,16 +128,18 @@ class Fused:
     call: Callable[..., Any]
 
 
-def emit(analysis: Analysis, chosen: Sequence[tuple[Candidate, Callable[..., Any]]], fused: Sequence[Fused] = ()) -> Runner:
+def emit(analysis: Analysis, chosen: Sequence[tuple[Candidate, Callable[..., Any]]], fused: Sequence[Fused] = (), *,
+         apart: bool = False) -> Runner:  # fmt: skip
     """Put the chosen implementations in program order, conversions just before their first reader.
 
     Args:
         fused: regions that run as one call, in the place of what was chosen for their works.
+        apart: every view stays a step of its own, so that each work's step reads what the work reads.
 
     Raises:
         InternalError: a form is read that nothing gives and nothing converts to.
     """
-    return _Emitter(analysis, chosen, fused).run()
+    return _Emitter(analysis, chosen, fused).run(apart)
 
 
 class _Emitter:
@@ -150,7 +152,7 @@ class _Emitter:
         self.steps: list[Step] = []
         self.borrowed: set[int] = set()  # registers that may share memory with another, an input or a buffer
 
-    def run(self) -> Runner:
+    def run(self, apart: bool) -> Runner:
         program = self.analysis.program
         inputs = [self._new(n, NATIVE) for n in program.placeholders]
         buffers = [(self._new(n, NATIVE), str(n.target)) for n in program.graph.nodes
@@ -172,7 +174,7 @@ class _Emitter:
                 clobbers[id(self.steps[-1])] = reads[candidate.clobbers]
         outputs = [Register(self._form(o.value, NATIVE)) if isinstance(o, Read) else o for o in self.analysis.outputs]
         returned = {o.slot for o in outputs if isinstance(o, Register)}
-        self.steps = collapse(self.steps, returned)
+        self.steps = self.steps if apart else collapse(self.steps, returned)
         self._protect(clobbers, returned)
         self._free(returned)
         return Runner(program, self.steps, self.count, inputs, buffers, outputs)
