@@ -210,7 +210,7 @@ def _conv(params):  # compiled by Numba, with ``activate`` put in by ``_with``
                                   other + c * other_size if other != 0 else other, p[19], columns * other_size,
                                   other_scale * inverse, low, top, p[28], out + c, columns)  # fmt: skip
                 continue
-            # the bias counts the residual's zero point where both are in steps: take it out for the slow way
+            # in steps of the result, the bias has the residual's zero point in it already
             for r in range(n):
                 row = line + r * width * 4
                 real_row(row, width, p[15] + at * 4, np.int32(1), real(1), p[16] + at * 4, p[17] + at * 4, row)
