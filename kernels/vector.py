@@ -11,6 +11,7 @@ On processors with narrower registers LLVM splits each operation. Nothing is ali
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -54,10 +55,10 @@ if numba is not None:
 
                 return result(*operands), build
 
-            names = ", ".join(f"a{k}" for k in range(len(operands)))
-            scope: dict[str, Any] = {"typed": typed}
-            exec(f"def {emit.__name__}(context, {names}): return typed(context, {names})", scope)  # noqa: S102  Numba wants names
-            return intrinsic(scope[emit.__name__])
+            typed.__name__ = emit.__name__
+            names = [inspect.Parameter(f"a{k}", inspect.Parameter.POSITIONAL_ONLY) for k in range(len(operands))]
+            typed.__signature__ = inspect.Signature([inspect.Parameter("context", inspect.Parameter.POSITIONAL_ONLY), *names])  # type: ignore[attr-defined]
+            return intrinsic(typed)
 
         return make
 
