@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from graphwright.cache import write_atomic
 
 _VERSION = 1
 
@@ -45,15 +45,7 @@ def write(path: Path, function: Any) -> None:
     head = {"version": _VERSION, "kind": kind, "library": library.name, "function": function.native_name,
             "wanted": _wanted(library), "sizes": [len(p) for p in parts], "sha256": hashlib.sha256(b"".join(parts)).hexdigest()}  # fmt: skip
     with contextlib.suppress(OSError):
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(b"\n".join([json.dumps(head).encode(), b"".join(parts)]))
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        write_atomic(path, b"\n".join([json.dumps(head).encode(), b"".join(parts)]))
 
 
 def read(path: Path) -> tuple[Any, int] | None:
