@@ -12,7 +12,6 @@ Bound by arithmetic; by memory (the weight, once) for small pictures.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,7 @@ from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth
 from graphwright.kernels.common import GRID, grid, not_cpu, pieces
 from graphwright.kernels.linear_int8 import real_row, store_row
-from graphwright.kernels.numba_cpu import Native, threads_for
+from graphwright.kernels.numba_cpu import Native, specialized, threads_for
 from graphwright.kernels.tile import F32, KIND, SHIFT, U8, device, f32, f64, i32, i64, real, scratch_of, share, u8
 from graphwright.kernels.vector import (
     LANES,
@@ -175,7 +174,7 @@ def add_other(row, n, other, kind, scale, zero):
             to[c] += (real(v) - zero) * scale
 
 
-def _conv(params):  # compiled by Numba, with ``activate`` put in by ``_with``
+def _conv(params):  # compiled by Numba, with ``activate`` put in by ``specialized``
     """Slots: 2 x, 3 bytes of a pixel, of a line, of a picture, 6 pictures, 7 height and width of the result, 9 columns, 10 weight,
     11 lines of a window, 12 groups of four in each, 13 stride down and right, 15 shift, 16 scales, 17 bias, 18 other or 0,
     19 its kind, 20 its scale, 21 its zero point, 22 out, 23 kind, 24 code, 25 a, 26 b, 27 grid, 31 rows and pixels of a task,
@@ -225,16 +224,9 @@ def _conv(params):  # compiled by Numba, with ``activate`` put in by ``_with``
                           out + r * columns * size)  # fmt: skip
 
 
-def _with(activate: Any, name: str) -> Any:
-    """``_conv`` with its activation put in; under its own name, for Numba's disk cache."""
-    body = types.FunctionType(_conv.__code__, {**globals(), "activate": activate}, name)
-    body.__qualname__, body.__module__ = name, __name__
-    return body
-
-
 _SLOTS = "q" * 18 + "dd" + "qqq" + "dd" + GRID + "qqq"
-_SIMPLE = Native(_with(simple, "conv2d_int8_simple"), _SLOTS)
-_SMOOTH = Native(_with(smooth, "conv2d_int8_smooth"), _SLOTS)
+_SIMPLE = Native(specialized(_conv, "conv2d_int8_simple", activate=simple), _SLOTS)
+_SMOOTH = Native(specialized(_conv, "conv2d_int8_smooth", activate=smooth), _SLOTS)
 
 
 def run(

@@ -10,7 +10,6 @@ arithmetic; by memory (the weight, once) for few rows.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from torch import Tensor
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth
 from graphwright.kernels.common import GRID, grid, not_cpu, pieces, rows_of
-from graphwright.kernels.numba_cpu import Native, threads_for
+from graphwright.kernels.numba_cpu import Native, specialized, threads_for
 from graphwright.kernels.tile import KIND, SHIFT, device, f32, f64, i32, i64, real, scratch_of, share, store
 from graphwright.kernels.tile import add as add_rows
 from graphwright.kernels.vector import (
@@ -135,7 +134,7 @@ def store_row(kind, row, n, inverse, zero, low, high, to):
             store_bytes(quantized(load_f(row + c * 4), inverse_, low_, high_, point), to + c)
 
 
-def _linear(params):  # compiled by Numba, with ``activate`` put in by ``_with``
+def _linear(params):  # compiled by Numba, with ``activate`` put in by ``specialized``
     """Slots: 2 x, 3 its row in bytes, 4 rows, 5 columns, 6 weight, 7 groups of four, 8 sums, 9 scales, 10 bias, 11 scales of rows
     or 0, 12 zero points of rows, 13 scale, 14 zero point, 15 other or 0, 16 its row in bytes, 17 out, 18 kind, 19 its row in
     bytes, 20 code, 21 a, 22 b, 23 grid."""
@@ -168,16 +167,9 @@ def _linear(params):  # compiled by Numba, with ``activate`` put in by ``_with``
                 store_row(kind, y + r * width * 4, n, inverse, p[24], low, high, out + r * p[19])
 
 
-def _with(activate: Any, nothing: int, name: str) -> Any:
-    """``_linear`` with its activation put in, ``nothing`` the code of none; under its own name, for Numba's disk cache."""
-    body = types.FunctionType(_linear.__code__, {**globals(), "activate": activate, "NOTHING": np.int64(nothing)}, name)
-    body.__qualname__, body.__module__ = name, __name__
-    return body
-
-
 _SLOTS = "q" * 11 + "d" + "q" * 7 + "dd" + GRID
-_SIMPLE = Native(_with(simple, 0, "linear_int8_simple"), _SLOTS)
-_SMOOTH = Native(_with(smooth, -1, "linear_int8_smooth"), _SLOTS)
+_SIMPLE = Native(specialized(_linear, "linear_int8_simple", activate=simple, NOTHING=np.int64(0)), _SLOTS)
+_SMOOTH = Native(specialized(_linear, "linear_int8_smooth", activate=smooth, NOTHING=np.int64(-1)), _SLOTS)
 
 
 def run(

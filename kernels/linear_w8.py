@@ -9,7 +9,6 @@ A tile holds up to 4 rows times 64 columns of sums in registers, widening each w
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth
 from graphwright.kernels.common import not_cpu, pieces, rows_of
-from graphwright.kernels.numba_cpu import GRAIN, Native, numba, threads_for, unavailable
+from graphwright.kernels.numba_cpu import GRAIN, Native, numba, specialized, threads_for, unavailable
 from graphwright.kernels.tile import add as add_rows
 from graphwright.kernels.tile import apart, device, f64, i64, real, scratch_of, share, store
 from graphwright.kernels.vector import LANES, fma, load_f, splat_f, store_f
@@ -141,7 +140,7 @@ def widened_products(x, x_step, rows, w, w_step, blocks, width, c, c_step):
         block += wide
 
 
-def _linear_w8(params):  # compiled by Numba, with ``activate`` put in by ``_with``
+def _linear_w8(params):  # compiled by Numba, with ``activate`` put in by ``specialized``
     """Slots: 2 x, 3 its row in bytes, 4 rows, 5 columns, 6 weight, 7 width, 8 scales, 9 bias, 10 other or 0, 11 its row in bytes,
     12 out, 13 code, 14 a, 15 b."""
     p, d = i64(params), f64(params)
@@ -165,14 +164,7 @@ def _linear_w8(params):  # compiled by Numba, with ``activate`` put in by ``_wit
             store(0, p[12] + ((row + r) * columns + at) * 4, n, y + r * wide * 4, real(1), 0, real(0), real(0))
 
 
-def _with(activate: Any, name: str) -> Any:
-    """``_linear_w8`` with its activation put in; under its own name, for the disk cache."""
-    body = types.FunctionType(_linear_w8.__code__, {**globals(), "activate": activate}, name)
-    body.__qualname__, body.__module__ = name, __name__
-    return body
-
-
-_SIMPLE, _SMOOTH = (Native(_with(f, f"linear_w8_{f.__name__}"), "q" * 12 + "dd") for f in (simple, smooth))
+_SIMPLE, _SMOOTH = (Native(specialized(_linear_w8, f"linear_w8_{f.__name__}", activate=f), "q" * 12 + "dd") for f in (simple, smooth))
 
 
 def run(

@@ -16,6 +16,7 @@ import os
 import struct
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,13 @@ def threads_for(elements: int) -> int:
     if elements < 2 * GRAIN:
         return 1
     return min(torch.get_num_threads(), elements // GRAIN)
+
+
+def specialized(body: Callable[[int], None], name: str, **names: Any) -> Callable[[int], None]:
+    """A kernel's body with these names put in, under a name of its own: the cache on disk goes by it."""
+    made = types.FunctionType(body.__code__, {**body.__globals__, **names}, name)  # type: ignore[attr-defined]
+    made.__qualname__, made.__module__ = name, body.__module__
+    return made
 
 
 class Native:

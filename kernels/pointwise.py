@@ -11,7 +11,6 @@ arithmetic while the data come from a cache.
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth
 from graphwright.kernels.common import GRID, grid, not_cpu, pieces
-from graphwright.kernels.numba_cpu import Native, threads_for, unavailable
+from graphwright.kernels.numba_cpu import Native, specialized, threads_for, unavailable
 from graphwright.kernels.tile import (
     KIND,
     TILE,
@@ -77,7 +76,7 @@ def gather(params, slot, position, n, buffer):
 _X, _OTHER, _GATE = np.int64(6), np.int64(14), np.int64(22)
 
 
-def _chain(params):  # compiled by Numba, with ``activate`` put in by ``_with``
+def _chain(params):  # compiled by Numba, with ``activate`` put in by ``specialized``
     """Slots: 2-5 sizes, 6 x, 14 other, 22 gate, 30 elements, 31 out, 32 its kind, 33 code, 34 a, 35 b, 36 the grid."""
     p, d = i64(params), f64(params)
     a, b, inverse, low, high = real(d[34]), real(d[35]), real(d[36]), real(d[38]), real(d[39])
@@ -105,17 +104,10 @@ def _chain(params):  # compiled by Numba, with ``activate`` put in by ``_with``
             store(kind, to, n, y, inverse, p[37], low, high)
 
 
-def _with(activate: Any, name: str) -> Any:
-    """``_chain`` with its activation put in; under its own name, which Numba's disk cache goes by."""
-    body = types.FunctionType(_chain.__code__, {**globals(), "activate": activate}, name)
-    body.__qualname__, body.__module__ = name, __name__
-    return body
-
-
 _OPERAND = "qqddqqqq"
 _SLOTS = "qqqq" + 3 * _OPERAND + "qqqq" + "dd" + GRID
-_SIMPLE = Native(_with(simple, "pointwise_simple"), _SLOTS)
-_SMOOTH = Native(_with(smooth, "pointwise_smooth"), _SLOTS)
+_SIMPLE = Native(specialized(_chain, "pointwise_simple", activate=simple), _SLOTS)
+_SMOOTH = Native(specialized(_chain, "pointwise_smooth", activate=smooth), _SLOTS)
 _NOTHING = (0, 0, 1.0, 0.0, 0, 0, 0, 0)
 
 
