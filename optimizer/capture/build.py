@@ -360,13 +360,13 @@ class Builder:
         calm = self.calm and self.cast is None and old is not None and not old.target._schema.is_mutable  # type: ignore
         if old is not None and (calm or old.meta.get("unbacked_bindings")) and "val" in old.meta:
             return functional.plain_number(old.meta["val"]), args, kwargs
+        said = old.meta.get("val") if old is not None else None
         try:
             value = self._infer(target, args, kwargs)
         except Exception:
-            if self.cast is None or old is None:
+            if self.cast is None or not isinstance(said, torch.Tensor):
                 raise
-            value = None
-        said = old.meta.get("val") if old is not None else None
+            value = None  # tried again below, in the dtype that export saw
         if self.cast is not None and isinstance(said, torch.Tensor) and getattr(value, "dtype", None) != said.dtype:
             args, kwargs = fx.node.map_arg(
                 (args, kwargs), lambda n: self._like(n, said) if functional.is_float(n.meta["val"]) else n)  # fmt: skip
