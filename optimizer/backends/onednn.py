@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from graphwright import ops
 from graphwright.backends import numba_cpu
 from graphwright.backends.base import (
     BF16,
@@ -143,11 +144,23 @@ def _float_conv(work: Work, m: Matrix, allowed: frozenset[str]) -> Iterator[Cand
             continue
         build = functools.partial(_build_float_conv, work, m, torch.float32 if precision == "f32" else torch.bfloat16)
         if m.rank in (2, 3):
-            yield Candidate(f"onednn.{precision}-last", _needs(work, m, last, last), (last,), precision, build)
+            sums = _last_reader(work, m)
+            yield Candidate(f"onednn.{precision}-sum-last" if sums else f"onednn.{precision}-last", _needs(work, m, last, last), (last,),
+                            precision, functools.partial(build, in_place=sums), clobbers=m.other if sums else None)  # fmt: skip
         yield Candidate(f"onednn.{precision}", _needs(work, m, plain, plain), (plain,), precision, build)
 
 
-def _build_float_conv(work: Work, m: Matrix, dtype: torch.dtype) -> Callable[..., Tensor]:
+def _last_reader(work: Work, m: Matrix) -> bool:
+    """Whether the residual is made by the program, of the result's shape, and read by nothing after this work."""
+    if m.other in (None, m.x) or m.activation not in ("none", "relu"):
+        return False
+    value = work.reads[m.other].value
+    row = ops.row(value.target) if value.op == "call_function" else None
+    return (row is not None and ops.VIEW not in row.traits and work.static and value.meta["val"].shape == work.out.shape
+            and all(user is work.node or user < work.node for user in value.users))  # fmt: skip
+
+
+def _build_float_conv(work: Work, m: Matrix, dtype: torch.dtype, in_place: bool = False) -> Callable[..., Tensor]:
     weight = torch.ops.mkldnn._reorder_convolution_weight(
         m.weight.detach().to(dtype).contiguous(), list(m.padding), list(m.stride), list(m.dilation), m.groups, _shape(work, m))  # fmt: skip
     bias = None if m.bias is None else m.bias.to(dtype)
@@ -162,8 +175,11 @@ def _build_float_conv(work: Work, m: Matrix, dtype: torch.dtype) -> Callable[...
             return lambda *r: call(r[x], weight, bias, pad, stride, dilation, groups, post, scalars, algorithm)
         return lambda *r: finish(call(r[x], weight, bias, pad, stride, dilation, groups, "none", [], ""))
     fused = m.activation in ("none", "relu")
-    finish, binary = _finish(m, fused), torch.ops.mkldnn._convolution_pointwise.binary
     unary = "relu" if m.activation == "relu" else None
+    if in_place:  # the sums start from the residual, which spares a pass over a third tensor
+        add = torch.ops.mkldnn._convolution_pointwise_.binary
+        return lambda *r: add(r[other], r[x], weight, bias, pad, stride, dilation, groups, "add", 1.0, unary, [], "")
+    finish, binary = _finish(m, fused), torch.ops.mkldnn._convolution_pointwise.binary
     return lambda *r: finish(binary(r[x], r[other], weight, bias, pad, stride, dilation, groups, "add", 1.0, unary, [], ""))
 
 
@@ -288,7 +304,7 @@ def _int8_conv(work: Work, m: Matrix) -> Iterator[Candidate]:
             build = functools.partial(_build_int8_conv, work, m, q, scale, zero, dtype, None)
             yield Candidate(f"onednn.int8-{tag}", _needs(work, m, Q_LAST, NATIVE), (fmt,), "int8", build)
             continue
-        if m.activation not in ("none", "relu"):
+        if m.activation not in ("none", "relu") or m.other == m.x:
             continue
         # the residual is accumulated in place, in the dtype of the result
         other = work.read_qparams[m.other] if work.reads[m.other].quantized else None

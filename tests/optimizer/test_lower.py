@@ -211,6 +211,33 @@ def test_clobbered_values_that_live_on_are_copied():
     assert torch.equal(x, kept)
 
 
+@pytest.mark.skipif(onednn.reason() is not None, reason="needs oneDNN")
+@pytest.mark.parametrize("shown", [False, True], ids=["last reader", "returned too"])
+def test_sums_start_from_a_residual_that_nothing_reads_later(shown):
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Conv2d(8, 16, 3, padding=1), *(nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+
+        def forward(self, x):
+            x = self.first(x).relu()
+            x = torch.relu(self.second(x) + x)  # its input is its residual: not in place
+            y = torch.relu(self.third(self.second(x)) + x)
+            return (y, x) if shown else y
+
+    x = torch.randn(1, 8, 9, 9)
+    captured, program = program_of(Residual(), x)
+    names = {c.name for w in analyse(program).works for c in backends.candidates(w, frozenset({"f32"}))}
+    assert ("onednn.f32-sum-last" in names) is not shown
+    convolutions = [w.node.name for w in analyse(program).works if onednn.matrix(w) is not None]
+    last = "onednn.f32-last" if shown else "onednn.f32-sum-last"
+    lowered = lower(program, plan=dict(zip(convolutions, ("onednn.f32-last",) * 3 + (last,), strict=True)))
+    assert sum(s.name == "onednn.f32-sum-last" for s in lowered.runner.steps) == (not shown)
+    assert not any(s.name == "copy" for s in lowered.runner.steps)
+    for got, wanted in zip(lowered.runner(x), run_pure(captured, (x,)), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_inputs_are_never_overwritten():
     class Sum(nn.Module):
         def __init__(self):
