@@ -57,6 +57,7 @@ from graphwright.kernels.vector import (
     mul,
     of_bits,
     power_of_two,
+    prefetch,
     quantized,
     rounded,
     shifted,
@@ -217,6 +218,14 @@ def store_values(row, n, scales, factor, kind, inverse, zero, low, high, to):
 
 
 @device
+def bring(rows, step, first, end, n):
+    """Start to bring these rows, each of ``n`` floats."""
+    for r in range(first, end):
+        for c in range(0, n, 16):
+            prefetch(rows + r * step + c * 4)
+
+
+@device
 def clear(to, n):
     """Zeros; ``n`` bytes, a multiple of 64."""
     for j in range(0, n, 64):
@@ -266,9 +275,14 @@ def _attention_int8(params):  # compiled by Numba
             mean_of_rows(key, p[18] * 4, t, width, mean)
             pack_keys(key, p[18] * 4, t, width, mean, line, keys, sums, scales)
             pack_values(value, p[22] * 4, t, e, zeros, line, values, value_scales)
-        last = min(s, (piece + 1) * long)
+        last, after = min(s, (piece + 1) * long), task + 1
         for start in range(piece * long, last, _ROWS):
             n = min(_ROWS, last - start)
+            if after < end:  # rows of one head lie far apart, where the processor itself looks ahead within a page only
+                batch_, head_ = after // pieces // h, after // pieces % h
+                bring(p[11] + (batch_ * p[12] + head_ * p[13]) * 4, p[14] * 4, start, start + n, width)
+                bring(p[15] + (batch_ * p[16] + head_ // group * p[17]) * 4, p[18] * 4, min(start, t), min(start + n, t), width)
+                bring(p[19] + (batch_ * p[20] + head_ // group * p[21]) * 4, p[22] * 4, min(start, t), min(start + n, t), e)
             query = p[11] + (batch * p[12] + head * p[13] + start * p[14]) * 4
             out = p[23] + (batch * p[25] + head * p[26] + start * p[27]) * size
             seen = min(t, start + n) if p[35] != 0 else t

@@ -106,6 +106,13 @@ if numba is not None:
         """The lowest byte of each."""
         at.store(at.trunc(x, _BYTES), _at(at, address, _BYTES), align=1)
 
+    @_op(types.void, _address)
+    def prefetch(at, address):
+        """Start to bring a line of 64 bytes into the L2 cache."""
+        pointer = at.inttoptr(address, ir.IntType(8).as_pointer())
+        word = ir.IntType(32)
+        _known(at, "llvm.prefetch.p0", ir.VoidType(), pointer, word(0), word(2), word(1))
+
     @_op(F, _float)
     def splat_f(at, x):
         return _spread(at, x, _FLOATS)
@@ -231,7 +238,7 @@ if numba is not None:
         return call
 else:
     F = I = None
-    load_f = load_i = load_u8 = load_i8 = store_f = store_i = store_bytes = splat_f = splat_i = fma = add = sub = mul = larger = smaller = ordered = fraction = scaled = None
+    load_f = load_i = load_u8 = load_i8 = store_f = store_i = store_bytes = prefetch = splat_f = splat_i = fma = add = sub = mul = larger = smaller = ordered = fraction = scaled = None
     add_i = sub_i = mul_i = both = either = shifted = larger_i = bits_of = of_bits = floats = sum_i = most_i = most = least = total_f = None
 
 
