@@ -22,7 +22,8 @@ from torch import Tensor
 
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.common import GRID, grid, not_cpu, pieces
-from graphwright.kernels.numba_cpu import Native, numba, openmp, unavailable
+from graphwright.kernels.language import FLOAT32, INT64, VOID, intrinsic, ir
+from graphwright.kernels.numba_cpu import Native, openmp, unavailable
 from graphwright.kernels.softmax import (
     MASK,
     apply_mask,
@@ -39,43 +40,29 @@ from graphwright.kernels.tile import KIND, call, f32, f64, i64, largest, real, s
 BLOCK = 65536
 _ZERO, _ONE, _INFINITY = np.int64(0), np.int64(1), real(np.inf)
 
-if numba is not None:
-    from llvmlite import ir
-    from numba.core import types
-    from numba.extending import intrinsic
+@intrinsic(VOID, *[INT64] * 5, FLOAT32, *[INT64] * 6)
+def gemm(at, function, transposed, m, n, k, alpha, a, lda, b, ldb, c, ldc):
+    """Fortran's ``sgemm``: ``c = alpha * op(a) @ b``, columns adjacent; ``op`` transposes where ``transposed`` is not 0."""
+    char, integer, number = ir.IntType(8), ir.IntType(32), ir.FloatType()
 
-    @intrinsic
-    def gemm(context, function, transposed, m, n, k, alpha, a, lda, b, ldb, c, ldc):
-        """Fortran's ``sgemm``: ``c = alpha * op(a) @ b``, columns adjacent; ``op`` transposes where ``transposed`` is not 0."""
+    def by_address(value, kind):
+        with at.goto_entry_block():
+            slot = at.alloca(kind)
+        at.store(value, slot)
+        return slot
 
-        def build(ctx, at, sig, args):
-            function, transposed, m, n, k, alpha, a, lda, b, ldb, c, ldc = args
-            char, integer, number = ir.IntType(8), ir.IntType(32), ir.FloatType()
+    def whole(value):
+        return by_address(at.trunc(value, integer), integer)
 
-            def by_address(value, kind):
-                with at.goto_entry_block():
-                    slot = at.alloca(kind)
-                at.store(value, slot)
-                return slot
-
-            def whole(value):
-                return by_address(at.trunc(value, integer), integer)
-
-            letter = at.select(at.icmp_signed("!=", transposed, transposed.type(0)), char(ord("T")), char(ord("N")))
-            pointers = [
-                by_address(letter, char), by_address(char(ord("N")), char), whole(m), whole(n), whole(k),
-                by_address(alpha, number), at.inttoptr(a, number.as_pointer()), whole(lda),
-                at.inttoptr(b, number.as_pointer()), whole(ldb), by_address(number(0.0), number),
-                at.inttoptr(c, number.as_pointer()), whole(ldc),
-            ]  # fmt: skip
-            kind = ir.FunctionType(ir.VoidType(), [p.type for p in pointers])
-            at.call(at.inttoptr(function, kind.as_pointer()), pointers)
-            return ctx.get_dummy_value()
-
-        i = types.int64
-        return types.void(i, i, i, i, i, types.float32, i, i, i, i, i, i), build
-else:
-    gemm = None
+    letter = at.select(at.icmp_signed("!=", transposed, transposed.type(0)), char(ord("T")), char(ord("N")))
+    pointers = [
+        by_address(letter, char), by_address(char(ord("N")), char), whole(m), whole(n), whole(k),
+        by_address(alpha, number), at.inttoptr(a, number.as_pointer()), whole(lda),
+        at.inttoptr(b, number.as_pointer()), whole(ldb), by_address(number(0.0), number),
+        at.inttoptr(c, number.as_pointer()), whole(ldc),
+    ]  # fmt: skip
+    kind = ir.FunctionType(ir.VoidType(), [p.type for p in pointers])
+    at.call(at.inttoptr(function, kind.as_pointer()), pointers)
 
 
 @functools.cache

@@ -163,9 +163,9 @@ def add_other(row, n, other, kind, scale, zero):
             x = load_f(at) if kind == _F32 else (floats(load_u8(at)) if kind == _U8 else floats(load_i8(at)))
             store_f(add(load_f(row + c * 4), fma(x, s, offset)), row + c * 4)
     elif kind == _F32:
-        x = f32(other)
+        r = f32(other)
         for c in range(n):
-            to[c] += (x[c] - zero) * scale
+            to[c] += (r[c] - zero) * scale
     else:
         b = u8(other)
         for c in range(n):

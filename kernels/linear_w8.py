@@ -20,7 +20,8 @@ from torch import Tensor
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth
 from graphwright.kernels.common import not_cpu, pieces, rows_of
-from graphwright.kernels.numba_cpu import GRAIN, Native, numba, specialized, threads_for, unavailable
+from graphwright.kernels.language import INT64, VOID, intrinsic, ir, known
+from graphwright.kernels.numba_cpu import GRAIN, Native, specialized, threads_for, unavailable
 from graphwright.kernels.tile import add as add_rows
 from graphwright.kernels.tile import apart, device, f64, i64, real, scratch_of, share, store
 from graphwright.kernels.vector import LANES, fma, load_f, splat_f, store_f
@@ -52,61 +53,48 @@ def pack(weight: Tensor, scales: Tensor, bias: Tensor | None) -> Packed:
     return Packed(out, width, columns, pad(scales.detach().float().expand(out), behind), pad(offset, behind))
 
 
-if numba is not None:
-    from llvmlite import ir
-    from numba.core import cgutils
-    from numba.core import types as numba_types
-    from numba.extending import intrinsic
+def _tile(rows: int, blocks: int) -> Any:
+    """``c[:rows, :16 * blocks] += x @ w`` over ``width`` steps; strides in bytes."""
 
-    def _tile(rows: int, blocks: int) -> Any:
-        """``c[:rows, :16 * blocks] += x @ w`` over ``width`` steps; strides in bytes."""
+    @intrinsic(VOID, *[INT64] * 7)
+    def tile(at, x, x_step, w, w_step, width, c, c_step):
+        long, real32, vector = ir.IntType(64), ir.FloatType(), ir.VectorType(ir.FloatType(), LANES)
+        narrow = ir.VectorType(ir.IntType(8), LANES)
+        nothing, first = ir.Constant(vector, [0.0] * LANES), ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
 
-        @intrinsic
-        def tile(context, x, x_step, w, w_step, width, c, c_step):
-            def build(ctx, at, sig, args):
-                x, x_step, w, w_step, width, c, c_step = args
-                long, real32, vector = ir.IntType(64), ir.FloatType(), ir.VectorType(ir.FloatType(), LANES)
-                narrow = ir.VectorType(ir.IntType(8), LANES)
-                nothing, first = ir.Constant(vector, [0.0] * LANES), ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-                product = cgutils.get_or_insert_function(at.module, ir.FunctionType(vector, [vector] * 3), "llvm.fma.v16f32")
+        def load(address: Any, kind: Any, align: int) -> Any:
+            return at.load(at.inttoptr(address, kind.as_pointer()), align=align)
 
-                def load(address: Any, kind: Any, align: int) -> Any:
-                    return at.load(at.inttoptr(address, kind.as_pointer()), align=align)
+        start, loop, done = at.block, at.append_basic_block("tile"), at.append_basic_block("tile.done")
+        at.branch(loop)
+        at.position_at_end(loop)
+        step = at.phi(long)
+        step.add_incoming(long(0), start)
+        sums = [[at.phi(vector) for _ in range(blocks)] for _ in range(rows)]
+        line = at.mul(step, long(LANES))
+        columns = [at.sitofp(load(at.add(at.add(w, at.mul(w_step, long(v))), line), narrow, 1), vector) for v in range(blocks)]
+        after = []
+        for r in range(rows):
+            one = load(at.add(at.add(x, at.mul(x_step, long(r))), at.mul(step, long(4))), real32, 4)
+            spread = at.shuffle_vector(at.insert_element(ir.Constant(vector, ir.Undefined), one, ir.IntType(32)(0)), nothing, first)
+            after.append([known(at, "llvm.fma.v16f32", vector, spread, columns[v], sums[r][v]) for v in range(blocks)])
+        following = at.add(step, long(1))
+        step.add_incoming(following, loop)
+        for r in range(rows):
+            for v in range(blocks):
+                sums[r][v].add_incoming(nothing, start)
+                sums[r][v].add_incoming(after[r][v], loop)
+        at.cbranch(at.icmp_signed("<", following, width), loop, done)
+        at.position_at_end(done)
+        for r in range(rows):
+            for v in range(blocks):
+                place = at.inttoptr(at.add(at.add(c, at.mul(c_step, long(r))), long(v * LANES * 4)), vector.as_pointer())
+                at.store(at.fadd(at.load(place, align=4), after[r][v]), place, align=4)
 
-                start, loop, done = at.block, at.append_basic_block("tile"), at.append_basic_block("tile.done")
-                at.branch(loop)
-                at.position_at_end(loop)
-                step = at.phi(long)
-                step.add_incoming(long(0), start)
-                sums = [[at.phi(vector) for _ in range(blocks)] for _ in range(rows)]
-                line = at.mul(step, long(LANES))
-                columns = [at.sitofp(load(at.add(at.add(w, at.mul(w_step, long(v))), line), narrow, 1), vector) for v in range(blocks)]
-                after = []
-                for r in range(rows):
-                    one = load(at.add(at.add(x, at.mul(x_step, long(r))), at.mul(step, long(4))), real32, 4)
-                    spread = at.shuffle_vector(at.insert_element(ir.Constant(vector, ir.Undefined), one, ir.IntType(32)(0)), nothing, first)
-                    after.append([at.call(product, [spread, columns[v], sums[r][v]]) for v in range(blocks)])
-                following = at.add(step, long(1))
-                step.add_incoming(following, loop)
-                for r in range(rows):
-                    for v in range(blocks):
-                        sums[r][v].add_incoming(nothing, start)
-                        sums[r][v].add_incoming(after[r][v], loop)
-                at.cbranch(at.icmp_signed("<", following, width), loop, done)
-                at.position_at_end(done)
-                for r in range(rows):
-                    for v in range(blocks):
-                        place = at.inttoptr(at.add(at.add(c, at.mul(c_step, long(r))), long(v * LANES * 4)), vector.as_pointer())
-                        at.store(at.fadd(at.load(place, align=4), after[r][v]), place, align=4)
-                return ctx.get_dummy_value()
+    return tile
 
-            return numba_types.void(*[numba_types.int64] * 7), build
 
-        return tile
-
-    _4x4, _4x1, _1x4, _1x1 = _tile(4, 4), _tile(4, 1), _tile(1, 4), _tile(1, 1)
-else:
-    _4x4 = _4x1 = _1x4 = _1x1 = None
+_4x4, _4x1, _1x4, _1x1 = _tile(4, 4), _tile(4, 1), _tile(1, 4), _tile(1, 1)
 
 
 @device

@@ -30,6 +30,7 @@ from graphwright.kernels.tile import (
     i64,
     load,
     real,
+    root,
     share,
     squares,
     store,
@@ -55,7 +56,7 @@ def finish_row(source, columns, rms, eps, weight, bias, normed, quantized, kind,
     """Normalize one row of floats into ``normed`` and, where its address is not 0, quantize that."""
     count = real(columns)
     mean = real(0) if rms else total(source, columns) / count
-    factor = real(1) / (squares(source, columns, mean) / count + eps) ** real(0.5)
+    factor = real(1) / root(squares(source, columns, mean) / count + eps)
     scale_row(source, columns, mean, factor, weight, bias, normed)
     if quantized != 0:
         store(kind, quantized, columns, normed, inverse, zero, low, high)

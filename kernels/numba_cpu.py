@@ -17,7 +17,6 @@ import struct
 import sys
 import threading
 import types
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,7 @@ from typing import Any
 import torch
 
 from graphwright.errors import InternalError
-
-try:
-    import numba
-except Exception as problem:  # noqa: BLE001  a broken llvmlite raises OSError, an incompatible NumPy ImportError
-    numba = None
-    _IMPORT_PROBLEM = f"{type(problem).__name__}: {problem}"
+from graphwright.kernels import disk, llvm, translate
 
 #: Elements below which a further thread does not pay for its start.
 GRAIN = 16384
@@ -41,10 +35,10 @@ _Launch = Callable[..., None]
 @functools.cache
 def unavailable() -> str | None:
     """None, or why Numba kernels cannot run in this process."""
-    if numba is None:
-        return f"numba cannot be imported ({_IMPORT_PROBLEM}); install it with: pip install numba"
+    if (reason := translate.unavailable()) is not None:
+        return reason
     if sys.byteorder != "little" or struct.calcsize("P") != 8:
-        return "Numba kernels need a 64-bit little-endian machine"
+        return "compiled kernels need a 64-bit little-endian machine"
     return None
 
 
@@ -139,34 +133,26 @@ class Native:
             self._alone = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._address)
 
 
-#: Rounding and contraction (a*b + c in one step) may be chosen freely; NaN, infinities and the order of sums may not.
-FAST = frozenset({"contract", "nsz"})
-
 _compile_lock = threading.Lock()
 
 
 def _file(body: Callable[[int], None]) -> Path | None:
     """Where a compiled kernel is kept; None where none can be."""
-    from graphwright.kernels import disk
-
     folder = cache_folder()
     return None if folder is None else disk.place(folder, f"{body.__module__.rpartition('.')[2]}.{body.__name__}")
 
 
 def _compile(body: Callable[[int], None]) -> tuple[Any, int]:
     """The owner of a kernel's code and the address of it, from the disk or compiled now."""
-    from graphwright.kernels import disk
-
-    with _compile_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore", numba.core.errors.NumbaWarning)
+    name = body.__name__.strip("_")
+    with _compile_lock:
         path = _file(body)
-        found = None if path is None else disk.read(path)
+        found = None if path is None else disk.read(path, name)
         if found is None:
-            options = {"fastmath": set(FAST), "error_model": "numpy"}
-            made = numba.cfunc(numba.types.void(numba.types.int64), **options)(body)
-            found = made, made.address
+            code = llvm.compiled(translate.translate(body, name))
+            found = llvm.linked(code, name)
             if path is not None:
-                disk.write(path, made)
+                disk.write(path, code)
     return found
 
 
@@ -177,9 +163,7 @@ def cache_folder() -> Path | None:
     What lies there is run, so the folder must be the user's own and closed to others. Its name holds a digest of the device
     code and the versions.
     """
-    if numba is None:
-        return None
-    digest = hashlib.sha256(f"{numba.__version__} {sys.version}".encode())
+    digest = hashlib.sha256(sys.version.encode())
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

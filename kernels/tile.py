@@ -1,5 +1,5 @@
 # ruff: noqa: FURB136  min() and max() treat NaN otherwise than the conditional expressions here do
-"""Device side of the Numba kernels: pointers, vectorized elementary functions, and loading and storing tiles.
+"""Device side of the kernels: pointers, vectorized elementary functions, and loading and storing tiles.
 
 Kernels work on tiles of at most ``TILE`` float32 numbers that stay in the L1 cache: fetch (converting from any storage
 dtype), compute, store (rounding to any). Each stage is one simple loop that LLVM vectorizes, so that dtypes and activations
@@ -16,9 +16,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from graphwright.kernels.numba_cpu import FAST, numba
+from graphwright.kernels.language import (
+    FAST,
+    FLOAT32,
+    FLOAT64,
+    INT8,
+    INT32,
+    INT64,
+    UINT8,
+    UINT16,
+    Device,
+    apart,
+    intrinsic,
+    ir,
+    known,
+    pointer,
+)  # fmt: skip
 
-#: Constants that device code passes on are NumPy integers: Numba compiles a function anew for every plain literal.
 TILE = np.int64(1024)
 
 #: Storage dtypes by the number that kernels know them by.
@@ -31,93 +45,59 @@ _ZERO, _ONE, _HALF, _TWO = real(0), real(1), real(0.5), real(2)
 # Adding 1.5 * 2^23 rounds a float32 below 2^22 half to even and leaves the integer in its low bits.
 SHIFT = real(12582912.0)
 
-if numba is not None:
-    from llvmlite import ir
-    from numba.core import types
-    from numba.extending import intrinsic
+def device(body: Callable[..., Any]) -> Any:
+    """A function that kernels call."""
+    return Device(body)
 
-    _OPTIONS = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 
-    def device(body: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that kernels call; inlined by LLVM."""
-        return numba.njit(fastmath=set(FAST), **_OPTIONS)(body)
+def reducing(body: Callable[..., Any]) -> Any:
+    """The same where sums may be reordered: needed to vectorize them, and more accurate than one running sum."""
+    return Device(body, (*FAST, "reassoc"))
 
-    def reducing(body: Callable[..., Any]) -> Callable[..., Any]:
-        """The same where sums may be reordered: needed to vectorize them, and more accurate than one running sum."""
-        return numba.njit(fastmath={*FAST, "reassoc"}, **_OPTIONS)(body)
 
-    def _pointer_to(element: Any) -> Any:
-        kind = types.CPointer(element)
+f32, f64, u8, i8, u16, i32, i64 = (pointer(k) for k in (FLOAT32, FLOAT64, UINT8, INT8, UINT16, INT32, INT64))
 
-        @intrinsic
-        def pointer(context, address):
-            def build(ctx, b, sig, args):
-                # Every loop here walks a pointer, so this reaches every function that has one. LLVM's own choice for
-                # the AVX-512 processors before Ice Lake is half their width; measured 1.2 to 1.5 times slower.
-                set.add(b.function.attributes, '"prefer-vector-width"="512"')
-                return b.inttoptr(args[0], ctx.get_value_type(kind))
 
-            return kind(types.int64), build
+def scratch_of(floats: int) -> Any:
+    """Address of so many floats on the stack; each place in the code has its own."""
 
-        return pointer
+    @intrinsic(INT64)
+    def scratch(at):
+        with at.goto_entry_block():
+            block = at.alloca(ir.ArrayType(ir.FloatType(), floats))
+        block.align = 64
+        return at.ptrtoint(block, INT64.llvm)
 
-    f32, f64 = _pointer_to(types.float32), _pointer_to(types.float64)
-    u8, i8, u16 = _pointer_to(types.uint8), _pointer_to(types.int8), _pointer_to(types.uint16)
-    i32, i64 = _pointer_to(types.int32), _pointer_to(types.int64)
+    return scratch
 
-    def scratch_of(floats: int) -> Any:
-        @intrinsic
-        def scratch(context):
-            def build(ctx, b, sig, args):
-                with b.goto_entry_block():  # cgutils.alloca_once would write zeros to every element, at every call
-                    block = b.alloca(ir.ArrayType(ir.FloatType(), floats))
-                block.align = 64
-                return b.ptrtoint(block, ir.IntType(64))
 
-            return types.int64(), build
+scratch = scratch_of(int(TILE))
+wide_scratch = scratch_of(16384)  # 64 KiB, for whole rows
 
-        return scratch
 
-    scratch = scratch_of(int(TILE))          # address of TILE floats on the stack; each place in the code has its own
-    wide_scratch = scratch_of(16384)    # 64 KiB, for whole rows
+@intrinsic(INT64, INT64)
+def call(at, function):
+    """Call ``int (void)`` at an address."""
+    kind = ir.FunctionType(INT32.llvm, [])
+    return at.sext(at.call(at.inttoptr(function, kind.as_pointer()), []), INT64.llvm)
 
-    @intrinsic
-    def call(context, function):
-        """Call ``int (void)`` at an address."""
 
-        def build(ctx, b, sig, args):
-            kind = ir.FunctionType(ir.IntType(32), [])
-            return b.sext(b.call(b.inttoptr(args[0], ir.PointerType(kind)), []), ir.IntType(64))
+@intrinsic(INT32, FLOAT32)
+def bits(at, x):
+    """The bits of a float32."""
+    return at.bitcast(x, INT32.llvm)
 
-        return types.int64(types.int64), build
 
-    @intrinsic
-    def apart(context):
-        """Keep the function that says so out of its callers: called once per tile, it would only make them slow to compile."""
+@intrinsic(FLOAT32, INT32)
+def from_bits(at, x):
+    """The float32 with these bits."""
+    return at.bitcast(x, FLOAT32.llvm)
 
-        def build(ctx, b, sig, args):
-            b.function.attributes.add("noinline")
-            return ctx.get_dummy_value()
 
-        return types.void(), build
-
-    @intrinsic
-    def bits(context, x):
-        """The bits of a float32, as int32."""
-        return types.int32(types.float32), lambda ctx, b, sig, args: b.bitcast(args[0], ir.IntType(32))
-
-    @intrinsic
-    def from_bits(context, x):
-        """The float32 with these bits."""
-        return types.float32(types.int32), lambda ctx, b, sig, args: b.bitcast(args[0], ir.FloatType())
-
-else:  # the kernels' records stay importable; ``unavailable()`` keeps their bodies from being called
-
-    def device(body: Callable[..., Any]) -> Callable[..., Any]:
-        return body
-
-    reducing = device
-    f32 = f64 = u8 = i8 = u16 = i32 = i64 = scratch = wide_scratch = scratch_of = call = apart = bits = from_bits = None
+@intrinsic(FLOAT32, FLOAT32)
+def root(at, x):
+    """The square root."""
+    return known(at, "llvm.sqrt.f32", FLOAT32.llvm, x)
 
 
 @device

@@ -11,235 +11,222 @@ On processors with narrower registers LLVM splits each operation. Nothing is ali
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from typing import Any
 
-from graphwright.kernels.numba_cpu import numba
+from graphwright.kernels.language import FLOAT32, INT32, INT64, VOID, Kind, intrinsic, ir, known
 from graphwright.kernels.tile import SHIFT, device, real
 
 LANES = 16
 
-if numba is not None:
-    from llvmlite import ir
-    from numba.core import cgutils, types
-    from numba.extending import intrinsic, models, register_model
+_FLOATS, _INTS, _BYTES = (ir and ir.VectorType(k, LANES) for k in (ir and (ir.FloatType(), ir.IntType(32), ir.IntType(8)) or (None,) * 3))
+#: Sixteen float32, sixteen int32.
+F, I = Kind("float32x16", _FLOATS, "vector"), Kind("int32x16", _INTS, "vector")
+_address, _float, _int = INT64, FLOAT32, INT32
 
-    class Floats(types.Type):
-        """Sixteen float32."""
 
-    class Ints(types.Type):
-        """Sixteen int32."""
+def _at(at: Any, address: Any, kind: Any) -> Any:
+    return at.inttoptr(address, kind.as_pointer())
 
-    _FLOATS, _INTS, _BYTES = (ir.VectorType(k, LANES) for k in (ir.FloatType(), ir.IntType(32), ir.IntType(8)))
-    F, I = Floats("float32x16"), Ints("int32x16")
 
-    def _model(kind: Any) -> type:
-        class Model(models.PrimitiveModel):
-            def __init__(self, manager: Any, frontend: Any) -> None:
-                super().__init__(manager, frontend, kind)
+def _spread(at: Any, x: Any, kind: Any) -> Any:
+    first = at.insert_element(ir.Constant(kind, ir.Undefined), x, ir.IntType(32)(0))
+    return at.shuffle_vector(first, first, ir.Constant(_INTS, [0] * LANES))
 
-        return Model
 
-    register_model(Floats)(_model(_FLOATS))
-    register_model(Ints)(_model(_INTS))
+@intrinsic(F, _address)
+def load_f(at, address):
+    return at.load(_at(at, address, _FLOATS), align=4)
 
-    def _op(result: Any, *operands: Any) -> Callable[[Callable[..., Any]], Any]:
-        """An intrinsic from ``emit(builder, *values)``."""
 
-        def make(emit: Callable[..., Any]) -> Any:
-            def typed(context, *given):
-                def build(ctx, at, sig, args):
-                    value = emit(at, *args)
-                    return ctx.get_dummy_value() if result is types.void else value
+@intrinsic(I, _address)
+def load_i(at, address):
+    return at.load(_at(at, address, _INTS), align=4)
 
-                return result(*operands), build
 
-            typed.__name__ = emit.__name__
-            names = [inspect.Parameter(f"a{k}", inspect.Parameter.POSITIONAL_ONLY) for k in range(len(operands))]
-            typed.__signature__ = inspect.Signature([inspect.Parameter("context", inspect.Parameter.POSITIONAL_ONLY), *names])  # type: ignore[attr-defined]
-            return intrinsic(typed)
+@intrinsic(I, _address)
+def load_u8(at, address):
+    """Sixteen unsigned bytes."""
+    return at.zext(at.load(_at(at, address, _BYTES), align=1), _INTS)
 
-        return make
 
-    def _at(at: Any, address: Any, kind: Any) -> Any:
-        return at.inttoptr(address, kind.as_pointer())
+@intrinsic(I, _address)
+def load_i8(at, address):
+    """Sixteen signed bytes."""
+    return at.sext(at.load(_at(at, address, _BYTES), align=1), _INTS)
 
-    def _spread(at: Any, x: Any, kind: Any) -> Any:
-        first = at.insert_element(ir.Constant(kind, ir.Undefined), x, ir.IntType(32)(0))
-        return at.shuffle_vector(first, first, ir.Constant(_INTS, [0] * LANES))
 
-    def _known(at: Any, name: str, result: Any, *args: Any) -> Any:
-        function = cgutils.get_or_insert_function(at.module, ir.FunctionType(result, [a.type for a in args]), name)
-        return at.call(function, args)
+@intrinsic(VOID, F, _address)
+def store_f(at, x, address):
+    at.store(x, _at(at, address, _FLOATS), align=4)
 
-    _address, _float, _int = types.int64, types.float32, types.int32
 
-    @_op(F, _address)
-    def load_f(at, address):
-        return at.load(_at(at, address, _FLOATS), align=4)
+@intrinsic(VOID, I, _address)
+def store_i(at, x, address):
+    at.store(x, _at(at, address, _INTS), align=4)
 
-    @_op(I, _address)
-    def load_i(at, address):
-        return at.load(_at(at, address, _INTS), align=4)
 
-    @_op(I, _address)
-    def load_u8(at, address):
-        """Sixteen unsigned bytes."""
-        return at.zext(at.load(_at(at, address, _BYTES), align=1), _INTS)
+@intrinsic(VOID, I, _address)
+def store_bytes(at, x, address):
+    """The lowest byte of each."""
+    at.store(at.trunc(x, _BYTES), _at(at, address, _BYTES), align=1)
 
-    @_op(I, _address)
-    def load_i8(at, address):
-        """Sixteen signed bytes."""
-        return at.sext(at.load(_at(at, address, _BYTES), align=1), _INTS)
 
-    @_op(types.void, F, _address)
-    def store_f(at, x, address):
-        at.store(x, _at(at, address, _FLOATS), align=4)
+@intrinsic(VOID, _address)
+def prefetch(at, address):
+    """Start to bring a line of 64 bytes into the L2 cache."""
+    pointer = at.inttoptr(address, ir.IntType(8).as_pointer())
+    word = ir.IntType(32)
+    known(at, "llvm.prefetch.p0", ir.VoidType(), pointer, word(0), word(2), word(1))
 
-    @_op(types.void, I, _address)
-    def store_i(at, x, address):
-        at.store(x, _at(at, address, _INTS), align=4)
 
-    @_op(types.void, I, _address)
-    def store_bytes(at, x, address):
-        """The lowest byte of each."""
-        at.store(at.trunc(x, _BYTES), _at(at, address, _BYTES), align=1)
+@intrinsic(F, _float)
+def splat_f(at, x):
+    return _spread(at, x, _FLOATS)
 
-    @_op(types.void, _address)
-    def prefetch(at, address):
-        """Start to bring a line of 64 bytes into the L2 cache."""
-        pointer = at.inttoptr(address, ir.IntType(8).as_pointer())
-        word = ir.IntType(32)
-        _known(at, "llvm.prefetch.p0", ir.VoidType(), pointer, word(0), word(2), word(1))
 
-    @_op(F, _float)
-    def splat_f(at, x):
-        return _spread(at, x, _FLOATS)
+@intrinsic(I, _int)
+def splat_i(at, x):
+    return _spread(at, x, _INTS)
 
-    @_op(I, _int)
-    def splat_i(at, x):
-        return _spread(at, x, _INTS)
 
-    @_op(F, F, F, F)
-    def fma(at, x, y, z):
-        """``x * y + z``, rounded once."""
-        return _known(at, "llvm.fma.v16f32", _FLOATS, x, y, z)
+@intrinsic(F, F, F, F)
+def fma(at, x, y, z):
+    """``x * y + z``, rounded once."""
+    return known(at, "llvm.fma.v16f32", _FLOATS, x, y, z)
 
-    @_op(F, F, F)
-    def add(at, x, y):
-        return at.fadd(x, y)
 
-    @_op(F, F, F)
-    def sub(at, x, y):
-        return at.fsub(x, y)
+@intrinsic(F, F, F)
+def add(at, x, y):
+    return at.fadd(x, y)
 
-    @_op(F, F, F)
-    def mul(at, x, y):
-        return at.fmul(x, y)
 
-    @_op(F, F, F)
-    def larger(at, x, y):
-        """The larger of the two; y where either is NaN."""
-        return at.select(at.fcmp_ordered(">", x, y), x, y)
+@intrinsic(F, F, F)
+def sub(at, x, y):
+    return at.fsub(x, y)
 
-    @_op(F, F, F)
-    def smaller(at, x, y):
-        return at.select(at.fcmp_ordered("<", x, y), x, y)
 
-    @_op(F, F)
-    def fraction(at, x):
-        """``x - floor(x)``, 0 for infinities (AVX-512 DQ)."""
-        whole = ir.Constant(_FLOATS, [0.0] * LANES), ir.IntType(16)(-1), ir.IntType(32)(4)
-        return _known(at, "llvm.x86.avx512.mask.reduce.ps.512", _FLOATS, x, ir.IntType(32)(1), *whole)
+@intrinsic(F, F, F)
+def mul(at, x, y):
+    return at.fmul(x, y)
 
-    @_op(F, F, F)
-    def scaled(at, x, y):
-        """``x * 2^floor(y)``, 0 where y is -inf (AVX-512)."""
-        whole = ir.Constant(_FLOATS, [0.0] * LANES), ir.IntType(16)(-1), ir.IntType(32)(4)
-        return _known(at, "llvm.x86.avx512.mask.scalef.ps.512", _FLOATS, x, y, *whole)
 
-    @_op(F, F)
-    def ordered(at, x):
-        """x, 0 in place of NaN."""
-        return at.select(at.fcmp_ordered("ord", x, x), x, ir.Constant(_FLOATS, [0.0] * LANES))
+@intrinsic(F, F, F)
+def larger(at, x, y):
+    """The larger of the two; y where either is NaN."""
+    return at.select(at.fcmp_ordered(">", x, y), x, y)
 
-    @_op(I, I, I)
-    def add_i(at, x, y):
-        return at.add(x, y)
 
-    @_op(I, I, I)
-    def sub_i(at, x, y):
-        return at.sub(x, y)
+@intrinsic(F, F, F)
+def smaller(at, x, y):
+    return at.select(at.fcmp_ordered("<", x, y), x, y)
 
-    @_op(I, I, I)
-    def mul_i(at, x, y):
-        return at.mul(x, y)
 
-    @_op(I, I, I)
-    def both(at, x, y):
-        """Bitwise and."""
-        return at.and_(x, y)
+@intrinsic(F, F)
+def fraction(at, x):
+    """``x - floor(x)``, 0 for infinities (AVX-512 DQ)."""
+    whole = ir.Constant(_FLOATS, [0.0] * LANES), ir.IntType(16)(-1), ir.IntType(32)(4)
+    return known(at, "llvm.x86.avx512.mask.reduce.ps.512", _FLOATS, x, ir.IntType(32)(1), *whole)
 
-    @_op(I, I, I)
-    def either(at, x, y):
-        """Bitwise or."""
-        return at.or_(x, y)
 
-    @_op(I, I, I)
-    def shifted(at, x, y):
-        """``x << y``."""
-        return at.shl(x, y)
+@intrinsic(F, F, F)
+def scaled(at, x, y):
+    """``x * 2^floor(y)``, 0 where y is -inf (AVX-512)."""
+    whole = ir.Constant(_FLOATS, [0.0] * LANES), ir.IntType(16)(-1), ir.IntType(32)(4)
+    return known(at, "llvm.x86.avx512.mask.scalef.ps.512", _FLOATS, x, y, *whole)
 
-    @_op(I, I, I)
-    def larger_i(at, x, y):
-        return at.select(at.icmp_signed(">", x, y), x, y)
 
-    @_op(I, F)
-    def bits_of(at, x):
-        return at.bitcast(x, _INTS)
+@intrinsic(F, F)
+def ordered(at, x):
+    """x, 0 in place of NaN."""
+    return at.select(at.fcmp_ordered("ord", x, x), x, ir.Constant(_FLOATS, [0.0] * LANES))
 
-    @_op(F, I)
-    def of_bits(at, x):
-        return at.bitcast(x, _FLOATS)
 
-    @_op(F, I)
-    def floats(at, x):
-        """The numbers, converted."""
-        return at.sitofp(x, _FLOATS)
+@intrinsic(I, I, I)
+def add_i(at, x, y):
+    return at.add(x, y)
 
-    @_op(_int, I)
-    def sum_i(at, x):
-        return _known(at, "llvm.vector.reduce.add.v16i32", ir.IntType(32), x)
 
-    @_op(_int, I)
-    def most_i(at, x):
-        return _known(at, "llvm.vector.reduce.smax.v16i32", ir.IntType(32), x)
+@intrinsic(I, I, I)
+def sub_i(at, x, y):
+    return at.sub(x, y)
 
-    @_op(_float, F)
-    def total_f(at, x):
-        """The sum of sixteen numbers, in any order."""
-        call = _known(at, "llvm.vector.reduce.fadd.v16f32", ir.FloatType(), ir.FloatType()(0.0), x)
-        call.fastmath.add("reassoc")
-        return call
 
-    @_op(_float, F)
-    def least(at, x):
-        """The smallest of sixteen numbers, none of them NaN."""
-        call = _known(at, "llvm.vector.reduce.fmin.v16f32", ir.FloatType(), x)
-        call.fastmath.add("nnan")
-        return call
+@intrinsic(I, I, I)
+def mul_i(at, x, y):
+    return at.mul(x, y)
 
-    @_op(_float, F)
-    def most(at, x):
-        """The largest of sixteen numbers, none of them NaN."""
-        call = _known(at, "llvm.vector.reduce.fmax.v16f32", ir.FloatType(), x)
-        call.fastmath.add("nnan")
-        return call
-else:
-    F = I = None
-    load_f = load_i = load_u8 = load_i8 = store_f = store_i = store_bytes = prefetch = splat_f = splat_i = fma = add = sub = mul = larger = smaller = ordered = fraction = scaled = None
-    add_i = sub_i = mul_i = both = either = shifted = larger_i = bits_of = of_bits = floats = sum_i = most_i = most = least = total_f = None
+
+@intrinsic(I, I, I)
+def both(at, x, y):
+    """Bitwise and."""
+    return at.and_(x, y)
+
+
+@intrinsic(I, I, I)
+def either(at, x, y):
+    """Bitwise or."""
+    return at.or_(x, y)
+
+
+@intrinsic(I, I, I)
+def shifted(at, x, y):
+    """``x << y``."""
+    return at.shl(x, y)
+
+
+@intrinsic(I, I, I)
+def larger_i(at, x, y):
+    return at.select(at.icmp_signed(">", x, y), x, y)
+
+
+@intrinsic(I, F)
+def bits_of(at, x):
+    return at.bitcast(x, _INTS)
+
+
+@intrinsic(F, I)
+def of_bits(at, x):
+    return at.bitcast(x, _FLOATS)
+
+
+@intrinsic(F, I)
+def floats(at, x):
+    """The numbers, converted."""
+    return at.sitofp(x, _FLOATS)
+
+
+@intrinsic(_int, I)
+def sum_i(at, x):
+    return known(at, "llvm.vector.reduce.add.v16i32", ir.IntType(32), x)
+
+
+@intrinsic(_int, I)
+def most_i(at, x):
+    return known(at, "llvm.vector.reduce.smax.v16i32", ir.IntType(32), x)
+
+
+@intrinsic(_float, F)
+def total_f(at, x):
+    """The sum of sixteen numbers, in any order."""
+    call = known(at, "llvm.vector.reduce.fadd.v16f32", ir.FloatType(), ir.FloatType()(0.0), x)
+    call.fastmath.add("reassoc")
+    return call
+
+
+@intrinsic(_float, F)
+def least(at, x):
+    """The smallest of sixteen numbers, none of them NaN."""
+    call = known(at, "llvm.vector.reduce.fmin.v16f32", ir.FloatType(), x)
+    call.fastmath.add("nnan")
+    return call
+
+
+@intrinsic(_float, F)
+def most(at, x):
+    """The largest of sixteen numbers, none of them NaN."""
+    call = known(at, "llvm.vector.reduce.fmax.v16f32", ir.FloatType(), x)
+    call.fastmath.add("nnan")
+    return call
 
 
 @device

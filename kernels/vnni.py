@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphwright.kernels.numba_cpu import numba, unavailable
+from graphwright.kernels.language import INT32, INT64, VOID, intrinsic, ir, known
+from graphwright.kernels.numba_cpu import unavailable
 from graphwright.kernels.tile import apart, device
+from graphwright.kernels.vector import I
 from graphwright.measure import machine
 
 #: Columns of one block, and rows that one instruction takes at once.
@@ -39,89 +41,79 @@ def pack(b: Tensor) -> Tensor:
     return blocks.permute(2, 0, 3, 1).contiguous()
 
 
-if numba is not None:
-    from llvmlite import ir
-    from numba.core import cgutils, types
-    from numba.extending import intrinsic
+_WORD, _LONG, _WORDS = INT32.llvm, INT64.llvm, I.llvm
 
-    _WORD, _LONG, _WORDS = ir.IntType(32), ir.IntType(64), ir.VectorType(ir.IntType(32), LANES)
 
-    def _tile(rows: int, blocks: int) -> Any:
-        """``c[:rows, :16 * blocks] = a @ b``; see ``products``."""
+def _tile(rows: int, blocks: int) -> Any:
+    """``c[:rows, :16 * blocks] = a @ b``; see ``products``."""
 
-        @intrinsic
-        def tile(context, a, a_step, taps, tap_step, b, b_step, steps, c, c_step):
-            def build(ctx, at, sig, args):
-                a, a_step, taps, tap_step, b, b_step, steps, c, c_step = args
-                kind = ir.FunctionType(_WORDS, [_WORDS] * 3)
-                product = cgutils.get_or_insert_function(at.module, kind, "llvm.x86.avx512.vpdpbusd.512")
-                nothing = ir.Constant(_WORDS, [0] * LANES)
-                start, outer = at.block, at.append_basic_block("tap")
-                inner, latch, done = (at.append_basic_block(name) for name in ("tile", "tap.next", "tile.done"))
-                at.branch(outer)
+    @intrinsic(VOID, *[INT64] * 9)
+    def tile(at, a, a_step, taps, tap_step, b, b_step, steps, c, c_step):
+        nothing = ir.Constant(_WORDS, [0] * LANES)
+        start, outer = at.block, at.append_basic_block("tap")
+        inner, latch, done = (at.append_basic_block(name) for name in ("tile", "tap.next", "tile.done"))
+        at.branch(outer)
 
-                def carried(first: Any, origin: Any) -> tuple[Any, list[list[Any]]]:
-                    """A counter from 0 and the sums, as they come into a loop from ``origin``."""
-                    count = at.phi(_LONG)
-                    count.add_incoming(_LONG(0), origin)
-                    sums = [[at.phi(_WORDS) for _ in range(blocks)] for _ in range(rows)]
-                    for r in range(rows):
-                        for v in range(blocks):
-                            sums[r][v].add_incoming(nothing if first is None else first[r][v], origin)
-                    return count, sums
+        def carried(first: Any, origin: Any) -> tuple[Any, list[list[Any]]]:
+            """A counter from 0 and the sums, as they come into a loop from ``origin``."""
+            count = at.phi(_LONG)
+            count.add_incoming(_LONG(0), origin)
+            sums = [[at.phi(_WORDS) for _ in range(blocks)] for _ in range(rows)]
+            for r in range(rows):
+                for v in range(blocks):
+                    sums[r][v].add_incoming(nothing if first is None else first[r][v], origin)
+            return count, sums
 
-                at.position_at_end(outer)
-                tap, before = carried(None, start)
-                strip = at.mul(at.mul(tap, steps), _LONG(LANES * DEPTH))
-                shift = at.mul(tap, tap_step)
-                left = [at.add(at.add(a, shift), at.mul(a_step, _LONG(r))) for r in range(rows)]
-                right = [at.add(at.add(b, strip), at.mul(b_step, _LONG(v))) for v in range(blocks)]
-                at.branch(inner)
+        at.position_at_end(outer)
+        tap, before = carried(None, start)
+        strip = at.mul(at.mul(tap, steps), _LONG(LANES * DEPTH))
+        shift = at.mul(tap, tap_step)
+        left = [at.add(at.add(a, shift), at.mul(a_step, _LONG(r))) for r in range(rows)]
+        right = [at.add(at.add(b, strip), at.mul(b_step, _LONG(v))) for v in range(blocks)]
+        at.branch(inner)
 
-                at.position_at_end(inner)
-                step, sums = carried(before, outer)
-                word, line = at.mul(step, _LONG(DEPTH)), at.mul(step, _LONG(LANES * DEPTH))
-                columns = [_load(at, at.add(r, line), _WORDS) for r in right]
-                after = []
-                for r in range(rows):
-                    first = _load(at, at.add(left[r], word), _WORD)
-                    one = at.insert_element(ir.Constant(_WORDS, ir.Undefined), first, _WORD(0))
-                    spread = at.shuffle_vector(one, one, nothing)
-                    after.append([at.call(product, [sums[r][v], spread, columns[v]]) for v in range(blocks)])
-                _again(at, step, steps, inner, latch, sums, after)
+        at.position_at_end(inner)
+        step, sums = carried(before, outer)
+        word, line = at.mul(step, _LONG(DEPTH)), at.mul(step, _LONG(LANES * DEPTH))
+        columns = [_load(at, at.add(r, line), _WORDS) for r in right]
+        after = []
+        for r in range(rows):
+            first = _load(at, at.add(left[r], word), _WORD)
+            one = at.insert_element(ir.Constant(_WORDS, ir.Undefined), first, _WORD(0))
+            spread = at.shuffle_vector(one, one, nothing)
+            after.append([known(at, "llvm.x86.avx512.vpdpbusd.512", _WORDS, sums[r][v], spread, columns[v]) for v in range(blocks)])
+        _again(at, step, steps, inner, latch, sums, after)
 
-                at.position_at_end(latch)
-                _again(at, tap, taps, outer, done, before, after)
+        at.position_at_end(latch)
+        _again(at, tap, taps, outer, done, before, after)
 
-                at.position_at_end(done)
-                for r in range(rows):
-                    to = at.add(c, at.mul(c_step, _LONG(r)))
-                    for v in range(blocks):
-                        place = at.inttoptr(at.add(to, _LONG(v * LANES * 4)), _WORDS.as_pointer())
-                        at.store(after[r][v], place, align=4)
-                return ctx.get_dummy_value()
+        at.position_at_end(done)
+        for r in range(rows):
+            to = at.add(c, at.mul(c_step, _LONG(r)))
+            for v in range(blocks):
+                place = at.inttoptr(at.add(to, _LONG(v * LANES * 4)), _WORDS.as_pointer())
+                at.store(after[r][v], place, align=4)
 
-            return types.void(*[types.int64] * 9), build
+    return tile
 
-        return tile
 
-    def _load(at: Any, address: Any, kind: Any) -> Any:
-        return at.load(at.inttoptr(address, kind.as_pointer()), align=4 if kind is _WORDS else 1)
+def _load(at: Any, address: Any, kind: Any) -> Any:
+    return at.load(at.inttoptr(address, kind.as_pointer()), align=4 if kind is _WORDS else 1)
 
-    def _again(at: Any, count: Any, end: Any, loop: Any, done: Any, sums: list[list[Any]], after: list[list[Any]]) -> None:
-        """Close a loop: count on, carry the sums over."""
-        following = at.add(count, _LONG(1))
-        count.add_incoming(following, at.block)
-        for row, news in zip(sums, after, strict=True):
-            for phi, new in zip(row, news, strict=True):
-                phi.add_incoming(new, at.block)
-        at.cbranch(at.icmp_signed("<", following, end), loop, done)
 
-    _6x4, _6x2, _6x1 = _tile(6, 4), _tile(6, 2), _tile(6, 1)
-    _2x4, _2x2, _2x1 = _tile(2, 4), _tile(2, 2), _tile(2, 1)
-    _1x4, _1x2, _1x1 = _tile(1, 4), _tile(1, 2), _tile(1, 1)
-else:
-    _6x4 = _6x2 = _6x1 = _2x4 = _2x2 = _2x1 = _1x4 = _1x2 = _1x1 = None
+def _again(at: Any, count: Any, end: Any, loop: Any, done: Any, sums: list[list[Any]], after: list[list[Any]]) -> None:
+    """Close a loop: count on, carry the sums over."""
+    following = at.add(count, _LONG(1))
+    count.add_incoming(following, at.block)
+    for row, news in zip(sums, after, strict=True):
+        for phi, new in zip(row, news, strict=True):
+            phi.add_incoming(new, at.block)
+    at.cbranch(at.icmp_signed("<", following, end), loop, done)
+
+
+_6x4, _6x2, _6x1 = _tile(6, 4), _tile(6, 2), _tile(6, 1)
+_2x4, _2x2, _2x1 = _tile(2, 4), _tile(2, 2), _tile(2, 1)
+_1x4, _1x2, _1x1 = _tile(1, 4), _tile(1, 2), _tile(1, 1)
 
 _SIX, _FOUR, _TWO, _ONE = np.int64(6), np.int64(4), np.int64(2), np.int64(1)
 
