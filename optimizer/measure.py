@@ -33,12 +33,13 @@ class Timing:
 
 
 def interleaved(calls: Sequence[Callable[[], Any]], *, rounds: int = 10, budget_s: float | None = None,
-                warmup: int = 1) -> list[Timing]:  # fmt: skip
+                settled: int | None = None, warmup: int = 1) -> list[Timing]:  # fmt: skip
     """Time the calls in turn, A B C A B C …, so that a drifting machine favours none.
 
     Args:
         rounds: how many turns at the most; at least 3 are always made.
         budget_s: stop starting new rounds past this many seconds.
+        settled: stop after so many rounds where the slowest call of one is faster than the fastest of every other.
     """
     seconds: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
@@ -48,6 +49,8 @@ def interleaved(calls: Sequence[Callable[[], Any]], *, rounds: int = 10, budget_
                 call()
         for k in range(rounds):
             if k >= 3 and budget_s is not None and time.perf_counter() - start > budget_s:
+                break
+            if settled is not None and len(calls) > 1 and k >= settled and min(map(max, seconds)) < sorted(map(min, seconds))[1]:
                 break
             for call, times in zip(calls, seconds, strict=True):
                 begin = time.perf_counter()

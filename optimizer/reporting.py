@@ -53,7 +53,7 @@ def make_report(job: Job, model: nn.Module, variant: Variant, leaves: Sequence[T
         with _preserved(variant, leaves):
             got = _answer(result, job.seed)
         with _preserved(variant, leaves):
-            report.original, report.optimized = interleaved([original, result], rounds=25, budget_s=2.0)
+            report.original, report.optimized = interleaved([original, result], rounds=25, budget_s=2.0, settled=7)
             if report.optimized.minimum >= report.original.minimum:  # a loss is not believed on one race: others may have used the machine
                 report.original, report.optimized = interleaved([original, result], rounds=25, budget_s=2.0)
         if _declined(job, variant, report):

@@ -128,7 +128,7 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
                 notes.append(f"whole assignment {label!r} does not run: {why}")
                 del built[label]
             runs = [(lambda r=r: r(*example)) for *_, r in built.values()]
-            timings = interleaved(runs, rounds=10, budget_s=1.5)
+            timings = interleaved(runs, rounds=10, budget_s=1.5, settled=4)
         variants = sorted(zip(built, timings, strict=True), key=lambda v: v[1].minimum)
         best = variants[0][0]
     picks, chosen, runner = built[best]

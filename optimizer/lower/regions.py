@@ -125,7 +125,7 @@ def _groups(lowered: Lowered, regions: Sequence[Region], example: Sequence[Tenso
 
     runner = emit(lowered.analysis, lowered.chosen, apart=True)
     runner.step_through(example, look)
-    steps = runner.profile(example, rounds=3)
+    steps = runner.profile(example)
     spent = {s.work: ms for s, ms in zip(runner.steps, steps, strict=True) if s.work is not None}
     groups: dict[str, _Group] = {}
     for region in regions:

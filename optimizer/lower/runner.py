@@ -94,7 +94,7 @@ class Runner(nn.Module):
             for slot in frees:
                 registers[slot] = None
 
-    def profile(self, leaves: Sequence[Tensor], rounds: int = 5) -> list[float]:
+    def profile(self, leaves: Sequence[Tensor], rounds: int = 3) -> list[float]:
         """Least milliseconds of each step over ``rounds`` runs."""
         best: dict[int, float] = {}
 

@@ -215,6 +215,21 @@ def conv2d_int8(
     return _emit(activate(y, activation, scalars), scale, zero_point, low, high, dtype).clone(memory_format=torch.channels_last)
 
 
+@op("graphwright.conv2d_winograd", axes=_conv_axes, traits={CONTRACTION})
+def conv2d_winograd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], other: Tensor | None, activation: str, scalars: Sequence[float],
+) -> Tensor:  # fmt: skip
+    """``activation(conv2d(x, weight) + bias + other)`` with windows of 3x3 and steps of one pixel, all float.
+
+    ``x [n, i, h, w]``, ``weight [o, i, 3, 3]``, ``bias [o]``; ``other`` in the shape of the result ``[n, o, h', w']``, which is
+    channels_last. Zeros are padded on both sides.
+    """
+    work = _work(x)
+    y = F.conv2d(x.to(work), weight.to(work), None if bias is None else bias.to(work), 1, list(padding))
+    y = activate(y if other is None else y + other.to(work), activation, scalars)
+    return y.clone(memory_format=torch.channels_last)
+
+
 # -- softmax and attention -------------------------------------------------------------------------------------------
 
 
