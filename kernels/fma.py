@@ -1,0 +1,100 @@
+"""Device side of float32 products: tiles of ``c = a @ b`` in registers of 16 floats.
+
+    c[i, j] = sum_k a[i, k] * b[k, j]      all float32; b's columns in blocks of 16
+
+A tile holds up to 6 rows times 4 blocks in 24 of the 32 vector registers of AVX-512: per row of ``b`` it loads 4 vectors, spreads
+6 floats of ``a``, and starts 24 multiply-adds. On processors with narrower registers LLVM splits each operation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from graphwright.kernels.language import FLOAT32, INT8, INT32, INT64, VOID, intrinsic, ir, known
+from graphwright.kernels.tile import apart, device
+from graphwright.kernels.vector import LANES, F, I
+
+#: Heights and widths of the tiles. Eight rows or more are cut into 4 to 6 at a time without a rest.
+HIGH, WIDE = (6, 5, 4, 1), (4, 2, 1)
+
+
+@intrinsic(VOID, *[INT64] * 10)
+def _tile(at, high, wide, a, a_step, b, b_step, depth, c, c_step, ahead):
+    """``c[:high, :16 * wide] = a @ b`` for a height of ``HIGH`` and a width of ``WIDE``; see ``products``."""
+    which = at.add(at.mul(high, INT64.llvm(8)), wide)
+    other, done = at.append_basic_block("other"), at.append_basic_block("done")
+    cases = at.switch(which, other)
+    at.position_at_end(other)
+    at.unreachable()
+    for rows in HIGH:
+        for blocks in WIDE:
+            case = at.append_basic_block(f"tile.{rows}x{blocks}")
+            cases.add_case(INT64.llvm(rows * 8 + blocks), case)
+            at.position_at_end(case)
+            _emit(at, rows, blocks, a, a_step, b, b_step, depth, c, c_step, ahead)
+            at.branch(done)
+    at.position_at_end(done)
+
+
+def _emit(at: Any, rows: int, blocks: int, a: Any, a_step: Any, b: Any, b_step: Any, depth: Any, c: Any, c_step: Any, ahead: Any) -> None:
+    """The loop of one tile, down the rows of ``b``."""
+    long, word = INT64.llvm, INT32.llvm
+    nothing, first = ir.Constant(F.llvm, [0.0] * LANES), ir.Constant(I.llvm, [0] * LANES)
+
+    def place(address: Any, kind: Any) -> Any:
+        return at.inttoptr(address, kind.llvm.as_pointer())
+
+    left = [at.add(a, at.mul(a_step, long(r))) for r in range(rows)]
+    start, loop, done = at.block, at.append_basic_block(), at.append_basic_block()
+    at.branch(loop)
+    at.position_at_end(loop)
+    step, line = at.phi(long), at.phi(long)
+    sums = [[at.phi(F.llvm) for _ in range(blocks)] for _ in range(rows)]
+    columns = [at.load(place(at.add(line, long(v * LANES * 4)), F), align=4) for v in range(blocks)]
+    after = []
+    for r in range(rows):
+        one = at.load(place(at.add(left[r], at.mul(step, long(4))), FLOAT32), align=4)
+        one = at.insert_element(ir.Constant(F.llvm, ir.Undefined), one, word(0))
+        spread = at.shuffle_vector(one, one, first)
+        after.append([known(at, "llvm.fma.v16f32", F.llvm, spread, columns[v], sums[r][v]) for v in range(blocks)])
+    known(at, "llvm.prefetch.p0", VOID.llvm, place(at.add(ahead, at.mul(step, long(64))), INT8), word(0), word(2), word(1))
+    following = at.add(step, long(1))
+    turns = [(step, long(0), following), (line, b, at.add(line, b_step))]
+    turns += [(sums[r][v], nothing, after[r][v]) for r in range(rows) for v in range(blocks)]
+    for phi, begin, again in turns:
+        phi.add_incoming(begin, start)
+        phi.add_incoming(again, loop)
+    at.cbranch(at.icmp_signed("<", following, depth), loop, done)
+    at.position_at_end(done)
+    for r in range(rows):
+        to = at.add(c, at.mul(c_step, long(r)))
+        for v in range(blocks):
+            at.store(after[r][v], place(at.add(to, long(v * LANES * 4)), F), align=4)
+
+
+_FOUR, _TWO, _ONE, _ZERO = (np.int64(n) for n in (4, 2, 1, 0))
+
+
+@device
+def products(a, a_step, rows, b, b_step, blocks, depth, c, c_step, ahead):
+    """``c = a @ b``: addresses; ``rows`` of a, ``blocks`` of 16 adjacent columns, ``depth`` rows of b (at least one); steps from
+    row to row in bytes. Blocks lie outside, so that a strip of ``b`` stays near while the rows of ``a`` pass by.
+
+    ``ahead`` is what will be wanted next: each tile brings another ``64 * depth`` bytes of it into the L2 cache.
+    """
+    apart()
+    block = _ZERO
+    while block < blocks:
+        wide = _FOUR if blocks - block >= 4 else (_TWO if blocks - block >= 2 else _ONE)
+        row = _ZERO
+        while row < rows:
+            left = rows - row
+            high = left // ((left + 5) // 6)
+            if high < 4:
+                high = _ONE
+            _tile(high, wide, a + row * a_step, a_step, b + block * 64, b_step, depth, c + row * c_step + block * 64, c_step, ahead)
+            ahead += depth * 64
+            row += high
+        block += wide
