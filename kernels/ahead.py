@@ -1,20 +1,14 @@
-"""Kernels compiled ahead, by another process, while a model is captured and rewritten.
+"""Kernels compiled ahead, by a thread, while a model is captured and rewritten or a saved one is put together.
 
-Compiling takes a second or two per kernel, once per machine, and most of that is Python: a thread would only be in the way.
-The other process fills the cache on disk and does nothing else, so that nothing ever depends on it: what it has not done is
-compiled where it is needed. It ends with this process, since its input closes then, and ``finish`` ends it before kernels are
-timed.
+Compiling takes half a second to a second and a half per kernel, once per machine. Most of that is LLVM's, which leaves Python to others. Nothing
+depends on the thread: what it has not done is compiled where it is needed. ``finish`` ends it before kernels are timed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterable
 
 from graphwright.kernels import numba_cpu
@@ -35,75 +29,58 @@ _SIGNS: dict[str, tuple[str, bool]] = {
     "pointwise_smooth": (_SMOOTH, True),
     "linear_int8_smooth": (_SMOOTH, True),
 }
-#: Seconds that the last kernel is waited for; compiling it here takes about as long.
-_PATIENCE_S = 3.0
-#: What the other process runs: it ends when its input closes, and that from its first moment on.
-_CHILD = """
-import os, sys, threading
-threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(0)), daemon=True).start()
-from graphwright.kernels import ahead
-ahead._compile(sys.argv[1:])
-os._exit(0)
-"""
 
 _lock = threading.Lock()
-_running: subprocess.Popen[bytes] | None = None
+_running: _Compiler | None = None
+
+
+class _Compiler(threading.Thread):
+    """Compiles what is pending, in order. Not a daemon: the interpreter must not be torn down under LLVM."""
+
+    def __init__(self, pending: list[str]):
+        super().__init__(name="graphwright-kernels")
+        self.pending = pending
+
+    def run(self) -> None:
+        natives = _natives()
+        while threading.main_thread().is_alive():
+            with _lock:
+                if not self.pending:
+                    return
+                name = self.pending.pop(0)
+            with contextlib.suppress(Exception):  # it is compiled, and fails in sight, where it is needed
+                natives[name].warm()
 
 
 def start(names: Iterable[str], quantizing: bool) -> None:
     """Compile what a model with modules or ops of these names will ask for and is not on disk yet. Returns at once."""
     global _running
+    missing = _missing(names, quantizing)
     with _lock:
-        if _alive():
+        if _running is not None and _running.is_alive():
             return
-        missing = _missing(names, quantizing)
-        # an application that embeds Python may stand there in its stead
-        python = "python" in os.path.basename(sys.executable or "") and not getattr(sys, "frozen", False)
-        if not missing or not python or (os.cpu_count() or 1) < 2:
-            return
-        # -P and the path: the same packages as here, and nothing that happens to lie in the current folder
-        path = os.pathsep.join(p for p in sys.path if p)
-        with contextlib.suppress(OSError):
-            _running = subprocess.Popen(
-                [sys.executable, "-P", "-c", _CHILD, *missing], env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, close_fds=True,
-            )  # fmt: skip
+        _running = _Compiler(missing) if missing else None
+    if _running is not None:
+        _running.start()
 
 
 def finish(names: Iterable[str], quantizing: bool) -> None:
-    """Have what a program with these ops asks for, and end the other process: kernels are about to be timed.
-
-    The two work towards each other: what the other process would come to last is compiled here.
-    """
-    names = list(names)
-    for name in reversed(_missing(names, quantizing)[1:]):
-        if not _alive():
-            break
-        native = _natives()[name]
-        if not native.on_disk():
-            with contextlib.suppress(Exception):  # it fails in sight where it is timed
-                native.warm()
-    end = time.monotonic() + _PATIENCE_S
-    while _alive() and time.monotonic() < end and _missing(names, quantizing):
-        time.sleep(0.02)
+    """Have what a program with these ops asks for, and end the thread: kernels are about to be timed."""
+    for name in _missing(names, quantizing):
+        with contextlib.suppress(Exception):
+            _natives()[name].warm()
     stop()
 
 
-def _alive() -> bool:
-    child = _running
-    return child is not None and child.poll() is None
-
-
 def stop() -> None:
-    """End the other process, if there is one."""
+    """End the thread, if there is one, after the kernel that it is at."""
     global _running
     with _lock:
-        child, _running = _running, None
-    if child is not None:
-        child.kill()
-        child.wait()
-        if child.stdin is not None:
-            child.stdin.close()
+        thread, _running = _running, None
+        if thread is not None:
+            thread.pending.clear()
+    if thread is not None and thread is not threading.current_thread():
+        thread.join()
 
 
 def _missing(names: Iterable[str], quantizing: bool) -> list[str]:
@@ -124,10 +101,3 @@ def _natives() -> dict[str, numba_cpu.Native]:
 
     modules = {import_module(kernel.run.__module__) for several in kernels.load().values() for kernel in several}
     return {v.name: v for m in modules for v in vars(m).values() if isinstance(v, numba_cpu.Native)}
-
-
-def _compile(names: Iterable[str]) -> None:
-    known = _natives()
-    for name in names:
-        with contextlib.suppress(Exception):  # it is compiled, and fails in sight, where it is needed
-            known[name].warm()

@@ -11,7 +11,8 @@ from torch import nn
 
 from graphwright import store
 from graphwright.capture import Capture, Guard
-from graphwright.ir import Program
+from graphwright.ir import Program, op_name
+from graphwright.kernels import ahead
 from graphwright.lower import Lowered, lower, regions
 from graphwright.optimized import Optimized, Variant
 from graphwright.report import Report
@@ -38,6 +39,7 @@ def restore(path: str | Path) -> Optimized:
     archive = store.load(path)
     fast = Optimized(None, None, {k: _object(v) for k, v in archive.meta.get("attributes", {}).items()})
     report = Report.from_dict(archive.meta["report"])
+    ahead.start(*_wanted(archive))
     for v in archive.variants:
         lowered = _lowered(v.program, v.plan["kernels"], v.plan.get("regions", []))
         report.warnings.extend(n for n in lowered.notes if n not in report.warnings)
@@ -45,6 +47,14 @@ def restore(path: str | Path) -> Optimized:
         fast._variants.append(Variant(v.program.signature.inputs, Capture(v.program), built, Guard(v.program)))
     fast.__dict__["_report"] = report
     return fast
+
+
+def _wanted(archive: store.Archive) -> tuple[set[str], bool]:
+    """Ops whose kernels the plans name, with the activations they fuse, and whether any is int8."""
+    plans = [(n, v.plan["kernels"].get(n.name, "")) for v in archive.variants for n in v.program.nodes]
+    ours = [(n, kernel) for n, kernel in plans if kernel.startswith("numba.")]
+    names = {op_name(n.target) for n, _ in ours} | {a for n, _ in ours for a in n.args if isinstance(a, str)}
+    return names, any("int8" in kernel or kernel.endswith("-q") for _, kernel in ours)
 
 
 def _lowered(program: Program, kernels: dict[str, str], saved: list[dict[str, Any]]) -> Lowered:

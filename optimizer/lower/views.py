@@ -26,7 +26,7 @@ _PLAIN = ("aten.native", "aten.q")
 
 @dataclass(frozen=True)
 class _Chain:
-    """Where a register's value comes from by views alone: the register it starts at, the calls, and what they do to a meta tensor."""
+    """Where a register's value comes from by views alone: the register it starts at, the calls, and what they do to a tensor."""
 
     base: int
     start: Tensor
@@ -69,7 +69,8 @@ def _follow(step: Step, chains: dict[int, _Chain]) -> _Chain | None:
         val = work.val(0)
         if not isinstance(val, Tensor) or not is_static(val):
             return None
-        start = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype, device="meta")
+        # memory that nothing touches; on the meta device some views would import PyTorch's compiler, which takes two seconds
+        start = torch.empty_strided(val.shape, val.stride(), dtype=val.dtype)
         before = _Chain(step.reads[0], start, (), start)
     with torch.no_grad():
         try:
