@@ -28,10 +28,10 @@ from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth
 from graphwright.kernels.common import not_cpu, pieces
 from graphwright.kernels.fma import products
-from graphwright.kernels.language import INT64, VOID, intrinsic
+from graphwright.kernels.language import INT32, INT64, VOID, intrinsic, ir, known
 from graphwright.kernels.numba_cpu import Native, specialized, threads_for, unavailable
 from graphwright.kernels.tile import apart, call, device, f32, f64, i64, real, share
-from graphwright.kernels.vector import LANES, F, splat_f
+from graphwright.kernels.vector import LANES, F, I, splat_f
 
 #: Input channels at most: one running sum over more of them would be further from the truth than ATen's many short ones.
 CHANNELS = 2048
@@ -80,10 +80,29 @@ def _vector(at: Any, address: Any, *steps: tuple[Any, int]) -> Any:
     return at.inttoptr(address, F.llvm.as_pointer())
 
 
-@intrinsic(VOID, *[INT64] * 5)
-def transform_in(at, source, line, pixel, to, step):
-    """``B^T d B``: 4x4 pixels, ``line`` and ``pixel`` bytes apart, to 16 places ``step`` bytes apart."""
-    d = [[at.load(_vector(at, source, (line, r), (pixel, q)), align=4) for q in range(4)] for r in range(4)]
+def _load(at: Any, place: Any, first: Any = None) -> Any:
+    """Sixteen floats, or those that ``first`` says and zeros: nothing behind them is touched."""
+    if first is None:
+        return at.load(place, align=4)
+    return known(at, "llvm.masked.load.v16f32.p0", F.llvm, place, INT32.llvm(4), first, ir.Constant(F.llvm, [0.0] * LANES))
+
+
+def _store(at: Any, x: Any, place: Any, first: Any = None) -> None:
+    if first is None:
+        at.store(x, place, align=4)
+    else:
+        known(at, "llvm.masked.store.v16f32.p0", VOID.llvm, x, place, INT32.llvm(4), first)
+
+
+def _first(at: Any, count: Any) -> Any:
+    """The first so many of 16."""
+    one = at.insert_element(ir.Constant(I.llvm, ir.Undefined), at.trunc(count, INT32.llvm), INT32.llvm(0))
+    spread = at.shuffle_vector(one, one, ir.Constant(I.llvm, [0] * LANES))
+    return at.icmp_signed("<", ir.Constant(I.llvm, list(range(LANES))), spread)
+
+
+def _in(at: Any, source: Any, line: Any, pixel: Any, to: Any, step: Any, first: Any = None) -> None:
+    d = [[_load(at, _vector(at, source, (line, r), (pixel, q)), first) for q in range(4)] for r in range(4)]
 
     def mixed(x: Any) -> Any:
         return at.fsub(x[0], x[2]), at.fadd(x[1], x[2]), at.fsub(x[2], x[1]), at.fsub(x[1], x[3])
@@ -91,14 +110,13 @@ def transform_in(at, source, line, pixel, to, step):
     columns = [mixed([d[r][q] for r in range(4)]) for q in range(4)]
     for r in range(4):
         for q, x in enumerate(mixed([columns[q][r] for q in range(4)])):
-            at.store(x, _vector(at, to, (step, r * 4 + q)), align=4)
+            _store(at, x, _vector(at, to, (step, r * 4 + q)))
 
 
-@intrinsic(VOID, *[INT64] * 9, F, F)
-def transform_out(at, source, step, bias, other, other_line, other_pixel, to, line, pixel, low, high):
-    """``A^T m A`` plus bias and residual, within bounds: 16 places ``step`` bytes apart to 2x2 pixels."""
-    m = [[at.load(_vector(at, source, (step, r * 4 + q)), align=4) for q in range(4)] for r in range(4)]
-    offset = at.load(_vector(at, bias), align=4)
+def _out(at: Any, source: Any, step: Any, bias: Any, other: Any, other_line: Any, other_pixel: Any, to: Any, line: Any, pixel: Any,
+         low: Any, high: Any, first: Any = None) -> None:  # fmt: skip
+    m = [[_load(at, _vector(at, source, (step, r * 4 + q))) for q in range(4)] for r in range(4)]
+    offset = _load(at, _vector(at, bias))
 
     def mixed(x: Any) -> Any:
         return at.fadd(at.fadd(x[0], x[1]), x[2]), at.fsub(at.fsub(x[1], x[2]), x[3])
@@ -106,10 +124,34 @@ def transform_out(at, source, step, bias, other, other_line, other_pixel, to, li
     columns = [mixed([m[r][q] for r in range(4)]) for q in range(4)]
     for r in range(2):
         for q, x in enumerate(mixed([columns[q][r] for q in range(4)])):
-            x = at.fadd(at.fadd(x, offset), at.load(_vector(at, other, (other_line, r), (other_pixel, q)), align=4))
+            x = at.fadd(at.fadd(x, offset), _load(at, _vector(at, other, (other_line, r), (other_pixel, q)), first))
             x = at.select(at.fcmp_ordered("<", x, low), low, x)  # NaN stays
             x = at.select(at.fcmp_ordered(">", x, high), high, x)
-            at.store(x, _vector(at, to, (line, r), (pixel, q)), align=4)
+            _store(at, x, _vector(at, to, (line, r), (pixel, q)), first)
+
+
+@intrinsic(VOID, *[INT64] * 5)
+def transform_in(at, source, line, pixel, to, step):
+    """``B^T d B``: 4x4 pixels, ``line`` and ``pixel`` bytes apart, to 16 places ``step`` bytes apart."""
+    _in(at, source, line, pixel, to, step)
+
+
+@intrinsic(VOID, *[INT64] * 6)
+def transform_last_in(at, source, line, pixel, to, step, count):
+    """The same of fewer than 16 channels; zeros after them."""
+    _in(at, source, line, pixel, to, step, _first(at, count))
+
+
+@intrinsic(VOID, *[INT64] * 9, F, F)
+def transform_out(at, source, step, bias, other, other_line, other_pixel, to, line, pixel, low, high):
+    """``A^T m A`` plus bias and residual, within bounds: 16 places ``step`` bytes apart to 2x2 pixels."""
+    _out(at, source, step, bias, other, other_line, other_pixel, to, line, pixel, low, high)
+
+
+@intrinsic(VOID, *[INT64] * 9, F, F, INT64)
+def transform_last_out(at, source, step, bias, other, other_line, other_pixel, to, line, pixel, low, high, count):
+    """The same of fewer than 16 channels."""
+    _out(at, source, step, bias, other, other_line, other_pixel, to, line, pixel, low, high, _first(at, count))
 
 
 # -- the convolution -------------------------------------------------------------------------------------------------
@@ -145,15 +187,17 @@ def transform_tiles(params, start, count, to, step, patch):
     apart()
     p = i64(params)
     high, wide, channels, down, across = p[4], p[5], p[6], (p[9] + 1) // 2, (p[10] + 1) // 2
-    room, pixel = (channels + 15) // 16 * 16, channels * 4
+    room, full, pixel = (channels + 15) // 16 * 16, channels // 16 * 16, channels * 4
     line = wide * pixel
     tx, ty, picture = start % across, start // across % down, start // (across * down)
     for k in range(count):
         x, y, row = tx * 2 - p[8], ty * 2 - p[7], to + k * room * 4
         source = p[2] + (picture * high + y) * line + x * pixel
-        if x >= 0 and y >= 0 and x + 4 <= wide and y + 4 <= high and room == channels:
-            for c in range(0, room, 16):
+        if x >= 0 and y >= 0 and x + 4 <= wide and y + 4 <= high:
+            for c in range(0, full, 16):
                 transform_in(source + c * 4, line, pixel, row + c * 4, step)
+            if full < channels:
+                transform_last_in(source + full * 4, line, pixel, row + full * 4, step, channels - full)
         else:
             for i in range(16):
                 r, q = i // 4, i % 4
@@ -190,7 +234,7 @@ def _winograd(params):  # compiled, with ``activate`` put in by ``specialized``
             held = start
             transform_tiles(params, start, count, inputs, in_step, patch)
         width = min(_WIDE, blocks * 16 - at)
-        n, weight, size = min(width, columns - at), p[12] + at * room * 64, room * width * 4
+        n, bias, weight, size = min(width, columns - at), p[13] + at * 4, p[12] + at * room * 64, room * width * 4
         for k in range(16):
             products(inputs + k * in_step, room * 4, count, weight + k * size, width * 4, width // 16, room, sums + k * out_step, width * 4,
                      weight + (k + 1) * size)  # fmt: skip
@@ -198,7 +242,7 @@ def _winograd(params):  # compiled, with ``activate`` put in by ``specialized``
         for k in range(count):
             m, offset = sums + k * width * 4, ((picture * high + ty * 2) * wide + tx * 2) * pixel + at * 4
             out, right, below = p[15] + offset, wide - tx * 2, high - ty * 2
-            whole = right >= 2 and below >= 2 and n == width
+            whole = right >= 2 and below >= 2
             other, other_line, other_pixel = zeros, _ZERO, _ZERO
             if p[14] != 0 and whole:
                 other, other_line, other_pixel = p[14] + offset, line, pixel
@@ -210,8 +254,11 @@ def _winograd(params):  # compiled, with ``activate`` put in by ``specialized``
             to, to_line, to_pixel = m, out_step * 2, out_step
             if whole and code < 0:
                 to, to_line, to_pixel = out, line, pixel
-            for c in range(0, width * 4, 64):
-                transform_out(m + c, out_step, p[13] + at * 4 + c, other + c, other_line, other_pixel, to + c, to_line, to_pixel, low, top)
+            for c in range(0, n // 16 * 64, 64):
+                transform_out(m + c, out_step, bias + c, other + c, other_line, other_pixel, to + c, to_line, to_pixel, low, top)
+            if n < width:
+                c = n // 16 * 64
+                transform_last_out(m + c, out_step, bias + c, other + c, other_line, other_pixel, to + c, to_line, to_pixel, low, top, n % 16)
             if to == m:
                 for i in range(4):
                     if i // 2 < below and i % 2 < right:
@@ -265,8 +312,8 @@ class Convolution:
             bands = -(-bands // threads) * threads
         most, room = -(-tiles // bands), -(-c // LANES) * LANES
         size = 16 * (most * (room + BLOCKS * LANES) * 4 + 128) + BLOCKS * LANES * 4 + 16 * room * 4
-        self.native(threads, x.data_ptr(), n, h, w, c, above, left, high, wide, packed.out, packed.weight.data_ptr(), packed.bias.data_ptr(),
-                    residual, out.data_ptr(), _scratch(threads * size), size, most, *self.tail)  # fmt: skip
+        self.native(threads, x.data_ptr(), n, h, w, c, above, left, high, wide, packed.out, packed.weight.data_ptr(),
+                    packed.bias.data_ptr(), residual, out.data_ptr(), _scratch(threads * size), size, most, *self.tail)  # fmt: skip
         return out
 
 
@@ -320,8 +367,8 @@ def cost(
 
 
 def samples() -> Iterator[Sample]:
-    def make(name: str, n: int, c: int, h: int, w: int, o: int, *, padding: tuple[int, int] = (1, 1), bias: bool = True, other: bool = False,
-             activation: str = "none", scalars: tuple[float, ...] = (), bench: bool = False) -> Sample:  # fmt: skip
+    def make(name: str, n: int, c: int, h: int, w: int, o: int, *, padding: tuple[int, int] = (1, 1), bias: bool = True,
+             other: bool = False, activation: str = "none", scalars: tuple[float, ...] = (), bench: bool = False) -> Sample:  # fmt: skip
         def args(g: torch.Generator) -> tuple[Any, ...]:
             x = torch.randn(n, c, h, w, generator=g).contiguous(memory_format=torch.channels_last)
             weight = torch.randn(o, c, 3, 3, generator=g) / (3 * c**0.5)

@@ -85,16 +85,18 @@ def products(a, a_step, rows, b, b_step, blocks, depth, c, c_step, ahead):
     ``ahead`` is what will be wanted next: each tile brings another ``64 * depth`` bytes of it into the L2 cache.
     """
     apart()
+    pieces = (rows + 5) // 6
+    high = rows // pieces
     block = _ZERO
     while block < blocks:
         wide = _FOUR if blocks - block >= 4 else (_TWO if blocks - block >= 2 else _ONE)
-        row = _ZERO
+        row, taller = _ZERO, rows - high * pieces
         while row < rows:
-            left = rows - row
-            high = left // ((left + 5) // 6)
-            if high < 4:
-                high = _ONE
-            _tile(high, wide, a + row * a_step, a_step, b + block * 64, b_step, depth, c + row * c_step + block * 64, c_step, ahead)
+            tall = high + 1 if taller > 0 else high
+            taller -= 1
+            if tall < 4:
+                tall = _ONE
+            _tile(tall, wide, a + row * a_step, a_step, b + block * 64, b_step, depth, c + row * c_step + block * 64, c_step, ahead)
             ahead += depth * 64
-            row += high
+            row += tall
         block += wide

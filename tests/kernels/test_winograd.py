@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,6 +125,54 @@ def test_numbers_that_are_not_finite_stay_in_their_tiles() -> None:
     assert hit[:, 4:7, 5:8].all()  # the windows that see it
     assert not hit[:, :4].any() and not hit[:, 8:].any() and not hit[:, :, :4].any() and not hit[:, :, 8:].any()
     assert torch.equal(bad[1][~hit], clean[1][~hit])
+
+
+def _fenced(x: Tensor, behind: bool) -> Tensor:
+    """The same numbers, channels last where there are four axes, at the end (or the beginning) of pages between forbidden ones."""
+    libc, page = ctypes.CDLL(None), 4096
+    libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    size, pages = x.numel() * 4, -(-x.numel() * 4 // page) + 2
+    start = libc.mmap(None, pages * page, 3, 0x22, -1, 0)
+    for fence in (0, pages - 1):
+        assert libc.mprotect(start + fence * page, page, 0) == 0
+    first = start + (pages - 1) * page - size if behind else start + page
+    last = x.permute(0, 2, 3, 1) if x.ndim == 4 else x
+    there = torch.frombuffer((ctypes.c_float * x.numel()).from_address(first), dtype=torch.float32).reshape(last.shape)
+    there.copy_(last)
+    return there.permute(0, 3, 1, 2) if x.ndim == 4 else there
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize(("c", "o", "h", "w", "padding"), [(24, 40, 4, 4, (0, 0)), (17, 33, 6, 7, (0, 1)), (64, 64, 8, 8, (1, 1)), (3, 5, 5, 9, (2, 0))])
+def test_nothing_outside_is_touched(monkeypatch, behind: bool, c: int, o: int, h: int, w: int, padding: tuple[int, int]) -> None:
+    g = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(2, c, h, w, generator=g), torch.randn(o, c, 3, 3, generator=g)
+    wanted = F.conv2d(x.double(), weight.double(), None, 1, padding)
+    packed = conv2d_winograd.pack(weight, None)
+    packed = replace(packed, weight=_fenced(packed.weight, behind), bias=_fenced(packed.bias, behind))
+    conv = conv2d_winograd.Convolution(packed, padding, "none", ())
+    x, other, out = _fenced(x, behind), _fenced(torch.ones(wanted.shape), behind), _fenced(torch.zeros(wanted.shape), behind)
+    held: list[Tensor] = []
+
+    def scratch(size: int) -> int:
+        held.append(_fenced(torch.zeros(size // 4), behind))
+        return held[-1].data_ptr()
+
+    monkeypatch.setattr(conv2d_winograd, "_scratch", scratch)
+    monkeypatch.setattr(torch, "empty_strided", lambda *_: out)
+    torch.testing.assert_close(conv(x, other).double(), wanted + 1, rtol=1e-5, atol=1e-4)
+
+
+def test_calls_at_the_same_time_do_not_meet() -> None:
+    g = torch.Generator().manual_seed(4)
+    convs = [conv2d_winograd.Convolution(conv2d_winograd.pack(torch.randn(64, 32, 3, 3, generator=g), None), (1, 1), "relu", ()) for _ in range(4)]
+    x = torch.randn(1, 32, 24, 24, generator=g)
+    alone = [conv(x) for conv in convs]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(10):
+            for got, wanted in zip(pool.map(lambda conv: conv(x), convs), alone, strict=True):
+                assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize(("change", "words"), [
