@@ -85,6 +85,21 @@ def test_it_is_offered_where_the_windows_fit(conv: nn.Conv2d, offered: bool) -> 
 
 
 @needs_avx512
+def test_open_batch_sizes_are_served() -> None:
+    torch.manual_seed(1)
+    model, x = Net().eval(), torch.randn(3, 3, 24, 20)
+    program = capture(model, (x,), dynamic="auto").program
+    program.example = (x,)
+    program = Pipeline(resolve("default")).run(program)[0]
+    works = [w for w in analyse(program).works if any(c.name == NAME for c in backends.candidates(w, frozenset({"f32"})))]
+    assert len(works) == 5 and not any(w.static for w in works)
+    runner = lower(program, plan={w.node.name: NAME for w in works}).runner
+    for batch in (3, 2, 7):
+        x = torch.randn(batch, 3, 24, 20)
+        torch.testing.assert_close(runner(x)[0], model(x), rtol=1e-4, atol=1e-4)
+
+
+@needs_avx512
 def test_it_is_not_offered_for_pictures_of_a_pixel() -> None:
     assert NAME not in _names(nn.Conv2d(16, 16, 3, padding=1), torch.randn(4, 16, 1, 1))
     assert NAME in _names(nn.Conv2d(16, 16, 3, padding=1), torch.randn(4, 16, 2, 2))
