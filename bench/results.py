@@ -71,7 +71,7 @@ LIBRARIES = (
     "onnxruntime",
     "openvino",
     "nncf",
-    "numba",
+    "llvmlite",
     "triton",
 )
 HIGHEST_DB = 300.0  # what identical outputs count as: JSON has no infinity

@@ -207,9 +207,9 @@ class ProcessSeat:
 
     def _environment(self, threads: int, warm_caches: bool) -> dict[str, str]:
         count = str(threads)
-        environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count, "NUMBA_NUM_THREADS": count}
+        environment = {**os.environ, "OMP_NUM_THREADS": count, "MKL_NUM_THREADS": count}
         if not warm_caches:
-            for name in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME", "NUMBA_CACHE_DIR"):
+            for name in ("TORCHINDUCTOR_CACHE_DIR", "XDG_CACHE_HOME"):
                 environment[name] = str(Path(self._folder.name) / name.lower())
         return environment
 

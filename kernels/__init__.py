@@ -35,12 +35,12 @@ def warm(ops: Iterable[str]) -> None:
     """
     from importlib import import_module
 
-    from graphwright.kernels import numba_cpu
+    from graphwright.kernels import native
 
-    if numba_cpu.unavailable() is not None:
+    if native.unavailable() is not None:
         return
     for name in ops:
         for kernel in load().get(name, ()):
-            for native in vars(import_module(kernel.run.__module__)).values():
-                if isinstance(native, numba_cpu.Native):
-                    native.warm()
+            for held in vars(import_module(kernel.run.__module__)).values():
+                if isinstance(held, native.Native):
+                    held.warm()

@@ -11,23 +11,24 @@ import re
 import threading
 from collections.abc import Iterable
 
-from graphwright.kernels import numba_cpu
+from graphwright.kernels import native
 
 _SMOOTH = r"gelu|silu|swish|sigmoid|tanh|mish|\belu|softplus"
-#: By kernel, likeliest first: what in the names of modules, ops and fused activations speaks for it, and whether it serves int8
-#: programs alone. A kernel that is not named is compiled when it is first timed.
-_SIGNS: dict[str, tuple[str, bool]] = {
-    "max_pool": ("maxpool", False),
-    "mean_pool": (r"avgpool|aten\.mean", False),
-    "norm": ("layernorm|rmsnorm", False),
-    "pointwise_simple": ("conv|linear|relu", True),
-    "linear_int8_simple": ("linear", True),
-    "conv2d_int8_simple": (r"conv2d|graphwright\.conv", True),
-    "frame": (r"conv2d|graphwright\.conv", True),
-    "attention_int8": ("attention", True),
-    "attention": ("attention", False),
-    "pointwise_smooth": (_SMOOTH, True),
-    "linear_int8_smooth": (_SMOOTH, True),
+#: By kernel, likeliest first: what in the names of modules, ops and fused activations speaks for it, and the programs it serves:
+#: ``"int8"``, ``"float"`` or any. A kernel that is not named is compiled when it is first timed.
+_SIGNS: dict[str, tuple[str, str]] = {
+    "max_pool": ("maxpool", "any"),
+    "mean_pool": (r"avgpool|aten\.mean", "any"),
+    "norm": ("layernorm|rmsnorm", "any"),
+    "conv2d_winograd_simple": (r"conv2d|graphwright\.conv", "float"),
+    "pointwise_simple": ("conv|linear|relu", "int8"),
+    "linear_int8_simple": ("linear", "int8"),
+    "conv2d_int8_simple": (r"conv2d|graphwright\.conv", "int8"),
+    "frame": (r"conv2d|graphwright\.conv", "int8"),
+    "attention_int8": ("attention", "int8"),
+    "attention": ("attention", "any"),
+    "pointwise_smooth": (_SMOOTH, "int8"),
+    "linear_int8_smooth": (_SMOOTH, "int8"),
 }
 
 _lock = threading.Lock()
@@ -85,19 +86,19 @@ def stop() -> None:
 
 def _missing(names: Iterable[str], quantizing: bool) -> list[str]:
     """Names of the kernels that are wanted and not on disk, likeliest first."""
-    if numba_cpu.unavailable() is not None:
+    if native.unavailable() is not None:
         return []
     text = "\n".join({n.lower().replace("_", "") for n in names})
     known = _natives()
-    return [kernel for kernel, (sign, int8) in _SIGNS.items() if kernel in known and (quantizing or not int8)
+    return [kernel for kernel, (sign, kind) in _SIGNS.items() if kernel in known and kind in ("any", "int8" if quantizing else "float")
             and re.search(sign, text) and not known[kernel].on_disk()]  # fmt: skip
 
 
-def _natives() -> dict[str, numba_cpu.Native]:
+def _natives() -> dict[str, native.Native]:
     """Every compiled kernel of this package by its name."""
     from importlib import import_module
 
     from graphwright import kernels
 
     modules = {import_module(kernel.run.__module__) for several in kernels.load().values() for kernel in several}
-    return {v.name: v for m in modules for v in vars(m).values() if isinstance(v, numba_cpu.Native)}
+    return {v.name: v for m in modules for v in vars(m).values() if isinstance(v, native.Native)}

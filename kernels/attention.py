@@ -23,7 +23,7 @@ from torch import Tensor
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.common import GRID, grid, not_cpu, pieces
 from graphwright.kernels.language import FLOAT32, INT64, VOID, intrinsic, ir
-from graphwright.kernels.numba_cpu import Native, openmp, unavailable
+from graphwright.kernels.native import Native, openmp, unavailable
 from graphwright.kernels.softmax import (
     MASK,
     apply_mask,
@@ -78,7 +78,7 @@ def sgemm() -> int:
 _MASK_AT = np.int64(36)
 
 
-def _attention(params):  # compiled by Numba
+def _attention(params):  # device code
     """Slots: 2 sgemm, 3 b h s t d e group, 10 block, 11 query (address, three strides), 15 key, 19 value, 23 out (address,
     kind, three strides), 28 scratch, 29 floats of it per thread, 30 scale, 31 grid, 35 causal, 36 mask."""
     p, d = i64(params), f64(params)
@@ -236,4 +236,4 @@ def samples() -> Iterator[Sample]:
     yield make("1x2x70x16, 3000 keys", 1, 2, 70, 16, t=3000, mask=padding(1, 1, 70, 3000))
 
 
-KERNEL = Kernel("graphwright.attention", "cpu", "numba", run, supports, cost, samples)
+KERNEL = Kernel("graphwright.attention", "cpu", "llvm", run, supports, cost, samples)

@@ -22,7 +22,7 @@ from torch import Tensor
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels import attention
 from graphwright.kernels.common import GRID, grid
-from graphwright.kernels.numba_cpu import Native, openmp
+from graphwright.kernels.native import Native, openmp
 from graphwright.kernels.softmax import MASK, apply_mask, mask_row, mask_slots
 from graphwright.kernels.tile import (
     KIND,
@@ -235,7 +235,7 @@ def clear(to, n):
 _MASK_AT = np.int64(36)
 
 
-def _attention_int8(params):  # compiled by Numba
+def _attention_int8(params):  # device code
     """Slots: 2 pieces, 3 b h s t d e group, 10 rows per piece, 11 query (address, three strides), 15 key, 19 value, 23 out
     (address, kind, three strides), 28 scratch, 29 bytes of it per thread, 30 scale, 31 grid, 35 causal, 36 mask, 42 columns
     of the result. d and e are multiples of 16."""
@@ -390,4 +390,4 @@ def samples() -> Iterator[Sample]:
 
 
 # Where a float32 number lies next to a rounding boundary it may fall to the other side of it than the float64 one.
-KERNEL = Kernel("graphwright.attention_int8", "cpu", "numba", run, supports, cost, samples, tolerance=(2e-3, 1))
+KERNEL = Kernel("graphwright.attention_int8", "cpu", "llvm", run, supports, cost, samples, tolerance=(2e-3, 1))

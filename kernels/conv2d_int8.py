@@ -24,7 +24,7 @@ from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth
 from graphwright.kernels.common import GRID, grid, not_cpu, pieces
 from graphwright.kernels.linear_int8 import real_row, store_row
-from graphwright.kernels.numba_cpu import Native, specialized, threads_for
+from graphwright.kernels.native import Native, specialized, threads_for
 from graphwright.kernels.tile import F32, KIND, SHIFT, U8, device, f32, f64, i32, i64, real, scratch_of, share, u8
 from graphwright.kernels.vector import (
     LANES,
@@ -86,7 +86,7 @@ def pack(weight: Tensor, scales: Tensor, bias: Tensor | None) -> Packed:
 # -- the frame -------------------------------------------------------------------------------------------------------
 
 
-def _frame(params):  # compiled by Numba
+def _frame(params):  # device code
     """Slots: 2 x, 3 pictures, 4 height, 5 width, 6 channels, 7 out, 8 its height, 9 its width, 10 its channels, 11 rows above,
     12 pixels to the left, 13 what fills the frame. Both channels last."""
     p = i64(params)
@@ -174,7 +174,7 @@ def add_other(row, n, other, kind, scale, zero):
             to[c] += (real(v) - zero) * scale
 
 
-def _conv(params):  # compiled by Numba, with ``activate`` put in by ``specialized``
+def _conv(params):  # device code, with ``activate`` put in by ``specialized``
     """Slots: 2 x, 3 bytes of a pixel, of a line, of a picture, 6 pictures, 7 height and width of the result, 9 columns, 10 weight,
     11 lines of a window, 12 groups of four in each, 13 stride down and right, 15 shift, 16 scales, 17 bias, 18 other or 0,
     19 its kind, 20 its scale, 21 its zero point, 22 out, 23 kind, 24 code, 25 a, 26 b, 27 grid, 31 rows and pixels of a task,
@@ -395,4 +395,4 @@ def samples() -> Iterator[Sample]:
     yield make("0x4x5x5", 0, 4, 5, 5, 16, (3, 3))
 
 
-KERNEL = Kernel("graphwright.conv2d_int8", "cpu", "numba", run, supports, cost, samples, tolerance=(1e-5, 1))
+KERNEL = Kernel("graphwright.conv2d_int8", "cpu", "llvm", run, supports, cost, samples, tolerance=(1e-5, 1))

@@ -29,7 +29,7 @@ from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of
 from graphwright.kernels.common import not_cpu, pieces
 from graphwright.kernels.fma import products
 from graphwright.kernels.language import INT32, INT64, VOID, intrinsic, ir, known
-from graphwright.kernels.numba_cpu import Native, specialized, threads_for, unavailable
+from graphwright.kernels.native import Native, specialized, threads_for, unavailable
 from graphwright.kernels.tile import apart, call, device, f32, f64, i64, real, share
 from graphwright.kernels.vector import LANES, F, I, splat_f
 
@@ -391,4 +391,4 @@ def samples() -> Iterator[Sample]:
     yield make("0x4x5x5 to 16", 0, 4, 5, 5, 16)
 
 
-KERNEL = Kernel("graphwright.conv2d_winograd", "cpu", "numba", run, supports, cost, samples)
+KERNEL = Kernel("graphwright.conv2d_winograd", "cpu", "llvm", run, supports, cost, samples)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.common import GRID, grid, not_cpu, pieces, vectors
+from graphwright.kernels.native import Native, threads_for, unavailable
 from graphwright.kernels.norm import finish_row, unfit, wanted
-from graphwright.kernels.numba_cpu import Native, threads_for, unavailable
 from graphwright.kernels.tile import KIND, add, f64, i32, i64, load, real, share, wide_scratch
 
 MAX_TABLES = 4
@@ -25,7 +25,7 @@ _F32, _NEXT = np.int64(KIND[torch.float32]), np.int64(1)
 _FIRST, _TABLE = 21, 6
 
 
-def _embed_norm(params):  # compiled by Numba
+def _embed_norm(params):  # device code
     """Slots: 2 tables, 3 rows, 4 rows per line, 5 columns, 6 weight, 7 bias, 8 rms, 9 sums, 10 floats, 11 quantized,
     12 its kind, 13 address of the flag for bad indices, 14 eps, 15 grid, 19 and 20 unused; from 21 on each table's six: index address, whether
     int64, strides along lines and in one, table address, its rows."""
@@ -141,4 +141,4 @@ def samples() -> Iterator[Sample]:
     yield make("1x9x16 one table", 1, 9, 16, tables=1)
 
 
-KERNEL = Kernel("graphwright.embed_norm_quantize", "cpu", "numba", run, supports, cost, samples)
+KERNEL = Kernel("graphwright.embed_norm_quantize", "cpu", "llvm", run, supports, cost, samples)

@@ -21,7 +21,7 @@ from torch import Tensor
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth
 from graphwright.kernels.common import GRID, grid, not_cpu, pieces, rows_of
-from graphwright.kernels.numba_cpu import Native, specialized, threads_for
+from graphwright.kernels.native import Native, specialized, threads_for
 from graphwright.kernels.tile import KIND, SHIFT, device, f32, f64, i32, i64, real, scratch_of, share, store
 from graphwright.kernels.tile import add as add_rows
 from graphwright.kernels.vector import (
@@ -85,7 +85,7 @@ def pack(weight: Tensor, scales: Tensor, bias: Tensor | None) -> Packed:
 # -- rows of floats to uint8 -----------------------------------------------------------------------------------------
 
 
-def _round_rows(params):  # compiled by Numba
+def _round_rows(params):  # device code
     """Slots: 2 x, 3 step between its rows in bytes, 4 rows, 5 columns (a multiple of 16), 6 out, 7 scales, 8 zero points."""
     p = i64(params)
     columns, scales, points = p[5], f32(p[7]), i32(p[8])
@@ -134,7 +134,7 @@ def store_row(kind, row, n, inverse, zero, low, high, to):
             store_bytes(quantized(load_f(row + c * 4), inverse_, low_, high_, point), to + c)
 
 
-def _linear(params):  # compiled by Numba, with ``activate`` put in by ``specialized``
+def _linear(params):  # device code, with ``activate`` put in by ``specialized``
     """Slots: 2 x, 3 its row in bytes, 4 rows, 5 columns, 6 weight, 7 groups of four, 8 sums, 9 scales, 10 bias, 11 scales of rows
     or 0, 12 zero points of rows, 13 scale, 14 zero point, 15 other or 0, 16 its row in bytes, 17 out, 18 kind, 19 its row in
     bytes, 20 code, 21 a, 22 b, 23 grid."""
@@ -289,4 +289,4 @@ def samples() -> Iterator[Sample]:
 
 
 # A row's numbers may fall to either side of a rounding boundary, where float32 and float64 differ.
-KERNEL = Kernel("graphwright.linear_int8", "cpu", "numba", run, supports, cost, samples, tolerance=(1e-3, 1))
+KERNEL = Kernel("graphwright.linear_int8", "cpu", "llvm", run, supports, cost, samples, tolerance=(1e-3, 1))

@@ -21,7 +21,7 @@ from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth
 from graphwright.kernels.common import not_cpu, pieces, rows_of
 from graphwright.kernels.language import INT64, VOID, intrinsic, ir, known
-from graphwright.kernels.numba_cpu import GRAIN, Native, specialized, threads_for, unavailable
+from graphwright.kernels.native import GRAIN, Native, specialized, threads_for, unavailable
 from graphwright.kernels.tile import add as add_rows
 from graphwright.kernels.tile import apart, device, f64, i64, real, scratch_of, share, store
 from graphwright.kernels.vector import LANES, fma, load_f, splat_f, store_f
@@ -128,7 +128,7 @@ def widened_products(x, x_step, rows, w, w_step, blocks, width, c, c_step):
         block += wide
 
 
-def _linear_w8(params):  # compiled by Numba, with ``activate`` put in by ``specialized``
+def _linear_w8(params):  # device code, with ``activate`` put in by ``specialized``
     """Slots: 2 x, 3 its row in bytes, 4 rows, 5 columns, 6 weight, 7 width, 8 scales, 9 bias, 10 other or 0, 11 its row in bytes,
     12 out, 13 code, 14 a, 15 b."""
     p, d = i64(params), f64(params)
@@ -229,4 +229,4 @@ def samples() -> Iterator[Sample]:
     yield make("0x8x16", (0,), 8, 16)
 
 
-KERNEL = Kernel("graphwright.linear_w8", "cpu", "numba", run, supports, cost, samples)
+KERNEL = Kernel("graphwright.linear_w8", "cpu", "llvm", run, supports, cost, samples)

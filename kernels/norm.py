@@ -18,7 +18,7 @@ from torch import Tensor
 
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.common import GRID, grid, not_cpu, pieces, rows_of, vectors
-from graphwright.kernels.numba_cpu import Native, threads_for, unavailable
+from graphwright.kernels.native import Native, threads_for, unavailable
 from graphwright.kernels.tile import (
     BYTES,
     KIND,
@@ -62,7 +62,7 @@ def finish_row(source, columns, rms, eps, weight, bias, normed, quantized, kind,
         store(kind, quantized, columns, normed, inverse, zero, low, high)
 
 
-def _norm(params):  # compiled by Numba
+def _norm(params):  # device code
     p, d = i64(params), f64(params)
     x, x_kind, x_step, residual, r_kind, r_step = p[2], p[3], p[4], p[5], p[6], p[7]
     weight, bias, columns, rms = p[8], p[9], p[11], p[12] != 0
@@ -189,4 +189,4 @@ def samples() -> Iterator[Sample]:
     yield make("65x768 quantized only", (65, 768), floats=False, affine=False, residual=False)
 
 
-KERNEL = Kernel("graphwright.norm_quantize", "cpu", "numba", run, supports, cost, samples)
+KERNEL = Kernel("graphwright.norm_quantize", "cpu", "llvm", run, supports, cost, samples)

@@ -21,7 +21,7 @@ from torch import Tensor
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth
 from graphwright.kernels.common import GRID, grid, not_cpu, pieces
-from graphwright.kernels.numba_cpu import Native, specialized, threads_for, unavailable
+from graphwright.kernels.native import Native, specialized, threads_for, unavailable
 from graphwright.kernels.tile import (
     KIND,
     TILE,
@@ -76,7 +76,7 @@ def gather(params, slot, position, n, buffer):
 _X, _OTHER, _GATE = np.int64(6), np.int64(14), np.int64(22)
 
 
-def _chain(params):  # compiled by Numba, with ``activate`` put in by ``specialized``
+def _chain(params):  # device code, with ``activate`` put in by ``specialized``
     """Slots: 2-5 sizes, 6 x, 14 other, 22 gate, 30 elements, 31 out, 32 its kind, 33 code, 34 a, 35 b, 36 the grid."""
     p, d = i64(params), f64(params)
     a, b, inverse, low, high = real(d[34]), real(d[35]), real(d[36]), real(d[38]), real(d[39])
@@ -318,7 +318,7 @@ def _dequantize_samples() -> Iterator[Sample]:
 
 KERNELS = (
     Kernel(
-        "graphwright.activate_quantize", "cpu", "numba", activate_quantize,
+        "graphwright.activate_quantize", "cpu", "llvm", activate_quantize,
         lambda x, other, gate, activation, scalars, scale, zero_point, low, high, dtype:
             unfit(x, (x, other, gate), activation, dtype),
         lambda x, other, gate, activation, scalars, scale, zero_point, low, high, dtype:
@@ -326,7 +326,7 @@ KERNELS = (
         _activate_samples,
     ),
     Kernel(
-        "graphwright.add_quantize", "cpu", "numba", add_quantize,
+        "graphwright.add_quantize", "cpu", "llvm", add_quantize,
         lambda x, xs, xz, other, os, oz, activation, scalars, scale, zero_point, low, high, dtype:
             unfit(x, (x, other), activation, dtype),
         lambda x, xs, xz, other, os, oz, activation, scalars, scale, zero_point, low, high, dtype:
@@ -334,7 +334,7 @@ KERNELS = (
         _add_samples,
     ),
     Kernel(
-        "graphwright.quantize", "cpu", "numba", quantize,
+        "graphwright.quantize", "cpu", "llvm", quantize,
         lambda x, scale, zero_point, low, high, dtype:
             unfit(x, (x,), "none", dtype) or (None if dtype in (torch.uint8, torch.int8) and x.is_floating_point()
                                               else f"quantizing {x.dtype} to {dtype}; uint8 and int8 are supported"),
@@ -342,7 +342,7 @@ KERNELS = (
         _quantize_samples,
     ),
     Kernel(
-        "graphwright.dequantize", "cpu", "numba", dequantize,
+        "graphwright.dequantize", "cpu", "llvm", dequantize,
         lambda q, scale, zero_point, dtype:
             unfit(q, (q,), "none", dtype) or (None if q.dtype in (torch.uint8, torch.int8) and dtype.is_floating_point
                                               else f"dequantizing {q.dtype} to {dtype}"),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.common import GRID, grid, not_cpu, pieces
-from graphwright.kernels.numba_cpu import Native, openmp, threads_for, unavailable
+from graphwright.kernels.native import Native, openmp, threads_for, unavailable
 from graphwright.kernels.tile import (
     BYTES,
     KIND,
@@ -85,7 +85,7 @@ def copy(source, n, to):
         y[i] = x[i]
 
 
-def _max_pool(params):  # compiled by Numba
+def _max_pool(params):  # device code
     """Slots: 2 x, 3 out, 4 kind, 5 element bytes, 6 n c h w, 10 oh ow, 12 kernel, 14 stride, 16 padding, 18 dilation,
     20 scratch (two padded rows of x per thread), 21 pixels of a padded row."""
     p = i64(params)
@@ -216,7 +216,7 @@ def add_four(kind, address, step, n, to):
             y[i] += real(np.int32(e[i]) + np.int32(e[step + i]) + np.int32(e[2 * step + i]) + np.int32(e[3 * step + i]))
 
 
-def _mean_pool(params):  # compiled by Numba
+def _mean_pool(params):  # device code
     """Slots: 2 x, 3 kind, 4 element bytes, 5 n c h w, 9 channels_last, 10 out, 11 its kind, 12 its bytes, 13 scale, 14 zero,
     15 grid."""
     p, d = i64(params), f64(params)
@@ -313,6 +313,6 @@ def _mean_samples() -> Iterator[Sample]:
 
 
 KERNELS = (
-    Kernel("graphwright.max_pool2d", "cpu", "numba", max_pool2d, _max_supports, _max_cost, _max_samples),
-    Kernel("graphwright.mean_pool", "cpu", "numba", mean_pool, _mean_supports, _mean_cost, _mean_samples),
+    Kernel("graphwright.max_pool2d", "cpu", "llvm", max_pool2d, _max_supports, _max_cost, _max_samples),
+    Kernel("graphwright.mean_pool", "cpu", "llvm", mean_pool, _mean_supports, _mean_cost, _mean_samples),
 )

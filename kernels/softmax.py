@@ -19,7 +19,7 @@ from torch import Tensor
 
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.common import not_cpu, pieces, rows_of
-from graphwright.kernels.numba_cpu import Native, threads_for, unavailable
+from graphwright.kernels.native import Native, threads_for, unavailable
 from graphwright.kernels.tile import (
     BYTES,
     KIND,
@@ -95,7 +95,7 @@ def mask_row(params, slot, i0, i1, i2):
 _MASK_AT = np.int64(11)
 
 
-def _softmax(params):  # compiled by Numba
+def _softmax(params):  # device code
     p, d = i64(params), f64(params)
     x, kind, step, out = p[2], p[3], p[4], p[5]
     n1, r, columns, scale, causal = p[7], p[8], p[9], real(d[10]), p[17] != 0
@@ -198,4 +198,4 @@ def samples() -> Iterator[Sample]:
     ]), None, 1.0, False), False)  # fmt: skip
 
 
-KERNEL = Kernel("graphwright.softmax", "cpu", "numba", run, supports, cost, samples)
+KERNEL = Kernel("graphwright.softmax", "cpu", "llvm", run, supports, cost, samples)

@@ -304,7 +304,7 @@ def squares(x, n, centre):
 
 @device
 def _ordered(b):
-    """Bits of a float32 as an integer that is ordered as the float is; its own inverse. (int32 throughout: Numba widens.)"""
+    """Bits of a float32 as an integer that is ordered as the float is; its own inverse. (int32 throughout: sums of them would be int64.)"""
     return np.int32(b ^ np.int32(np.int32(b >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 

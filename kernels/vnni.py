@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from graphwright.kernels.language import INT32, INT64, VOID, intrinsic, ir, known
-from graphwright.kernels.numba_cpu import unavailable
+from graphwright.kernels.native import unavailable
 from graphwright.kernels.tile import apart, device
 from graphwright.kernels.vector import I
 from graphwright.measure import machine

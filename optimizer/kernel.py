@@ -1,4 +1,4 @@
-"""The record of one kernel. The files in ``kernels/`` each make one; nothing here imports Triton or Numba."""
+"""The record of one kernel. The files in ``kernels/`` each make one; nothing here imports Triton or llvmlite."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Kernel:
     Attributes:
         op: row of the op table that it computes (``"graphwright.norm_quantize"``); the row's body is the oracle.
         device: ``"cpu"`` or ``"cuda"``.
-        backend: ``"numba"``, ``"onednn"``, ``"triton"``, ``"aten"``.
+        backend: ``"llvm"``, ``"onednn"``, ``"triton"``, ``"aten"``.
         run: the implementation; same parameters and results as the op.
         supports: takes the same arguments (real or fake tensors); None, or the reason why it can't serve them.
         cost: takes the same arguments; least bytes and operations of the call.

@@ -291,7 +291,7 @@ def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": platform.python_version()}
-    for name in ("graphwright", "torch", "numpy", "numba"):
+    for name in ("graphwright", "torch", "numpy", "llvmlite"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -52,7 +52,7 @@ def restore(path: str | Path) -> Optimized:
 def _wanted(archive: store.Archive) -> tuple[set[str], bool]:
     """Ops whose kernels the plans name, with the activations they fuse, and whether any is int8."""
     plans = [(n, v.plan["kernels"].get(n.name, "")) for v in archive.variants for n in v.program.nodes]
-    ours = [(n, kernel) for n, kernel in plans if kernel.startswith("numba.")]
+    ours = [(n, kernel) for n, kernel in plans if kernel.startswith("llvm.")]
     names = {op_name(n.target) for n, _ in ours} | {a for n, _ in ours for a in n.args if isinstance(a, str)}
     return names, any("int8" in kernel or kernel.endswith("-q") for _, kernel in ours)
 

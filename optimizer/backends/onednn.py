@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graphwright import ops
-from graphwright.backends import numba_cpu
+from graphwright.backends import llvm
 from graphwright.backends.base import (
     BF16,
     BF16_LAST,
@@ -260,7 +260,7 @@ def _int8_linear(work: Work, m: Matrix) -> Iterator[Candidate]:
             continue
         build = functools.partial(_build_int8_linear, work, m, q, scale, zero, dtype)
         yield Candidate(f"onednn.int8-{'q' if fmt == Q else 'f32'}", _needs(work, m, Q, NATIVE), (fmt,), "int8", build)
-    finish = numba_cpu.kernel("graphwright.activate_quantize")
+    finish = llvm.kernel("graphwright.activate_quantize")
     if finish is not None and work.qparams is not None and m.activation != "none" and m.other is None:
         # a product with a plain epilogue, then activation and rounding in one pass: oneDNN's own GELU is slow
         build = functools.partial(_build_split_linear, work, m, q, work.qparams, finish)

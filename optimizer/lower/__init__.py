@@ -192,7 +192,7 @@ def _assignments(problem: Problem) -> dict[str, list[int]]:
     limit = 1.25 * _work_time(problem, found["optimum"])
     families = {
         "plain layout": lambda c: all(f.layout == "plain" for f in (*c.needs, *c.gives)),
-        "channels last": lambda c: "-last" in c.name or c.name.startswith(("onednn.int8", "numba.max-pool", "numba.mean-pool")),
+        "channels last": lambda c: "-last" in c.name or c.name.startswith(("onednn.int8", "llvm.max-pool", "llvm.mean-pool")),
         "matrix ops in int8": lambda c: c.name.startswith("onednn.int8"),
         "float kernels": lambda c: c.precision == "f32",
     }

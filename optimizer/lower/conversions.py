@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphwright.backends import numba_cpu
+from graphwright.backends import llvm
 from graphwright.backends.base import Format, QParams
 
 
@@ -42,12 +42,12 @@ def _kind(source: str, target: str, params: QParams | None) -> Callable[[Tensor]
     p = params
     run: Callable[..., Any]
     if target == "q":
-        run = numba_cpu.kernel("graphwright.activate_quantize")
+        run = llvm.kernel("graphwright.activate_quantize")
         if run is not None:
             return lambda x: run(x, None, None, "none", (), p.scale, p.zero_point, p.low, p.high, p.dtype)
         quantize = torch.ops.graphwright.quantize.default
         return lambda x: quantize(x, p.scale, p.zero_point, p.low, p.high, p.dtype)
-    run = numba_cpu.kernel("graphwright.dequantize")
+    run = llvm.kernel("graphwright.dequantize")
     if run is not None:
         return lambda q: run(q, p.scale, p.zero_point, torch.float32)
     dequantize = torch.ops.graphwright.dequantize.default

@@ -48,7 +48,7 @@ class SiteRow:
         decision: ``"int8"``, ``"bf16"``, ``"f32"``, ``"left as it was"``, or ``"simulated int8"``, … where quantization
             is computed in float.
         kernel: the candidate that runs: ``"onednn.int8-linear"``.
-        backend: whose it is: ``"onednn"``, ``"numba"``, ``"aten"``.
+        backend: whose it is: ``"onednn"``, ``"llvm"``, ``"aten"``.
         options: the candidates and their times.
         ms: time of one call within the whole model; None where it was not measured.
         share: of the model's time, 0 to 1.

@@ -234,9 +234,9 @@ def test_the_table_shows_what_was_timed_and_why_the_rest_was_not(record: dict):
 
 def test_the_table_shows_the_share_of_time_per_backend(record: dict):
     record["models"][0]["peers"].append(
-        peer("graphwright", details={"backend_shares": {"onednn": 0.75, "numba": 0.251}})
+        peer("graphwright", details={"backend_shares": {"onednn": 0.75, "llvm": 0.251}})
     )
-    assert "- graphwright: time by backend: onednn 75%, numba 25%" in table.table(record)
+    assert "- graphwright: time by backend: onednn 75%, llvm 25%" in table.table(record)
 
 
 def test_the_summary_has_a_row_per_model_and_a_column_per_peer(record: dict):

@@ -15,7 +15,7 @@ import torch
 import graphwright as gw
 from graphwright.errors import InputError, InternalError
 from graphwright.kernels import ahead
-from graphwright.kernels.numba_cpu import Native
+from graphwright.kernels.native import Native
 
 
 @pytest.fixture
@@ -28,8 +28,9 @@ def test_every_sign_speaks_of_a_kernel() -> None:
 
 
 @pytest.mark.parametrize(("names", "quantizing", "wanted", "unwanted"), [
-    (["Conv2d", "ReLU", "MaxPool2d"], False, ["max_pool"], ["pointwise_simple", "conv2d_int8_simple", "norm", "attention"]),
-    (["Conv2d", "ReLU", "MaxPool2d"], True, ["max_pool", "pointwise_simple", "conv2d_int8_simple"], ["pointwise_smooth", "norm"]),
+    (["Conv2d", "ReLU", "MaxPool2d"], False, ["max_pool", "conv2d_winograd_simple"], ["pointwise_simple", "conv2d_int8_simple", "norm", "attention"]),
+    (["Conv2d", "ReLU", "MaxPool2d"], True, ["max_pool", "pointwise_simple", "conv2d_int8_simple"],
+     ["pointwise_smooth", "norm", "conv2d_winograd_simple"]),
     (["BertSelfAttention", "LayerNorm", "GELUActivation"], True, ["norm", "attention", "pointwise_smooth"], ["max_pool"]),
     (["aten.scaled_dot_product_attention", "aten.rms_norm"], False, ["attention", "norm"], ["attention_int8", "pointwise_smooth"]),
     (["aten.mean.dim", "graphwright.conv", "relu"], True, ["mean_pool", "conv2d_int8_simple"], ["pointwise_smooth", "norm"]),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from graphwright.kernels import attention_int8, conv2d_int8, linear_int8, vnni
-from graphwright.kernels.numba_cpu import Native
+from graphwright.kernels.native import Native
 from graphwright.ops import lowered
 
 pytestmark = pytest.mark.skipif(vnni.unfit() is not None, reason=str(vnni.unfit()))
@@ -15,11 +15,11 @@ pytestmark = pytest.mark.skipif(vnni.unfit() is not None, reason=str(vnni.unfit(
 if vnni.unfit() is None:
     from graphwright.kernels.tile import i64
 
-    def _whole_product(params):  # compiled by Numba
+    def _whole_product(params):  # device code
         p = i64(params)
         vnni.products(p[2], p[3], p[4], 1, 0, p[5], p[6], p[7], p[8], p[9], p[10])
 
-    # a variable of its own, because Numba finds functions by the globals of the kernel's module
+    # a variable of its own, because device functions are found by the globals of the kernel's module
     _PRODUCT = Native(_whole_product, "q" * 9)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from graphwright.errors import InternalError
 from graphwright.kernels import llvm
-from graphwright.kernels.numba_cpu import unavailable
+from graphwright.kernels.native import unavailable
 from graphwright.kernels.tile import apart, bits, device, f32, f64, from_bits, i8, i32, i64, real, u8
 from graphwright.kernels.translate import translate
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from graphwright.kernels import conv2d_winograd, fma
-from graphwright.kernels.numba_cpu import Native, unavailable
+from graphwright.kernels.native import Native, unavailable
 from graphwright.kernels.tile import i64
 from graphwright.numerics import Exact
 

@@ -149,8 +149,8 @@ def test_rows_quantized_at_run_time_become_real_products():
         options = list(backends.candidates(work, frozenset({"f32", "int8"})))
         tried |= {o.name for o in options}
         assert not [f for f in watch.work(work, options) if isinstance(f, str)]
-    assert {"numba.int8-rows-f32", "numba.attention-int8-f32", "onednn.f32"} <= tried
-    lowered = lower(program, allowed={"int8"}, plan={w.node.name: "numba.int8-rows-f32" for w in linears})
+    assert {"llvm.int8-rows-f32", "llvm.attention-int8-f32", "onednn.f32"} <= tried
+    lowered = lower(program, allowed={"int8"}, plan={w.node.name: "llvm.int8-rows-f32" for w in linears})
     assert not [n for n in lowered.notes if "does not exist" in n]
     assert sqnr_db(run_pure(program, (x,))[0], lowered.runner(x)[0]) > 35
 
@@ -170,19 +170,19 @@ def test_a_dynamic_pair_whose_parts_have_other_readers_stands():
 
 @needs_vnni
 def test_without_vnni_int8_attention_runs_in_float(monkeypatch):
-    from graphwright.backends import numba_int8
+    from graphwright.backends import llvm_int8
     from graphwright.kernels import attention_int8, linear_int8, vnni
 
     for module in (attention_int8, linear_int8, vnni):
         monkeypatch.setattr(module, "unfit", lambda: "the processor has no AVX-512 VNNI")
-    numba_int8.reason.cache_clear()
+    llvm_int8.reason.cache_clear()
     try:
         _, program = program_of(Attention(), torch.randn(3, 19, 48), "int8")
         names = {c.name for w in analyse(program).works for c in backends.candidates(w, frozenset({"f32", "int8"}))}
-        assert "numba.attention-f32" in names and not any("attention-int8" in n or n.startswith("numba.int8") for n in names)
-        assert "VNNI" in backends.reasons()["numba_int8"]
+        assert "llvm.attention-f32" in names and not any("attention-int8" in n or n.startswith("llvm.int8") for n in names)
+        assert "VNNI" in backends.reasons()["llvm_int8"]
     finally:
-        numba_int8.reason.cache_clear()
+        llvm_int8.reason.cache_clear()
 
 
 def test_clobbered_values_that_live_on_are_copied():
@@ -370,9 +370,9 @@ def test_zeros_are_padded_round_integers():
     _, program = program_of(Padded(), x, "int8")
     work = next(w for w in analyse(program).works if "pad" in w.op)
     options = list(backends.candidates(work, frozenset({"f32", "int8"})))
-    assert "numba.pad-q" in {o.name for o in options}
+    assert "llvm.pad-q" in {o.name for o in options}
     assert not [f for f in Stopwatch(0, fresh=True).work(work, options) if isinstance(f, str)]
-    lowered = lower(program, allowed={"int8"}, plan={work.node.name: "numba.pad-q"})
+    lowered = lower(program, allowed={"int8"}, plan={work.node.name: "llvm.pad-q"})
     assert sqnr_db(run_pure(program, (x,))[0], lowered.runner(x)[0]) > 25
 
 
@@ -383,9 +383,9 @@ def test_weights_alone_are_read_as_integers():
     linears = [w for w in analyse(program).works if "linear" in w.op]
     for work in linears:
         options = list(backends.candidates(work, frozenset({"f32", "int8"})))
-        assert "numba.w8" in {o.name for o in options}
+        assert "llvm.w8" in {o.name for o in options}
         assert not [f for f in Stopwatch(0, fresh=True).work(work, options) if isinstance(f, str)]
-    lowered = lower(program, allowed={"int8"}, plan={w.node.name: "numba.w8" for w in linears})
+    lowered = lower(program, allowed={"int8"}, plan={w.node.name: "llvm.w8" for w in linears})
     assert sqnr_db(run_pure(program, (x,))[0], lowered.runner(x)[0]) > 100
 
 

@@ -77,8 +77,8 @@ def bert(layers: int = 12) -> Report:
         "f32[1, 128, 768]",
         [x],
         decision="f32",
-        kernel="numba.norm",
-        backend="numba",
+        kernel="llvm.norm",
+        backend="llvm",
         ms=0.024,
     )
     for k in range(layers):
@@ -118,8 +118,8 @@ def bert(layers: int = 12) -> Report:
             "f32[1, 128, 768]",
             [o],
             decision="f32",
-            kernel="numba.norm-quantize",
-            backend="numba",
+            kernel="llvm.norm-quantize",
+            backend="llvm",
             ms=0.026,
         )
         h = dense(f"{at}.intermediate.dense", 768, 3072, [n1], 0.81, 38.5 - k, (f"{at}.intermediate.gelu",))
@@ -130,8 +130,8 @@ def bert(layers: int = 12) -> Report:
             "f32[1, 128, 768]",
             [d],
             decision="f32",
-            kernel="numba.norm-quantize",
-            backend="numba",
+            kernel="llvm.norm-quantize",
+            backend="llvm",
             ms=0.025,
         )
     p = dense("pooler.dense", 768, 768, [x], 0.03, 33.0)
@@ -253,7 +253,7 @@ quantize                              19         3  184 > 402  438 MB > 110 MB  
 
 Sites, the slowest 12 of 40
   Decisions: int8 19, left as it was 11, f32 10
-  Time: onednn 84 %, aten 14 %, numba 2 %
+  Time: onednn 84 %, aten 14 %, llvm 2 %
   Quantization: real at 19 ops, simulated at 0
 site                                    decision  kernel                 ms  share  gain  SQNR dB
 encoder.layer.0.intermediate.dense      int8      onednn.int8-linear  0.810  9.3 %  2.7x     38.5

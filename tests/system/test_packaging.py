@@ -139,7 +139,7 @@ import sys
 import torch
 before = set(sys.modules)
 import graphwright
-heavy = {"rich", "typer", "scipy", "numba", "triton", "transformers", "safetensors", "onnx", "openvino", "torchao"}
+heavy = {"rich", "typer", "scipy", "llvmlite", "triton", "transformers", "safetensors", "onnx", "openvino", "torchao"}
 print(sorted(heavy & {m.split(".")[0] for m in set(sys.modules) - before}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from graphwright.backends import numba_cpu
+from graphwright.backends import llvm
 from graphwright.backends.base import NATIVE, NATIVE_LAST, Q_LAST, Candidate, Format, Q, QParams, Work
 from graphwright.backends.onednn import Matrix, matrix
 from graphwright.ops.axes import same
@@ -23,7 +23,7 @@ _BYTES = (torch.uint8, torch.int8)
 @functools.cache
 def reason() -> str | None:
     """None, or why the kernels can't run here."""
-    if numba_cpu.reason():
+    if llvm.reason():
         return None  # said once, by the module beside
     from graphwright.kernels.vnni import unfit
 
@@ -32,7 +32,7 @@ def reason() -> str | None:
 
 def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
     """Matrix ops with a symmetric int8 weight."""
-    if "int8" not in allowed or numba_cpu.kernel("graphwright.linear_int8") is None:
+    if "int8" not in allowed or llvm.kernel("graphwright.linear_int8") is None:
         return
     m = matrix(work)
     if m is None or m.int_weight is None or not work.is_float or work.val(m.x).dtype != torch.float32:
@@ -78,9 +78,9 @@ def _linear(work: Work, m: Matrix) -> Iterator[Candidate]:
     for form, tag, out in _outs(work, last=False):
         if q is not None and q.dtype == torch.uint8:
             needs = tuple(Q if k == m.x else NATIVE for k in range(len(work.reads)))
-            yield Candidate(f"numba.int8-{tag}", needs, (form,), "int8", functools.partial(_build_linear, m, q, out))
+            yield Candidate(f"llvm.int8-{tag}", needs, (form,), "int8", functools.partial(_build_linear, m, q, out))
         elif read.rows:
-            yield Candidate(f"numba.int8-rows-{tag}", (NATIVE,) * len(work.reads), (form,), "int8",
+            yield Candidate(f"llvm.int8-rows-{tag}", (NATIVE,) * len(work.reads), (form,), "int8",
                             functools.partial(_build_linear, m, None, out), floor_db=20.0)  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def _weight_only(work: Work, m: Matrix) -> Iterator[Candidate]:
         x, other, name, scalars = m.x, m.other, m.activation, m.scalars
         return lambda *r: apply(r[x], packed, None if other is None else r[other], name, scalars)
 
-    yield Candidate("numba.w8", (NATIVE,) * len(work.reads), (NATIVE,), "int8", build, floor_db=90.0)
+    yield Candidate("llvm.w8", (NATIVE,) * len(work.reads), (NATIVE,), "int8", build, floor_db=90.0)
 
 
 # -- convolution -------------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ def _convolution(work: Work, m: Matrix) -> Iterator[Candidate]:
         return
     needs = tuple(Q_LAST if k == m.x else form if k == m.other else NATIVE for k in range(len(work.reads)))
     for given, tag, out in _outs(work, last=True):
-        yield Candidate(f"numba.int8-{tag}", needs, (given,), "int8", functools.partial(_build_convolution, m, q, other, out))
+        yield Candidate(f"llvm.int8-{tag}", needs, (given,), "int8", functools.partial(_build_convolution, m, q, other, out))
 
 
 def _build_convolution(m: Matrix, q: QParams, other: QParams | None, out: QParams | None) -> Callable[..., Tensor]:

@@ -1,4 +1,4 @@
-"""The Numba kernels: norms, activations, softmax, attention, pools and residual adds, quantizing as they write."""
+"""Our own kernels, compiled by LLVM: norms, activations, softmax, attention, pools and residual adds, quantizing as they write."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def _kernels() -> dict[str, Kernel]:
     found: dict[str, Kernel] = {}
     for op, several in kernels.load().items():
         for kernel in several:
-            if kernel.device == "cpu" and kernel.backend == "numba":
+            if kernel.device == "cpu" and kernel.backend == "llvm":
                 found.setdefault(op, kernel)
     return found
 
 
 @functools.cache
 def reason() -> str | None:
-    """None, or why the Numba kernels can't run here."""
-    from graphwright.kernels.numba_cpu import unavailable
+    """None, or why our kernels can't run here."""
+    from graphwright.kernels.native import unavailable
 
     return unavailable()
 
@@ -86,11 +86,11 @@ def _norm(work: Work) -> Iterator[Candidate]:
     eps = torch.finfo(torch.float32).eps if eps is None else eps
     for form, tag, precision, grid in _outs(work):
         floats = form == NATIVE
-        yield Candidate(f"numba.norm-{tag}", (NATIVE,), (form,), precision,
+        yield Candidate(f"llvm.norm-{tag}", (NATIVE,), (form,), precision,
                         lambda floats=floats, grid=grid: lambda x: run(x, None, weight, bias, eps, rms, False, floats, *grid)[0])  # fmt: skip
     if work.qparams is not None:
         grid = _grid(work.qparams)
-        yield Candidate("numba.norm-both", (NATIVE,), (NATIVE, Q), "int8",
+        yield Candidate("llvm.norm-both", (NATIVE,), (NATIVE, Q), "int8",
                         lambda: lambda x: run(x, None, weight, bias, eps, rms, False, True, *grid))  # fmt: skip
 
 
@@ -101,10 +101,10 @@ def _activation(work: Work) -> Iterator[Candidate]:
     name, scalars = found
     for form, tag, precision, grid in _outs(work):
         build = lambda grid=grid: lambda x: run(x, None, None, name, scalars, *grid)
-        yield Candidate(f"numba.activate-{tag}", (NATIVE,), (form,), precision, build)
+        yield Candidate(f"llvm.activate-{tag}", (NATIVE,), (form,), precision, build)
         if has_layouts(work.out):
             last = NATIVE_LAST if form == NATIVE else Q_LAST
-            yield Candidate(f"numba.activate-{tag}-last", (NATIVE_LAST,), (last,), precision, build)
+            yield Candidate(f"llvm.activate-{tag}-last", (NATIVE_LAST,), (last,), precision, build)
 
 
 def _add(work: Work) -> Iterator[Candidate]:
@@ -122,14 +122,14 @@ def _add(work: Work) -> Iterator[Candidate]:
     i, j, grid = x.index, other.index, _grid(work.qparams)
     build = lambda: lambda *r: run(r[i], left.scale, left.zero_point, r[j], right.scale, right.zero_point, "none", (), *grid)
     for form in (Q_LAST,) if has_layouts(work.out) else (Q,):
-        yield Candidate("numba.add-q", (form,) * len(work.reads), (form,), "int8", build)
+        yield Candidate("llvm.add-q", (form,) * len(work.reads), (form,), "int8", build)
 
 
 def _softmax(work: Work) -> Iterator[Candidate]:
     run, a = kernel("graphwright.softmax"), work.named
     if run is None or a["dim"] not in (-1, work.out.dim() - 1) or work.val(0).dtype != torch.float32 or work.out.dim() < 2:
         return
-    yield Candidate("numba.softmax", (NATIVE,), (NATIVE,), "f32", lambda: lambda x: run(x, None, 1.0, False))
+    yield Candidate("llvm.softmax", (NATIVE,), (NATIVE,), "f32", lambda: lambda x: run(x, None, 1.0, False))
 
 
 def _attention(work: Work) -> Iterator[Candidate]:
@@ -156,7 +156,7 @@ def _attention(work: Work) -> Iterator[Candidate]:
         runs += [] if unfit() else [("attention-int8", "int8", kernel("graphwright.attention_int8"))]
     for name, least, attend in runs:
         for form, tag, precision, grid in _outs(work) if attend is not None else ():
-            yield Candidate(f"numba.{name}-{tag}", (NATIVE,) * len(work.reads), (form,), precision if least == "f32" else least,
+            yield Candidate(f"llvm.{name}-{tag}", (NATIVE,) * len(work.reads), (form,), precision if least == "f32" else least,
                             lambda attend=attend, grid=grid: lambda *r: attend(q(r), k(r), v(r), m(r), factor, causal, merge, *grid),
                             floor_db=floor)  # fmt: skip
     if ours:
@@ -183,7 +183,7 @@ def _copy(work: Work) -> Iterator[Candidate]:
     grid, index, shape = _grid(work.qparams), x.index, tuple(work.out.shape)
     if not all(isinstance(s, int) for s in shape):
         return
-    yield Candidate("numba.copy-q", (NATIVE,) * len(work.reads), (Q,), "int8",
+    yield Candidate("llvm.copy-q", (NATIVE,) * len(work.reads), (Q,), "int8",
                     lambda: lambda *r: run(r[index], None, None, "none", (), *grid).reshape(shape))  # fmt: skip
 
 
@@ -197,9 +197,9 @@ def _max_pool(work: Work) -> Iterator[Candidate]:
     padding, dilation, ceil = pair(a["padding"]), pair(a["dilation"]), a["ceil_mode"]
     build = lambda: lambda x: run(x, size, stride, padding, dilation, ceil)
     if work.is_float:
-        yield Candidate("numba.max-pool-last", (NATIVE_LAST,), (NATIVE_LAST,), "f32", build)
+        yield Candidate("llvm.max-pool-last", (NATIVE_LAST,), (NATIVE_LAST,), "f32", build)
     if work.reads[0].quantized and work.qparams is not None and work.qparams == work.read_qparams[0]:
-        yield Candidate("numba.max-pool-q", (Q_LAST,), (Q_LAST,), "int8", build)
+        yield Candidate("llvm.max-pool-q", (Q_LAST,), (Q_LAST,), "int8", build)
 
 
 def _pad(work: Work) -> Iterator[Candidate]:
@@ -218,7 +218,7 @@ def _pad(work: Work) -> Iterator[Candidate]:
         return
     from graphwright.kernels.conv2d_int8 import frame
 
-    yield Candidate("numba.pad-q", (Q_LAST,), (Q_LAST,), "int8",
+    yield Candidate("llvm.pad-q", (Q_LAST,), (Q_LAST,), "int8",
                     lambda: lambda x: frame(x, height, width, channels, above, left, q.zero_point))  # fmt: skip
 
 
@@ -237,10 +237,10 @@ def _mean_pool(work: Work) -> Iterator[Candidate]:
         keep = True
     source = work.read_qparams[0] if work.reads[0].quantized else None
     for form, tag, precision, grid in _outs(work):
-        yield Candidate(f"numba.mean-pool-{tag}-last", (NATIVE_LAST,), (form,), precision,
+        yield Candidate(f"llvm.mean-pool-{tag}-last", (NATIVE_LAST,), (form,), precision,
                         lambda grid=grid: lambda x: run(x, 1.0, 0, keep, *grid))  # fmt: skip
         if source is not None:
-            yield Candidate(f"numba.mean-pool-{tag}-from-q", (Q_LAST,), (form,), "int8",
+            yield Candidate(f"llvm.mean-pool-{tag}-from-q", (Q_LAST,), (form,), "int8",
                             lambda grid=grid: lambda x: run(x, source.scale, source.zero_point, keep, *grid))  # fmt: skip
 
 

@@ -1,9 +1,7 @@
-"""Host side of the Numba kernels: is Numba usable, compile on demand, launch on PyTorch's own OpenMP threads.
+"""Host side of the kernels: can they be compiled, compile on demand, launch on PyTorch's own OpenMP threads.
 
-A kernel is a C function ``void (void *params)``, compiled by Numba without its parallel machinery and started with
-``GOMP_parallel`` of the OpenMP library that PyTorch has loaded already. That leaves one pool of threads in the process
-(Numba's own threading layers, of which ``workqueue`` is unsafe for concurrent callers, never start), keeps compile
-times low and makes a call cost 1 to 3 µs. ``params`` is a block of eight-byte slots packed by ``struct``; slots 0 and 1 hold the
+A kernel is a C function ``void (void *params)``, started with ``GOMP_parallel`` of the OpenMP
+library that PyTorch has loaded already. That leaves one pool of threads in the process and makes a call cost 1 to 3 µs. ``params`` is a block of eight-byte slots packed by ``struct``; slots 0 and 1 hold the
 addresses of ``omp_get_thread_num`` and ``omp_get_num_threads``, or zeros for a call on the caller's thread alone.
 """
 
@@ -34,7 +32,7 @@ _Launch = Callable[..., None]
 
 @functools.cache
 def unavailable() -> str | None:
-    """None, or why Numba kernels cannot run in this process."""
+    """None, or why kernels cannot run in this process."""
     if (reason := translate.unavailable()) is not None:
         return reason
     if sys.byteorder != "little" or struct.calcsize("P") != 8:
@@ -91,7 +89,7 @@ class Native:
     """One compiled kernel; compiled, or read from the disk cache, on its first call.
 
     Args:
-        body: ``(params: int) -> None`` in Numba's subset of Python; ``params`` is the address of the slots.
+        body: ``(params: int) -> None`` in the language of ``graphwright.kernels.translate``; ``params`` is the address of the slots.
         slots: one ``struct`` letter per parameter after the two of OpenMP: ``q`` integer or address, ``d`` float.
     """
 
@@ -122,7 +120,7 @@ class Native:
         """Compile now.
 
         Raises:
-            InternalError: Numba is unusable (``unavailable()`` says why) or rejects the kernel.
+            InternalError: kernels can't be compiled here (``unavailable()`` says why), or this one is outside the language.
         """
         with self._lock:
             if self._alone is not None:
@@ -167,9 +165,9 @@ def cache_folder() -> Path | None:
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "graphwright" / "numba" / digest.hexdigest()[:16]
+    folder = base / "graphwright" / "kernels" / digest.hexdigest()[:16]
     try:
-        for path in (base / "graphwright", base / "graphwright" / "numba", folder):
+        for path in (base / "graphwright", base / "graphwright" / "kernels", folder):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
             if path.is_symlink() or path.stat().st_uid != os.getuid():
                 return None

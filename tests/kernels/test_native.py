@@ -1,4 +1,4 @@
-"""The host side of the Numba kernels: cache folder, threads, missing Numba, misuse."""
+"""The host side of the kernels: cache folder, threads, missing llvmlite, misuse."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from torch.utils import _pytree as pytree
 
 from graphwright import kernels, ops
 from graphwright.kernel import Kernel, Sample
-from graphwright.kernels import attention, disk, embed_norm, norm, numba_cpu, pointwise, pool, softmax
+from graphwright.kernels import attention, disk, embed_norm, native, norm, pointwise, pool, softmax
 from graphwright.ops import lowered
 
-ALL = [(k, s) for found in kernels.load().values() for k in found if k.backend == "numba" for s in k.samples()]
+ALL = [(k, s) for found in kernels.load().values() for k in found if k.backend == "llvm" for s in k.samples()]
 FIRST = [next((k, s) for k, s in ALL if k.op == op and not s.bench) for op in {k.op: None for k, _ in ALL}]
 
 
@@ -59,9 +59,9 @@ def test_package_import_is_light() -> None:
 def test_cache_is_private_filled_and_survives_damage(tmp_path: Path) -> None:
     code = (
         "import torch\n"
-        "from graphwright.kernels import pool, numba_cpu\n"
+        "from graphwright.kernels import pool, native\n"
         "x = torch.arange(8.0).reshape(1, 2, 2, 2)\n"
-        "print(pool.mean_pool(x, 1.0, 0, False, 1.0, 0, 0, 0, None).tolist(), numba_cpu.cache_folder())"
+        "print(pool.mean_pool(x, 1.0, 0, False, 1.0, 0, 0, 0, None).tolist(), native.cache_folder())"
     )
     first = _run(code, XDG_CACHE_HOME=str(tmp_path))
     assert first.startswith("[[1.5, 5.5]]")
@@ -78,7 +78,7 @@ def test_cache_is_private_filled_and_survives_damage(tmp_path: Path) -> None:
 
 def test_a_kernel_is_read_from_disk_only_when_all_of_it_is_right(tmp_path: Path) -> None:
     softmax._NATIVE.warm()
-    folder = numba_cpu.cache_folder()
+    folder = native.cache_folder()
     assert folder is not None
     whole = disk.place(folder, "softmax._softmax").read_bytes()
     line, _, parts = whole.partition(b"\n")
@@ -102,17 +102,17 @@ def test_a_kernel_is_read_from_disk_only_when_all_of_it_is_right(tmp_path: Path)
 def test_a_folder_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(os, "getuid", lambda: 12345)
-    numba_cpu.cache_folder.cache_clear()
+    native.cache_folder.cache_clear()
     try:
-        assert numba_cpu.cache_folder() is None
+        assert native.cache_folder() is None
     finally:
-        numba_cpu.cache_folder.cache_clear()
+        native.cache_folder.cache_clear()
 
 
 def test_threads_are_those_of_torch() -> None:
-    assert numba_cpu.threads_for(10) == 1
-    assert numba_cpu.threads_for(10**9) == torch.get_num_threads()
-    omp = numba_cpu.openmp()
+    assert native.threads_for(10) == 1
+    assert native.threads_for(10**9) == torch.get_num_threads()
+    omp = native.openmp()
     if omp is None:
         pytest.skip("this PyTorch has no OpenMP library with GNU entry points")
 

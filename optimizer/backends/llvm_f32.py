@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from graphwright.backends import numba_cpu
+from graphwright.backends import llvm
 from graphwright.backends.base import NATIVE, NATIVE_LAST, Candidate, Work, hint
-from graphwright.backends.onednn import Matrix, matrix
+from graphwright.backends.onednn import Matrix, int8_reason, matrix
 from graphwright.measure import machine
 from graphwright.ops.axes import same
 
@@ -21,18 +21,20 @@ _CHANNELS, _SAVED = 16, 1.25
 @functools.cache
 def reason() -> str | None:
     """None, or why the kernels can't run here, or never pay."""
-    if numba_cpu.reason():
+    if llvm.reason():
         return None  # said once, by the module beside
     return None if "avx512f" in machine().get("flags", ()) else "the processor has no AVX-512: our float products would be no faster"
 
 
 def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
     """Two-dimensional convolutions with 3x3 windows, one pixel from window to window."""
-    m = None if reason() or numba_cpu.kernel("graphwright.conv2d_winograd") is None else matrix(work)
+    m = None if reason() or llvm.kernel("graphwright.conv2d_winograd") is None else matrix(work)
     if m is None or not m.conv or not work.is_float or not _fits(work, m):
         return
+    if "int8" in allowed and m.int_weight is not None and work.reads[m.x].quantized and int8_reason() is None:
+        return  # int8 products do four times as much at once: not worth the time to try
     needs = tuple(NATIVE_LAST if k in (m.x, m.other) else NATIVE for k in range(len(work.reads)))
-    yield Candidate("numba.winograd-last", needs, (NATIVE_LAST,), "f32", functools.partial(_build, m))
+    yield Candidate("llvm.winograd-last", needs, (NATIVE_LAST,), "f32", functools.partial(_build, m))
 
 
 def _fits(work: Work, m: Matrix) -> bool:

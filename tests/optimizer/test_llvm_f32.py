@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from graphwright import backends
-from graphwright.backends import numba_f32
+from graphwright.backends import llvm_f32
 from graphwright.capture import capture
 from graphwright.lower import lower
 from graphwright.lower.graph import analyse
@@ -16,8 +16,8 @@ from graphwright.manager import Pipeline
 from graphwright.numerics import Exact, run_double, run_pure
 from graphwright.passes.pipeline import resolve
 
-NAME = "numba.winograd-last"
-needs_avx512 = pytest.mark.skipif(numba_f32.reason() is not None, reason=str(numba_f32.reason()))
+NAME = "llvm.winograd-last"
+needs_avx512 = pytest.mark.skipif(llvm_f32.reason() is not None, reason=str(llvm_f32.reason()))
 
 
 class Net(nn.Module):
@@ -106,12 +106,12 @@ def test_it_is_not_offered_for_pictures_of_a_pixel() -> None:
 
 
 def test_without_avx512_it_is_not_offered_and_says_why(monkeypatch) -> None:
-    monkeypatch.setattr(numba_f32, "machine", lambda: {"flags": ["avx2"]})
-    monkeypatch.setattr(numba_f32.numba_cpu, "reason", lambda: None)
-    numba_f32.reason.cache_clear()
+    monkeypatch.setattr(llvm_f32, "machine", lambda: {"flags": ["avx2"]})
+    monkeypatch.setattr(llvm_f32.llvm, "reason", lambda: None)
+    llvm_f32.reason.cache_clear()
     try:
         assert NAME not in _names(nn.Conv2d(16, 16, 3, padding=1), torch.randn(1, 16, 8, 8))
-        assert "AVX-512" in backends.reasons()["numba_f32"]
+        assert "AVX-512" in backends.reasons()["llvm_f32"]
     finally:
         monkeypatch.undo()
-        numba_f32.reason.cache_clear()
+        llvm_f32.reason.cache_clear()
