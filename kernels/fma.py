@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from graphwright.kernels.language import FLOAT32, INT8, INT32, INT64, VOID, intrinsic, ir, known
+from graphwright.kernels.language import FLOAT32, INT8, INT32, INT64, VOID, intrinsic, ir, known, loop
 from graphwright.kernels.tile import apart, device
-from graphwright.kernels.vector import LANES, F, I
+from graphwright.kernels.vector import LANES, F, spread_of
 
 #: Heights and widths of the tiles. Eight rows or more are cut into 4 to 6 at a time without a rest.
 HIGH, WIDE = (6, 5, 4, 1), (4, 2, 1)
@@ -40,38 +40,25 @@ def _tile(at, high, wide, a, a_step, b, b_step, depth, c, c_step, ahead):
 
 def _emit(at: Any, rows: int, blocks: int, a: Any, a_step: Any, b: Any, b_step: Any, depth: Any, c: Any, c_step: Any, ahead: Any) -> None:
     """The loop of one tile, down the rows of ``b``."""
-    long, word = INT64.llvm, INT32.llvm
-    nothing, first = ir.Constant(F.llvm, [0.0] * LANES), ir.Constant(I.llvm, [0] * LANES)
+    long, word, vector = INT64.llvm, INT32.llvm, F.llvm
+    left = [at.add(a, at.mul(a_step, long(r))) for r in range(rows)]
 
     def place(address: Any, kind: Any) -> Any:
-        return at.inttoptr(address, kind.llvm.as_pointer())
+        return at.inttoptr(address, kind.as_pointer())
 
-    left = [at.add(a, at.mul(a_step, long(r))) for r in range(rows)]
-    start, loop, done = at.block, at.append_basic_block(), at.append_basic_block()
-    at.branch(loop)
-    at.position_at_end(loop)
-    step, line = at.phi(long), at.phi(long)
-    sums = [[at.phi(F.llvm) for _ in range(blocks)] for _ in range(rows)]
-    columns = [at.load(place(at.add(line, long(v * LANES * 4)), F), align=4) for v in range(blocks)]
-    after = []
-    for r in range(rows):
-        one = at.load(place(at.add(left[r], at.mul(step, long(4))), FLOAT32), align=4)
-        one = at.insert_element(ir.Constant(F.llvm, ir.Undefined), one, word(0))
-        spread = at.shuffle_vector(one, one, first)
-        after.append([known(at, "llvm.fma.v16f32", F.llvm, spread, columns[v], sums[r][v]) for v in range(blocks)])
-    known(at, "llvm.prefetch.p0", VOID.llvm, place(at.add(ahead, at.mul(step, long(64))), INT8), word(0), word(2), word(1))
-    following = at.add(step, long(1))
-    turns = [(step, long(0), following), (line, b, at.add(line, b_step))]
-    turns += [(sums[r][v], nothing, after[r][v]) for r in range(rows) for v in range(blocks)]
-    for phi, begin, again in turns:
-        phi.add_incoming(begin, start)
-        phi.add_incoming(again, loop)
-    at.cbranch(at.icmp_signed("<", following, depth), loop, done)
-    at.position_at_end(done)
-    for r in range(rows):
-        to = at.add(c, at.mul(c_step, long(r)))
-        for v in range(blocks):
-            at.store(after[r][v], place(at.add(to, long(v * LANES * 4)), F), align=4)
+    def turn(step: Any, carried: list[Any]) -> list[Any]:
+        line, *sums = carried
+        columns, after = [at.load(place(at.add(line, long(v * LANES * 4)), vector), align=4) for v in range(blocks)], []
+        for r in range(rows):
+            spread = spread_of(at, at.load(place(at.add(left[r], at.mul(step, long(4))), FLOAT32.llvm), align=4), vector)
+            after += [known(at, "llvm.fma.v16f32", vector, spread, columns[v], sums[r * blocks + v]) for v in range(blocks)]
+        known(at, "llvm.prefetch.p0", VOID.llvm, place(at.add(ahead, at.mul(step, long(64))), INT8.llvm), word(0), word(2), word(1))
+        return [at.add(line, b_step), *after]
+
+    _, *sums = loop(at, depth, [b, *[ir.Constant(vector, [0.0] * LANES)] * (rows * blocks)], turn)
+    for k, value in enumerate(sums):
+        to = at.add(at.add(c, at.mul(c_step, long(k // blocks))), long(k % blocks * LANES * 4))
+        at.store(value, place(to, vector), align=4)
 
 
 _FOUR, _TWO, _ONE, _ZERO = (np.int64(n) for n in (4, 2, 1, 0))

@@ -93,5 +93,25 @@ def known(at: Any, name: str, result: Any, *args: Any) -> Any:
     return at.call(function, args)
 
 
+def loop(at: Any, times: Any, first: list[Any], turn: Callable[[Any, list[Any]], list[Any]]) -> list[Any]:
+    """A loop of at least one turn: ``turn(step, values)`` writes one and gives the values of the next; gives the last.
+
+    The builder may stand in another block afterwards. What is carried over stays in registers as far as there are enough.
+    """
+    start, head, done = at.block, at.append_basic_block("turn"), at.append_basic_block("turned")
+    at.branch(head)
+    at.position_at_end(head)
+    step = at.phi(times.type)
+    values = [at.phi(v.type) for v in first]
+    after = turn(step, values)
+    following, end = at.add(step, times.type(1)), at.block
+    for phi, before, again in zip([step, *values], [times.type(0), *first], [following, *after], strict=True):
+        phi.add_incoming(before, start)
+        phi.add_incoming(again, end)
+    at.cbranch(at.icmp_signed("<", following, times), head, done)
+    at.position_at_end(done)
+    return after
+
+
 #: Says that a device function becomes a function of its own; see the head of this file.
 apart = Intrinsic(VOID, (), lambda at: None)

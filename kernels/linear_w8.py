@@ -20,11 +20,11 @@ from torch import Tensor
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth
 from graphwright.kernels.common import not_cpu, pieces, rows_of
-from graphwright.kernels.language import INT64, VOID, intrinsic, ir, known
+from graphwright.kernels.language import FLOAT32, INT64, VOID, intrinsic, ir, known, loop
 from graphwright.kernels.native import GRAIN, Native, specialized, threads_for, unavailable
 from graphwright.kernels.tile import add as add_rows
 from graphwright.kernels.tile import apart, device, f64, i64, real, scratch_of, share, store
-from graphwright.kernels.vector import LANES, fma, load_f, splat_f, store_f
+from graphwright.kernels.vector import LANES, F, fma, load_f, splat_f, spread_of, store_f
 
 #: Rows and blocks of 16 columns of a task, and how many products go into one running sum.
 ROWS, BLOCKS, CHUNK = 16, 4, 512
@@ -58,38 +58,24 @@ def _tile(rows: int, blocks: int) -> Any:
 
     @intrinsic(VOID, *[INT64] * 7)
     def tile(at, x, x_step, w, w_step, width, c, c_step):
-        long, real32, vector = ir.IntType(64), ir.FloatType(), ir.VectorType(ir.FloatType(), LANES)
-        narrow = ir.VectorType(ir.IntType(8), LANES)
-        nothing, first = ir.Constant(vector, [0.0] * LANES), ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        long, vector, narrow = INT64.llvm, F.llvm, ir.VectorType(ir.IntType(8), LANES)
 
-        def load(address: Any, kind: Any, align: int) -> Any:
-            return at.load(at.inttoptr(address, kind.as_pointer()), align=align)
+        def place(address: Any, kind: Any) -> Any:
+            return at.inttoptr(address, kind.as_pointer())
 
-        start, loop, done = at.block, at.append_basic_block("tile"), at.append_basic_block("tile.done")
-        at.branch(loop)
-        at.position_at_end(loop)
-        step = at.phi(long)
-        step.add_incoming(long(0), start)
-        sums = [[at.phi(vector) for _ in range(blocks)] for _ in range(rows)]
-        line = at.mul(step, long(LANES))
-        columns = [at.sitofp(load(at.add(at.add(w, at.mul(w_step, long(v))), line), narrow, 1), vector) for v in range(blocks)]
-        after = []
-        for r in range(rows):
-            one = load(at.add(at.add(x, at.mul(x_step, long(r))), at.mul(step, long(4))), real32, 4)
-            spread = at.shuffle_vector(at.insert_element(ir.Constant(vector, ir.Undefined), one, ir.IntType(32)(0)), nothing, first)
-            after.append([known(at, "llvm.fma.v16f32", vector, spread, columns[v], sums[r][v]) for v in range(blocks)])
-        following = at.add(step, long(1))
-        step.add_incoming(following, loop)
-        for r in range(rows):
-            for v in range(blocks):
-                sums[r][v].add_incoming(nothing, start)
-                sums[r][v].add_incoming(after[r][v], loop)
-        at.cbranch(at.icmp_signed("<", following, width), loop, done)
-        at.position_at_end(done)
-        for r in range(rows):
-            for v in range(blocks):
-                place = at.inttoptr(at.add(at.add(c, at.mul(c_step, long(r))), long(v * LANES * 4)), vector.as_pointer())
-                at.store(at.fadd(at.load(place, align=4), after[r][v]), place, align=4)
+        def turn(step: Any, sums: list[Any]) -> list[Any]:
+            line, after = at.mul(step, long(LANES)), []
+            columns = [at.sitofp(at.load(place(at.add(at.add(w, at.mul(w_step, long(v))), line), narrow), align=1), vector) for v in range(blocks)]
+            for r in range(rows):
+                one = at.load(place(at.add(at.add(x, at.mul(x_step, long(r))), at.mul(step, long(4))), FLOAT32.llvm), align=4)
+                spread = spread_of(at, one, vector)
+                after += [known(at, "llvm.fma.v16f32", vector, spread, columns[v], sums[r * blocks + v]) for v in range(blocks)]
+            return after
+
+        sums = loop(at, width, [ir.Constant(vector, [0.0] * LANES)] * (rows * blocks), turn)
+        for k, value in enumerate(sums):
+            to = place(at.add(at.add(c, at.mul(c_step, long(k // blocks))), long(k % blocks * LANES * 4)), vector)
+            at.store(at.fadd(at.load(to, align=4), value), to, align=4)
 
     return tile
 

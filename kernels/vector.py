@@ -28,7 +28,8 @@ def _at(at: Any, address: Any, kind: Any) -> Any:
     return at.inttoptr(address, kind.as_pointer())
 
 
-def _spread(at: Any, x: Any, kind: Any) -> Any:
+def spread_of(at: Any, x: Any, kind: Any) -> Any:
+    """Sixteen times x."""
     first = at.insert_element(ir.Constant(kind, ir.Undefined), x, ir.IntType(32)(0))
     return at.shuffle_vector(first, first, ir.Constant(_INTS, [0] * LANES))
 
@@ -81,12 +82,12 @@ def prefetch(at, address):
 
 @intrinsic(F, _float)
 def splat_f(at, x):
-    return _spread(at, x, _FLOATS)
+    return spread_of(at, x, _FLOATS)
 
 
 @intrinsic(I, _int)
 def splat_i(at, x):
-    return _spread(at, x, _INTS)
+    return spread_of(at, x, _INTS)
 
 
 @intrinsic(F, F, F, F)

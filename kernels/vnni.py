@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphwright.kernels.language import INT32, INT64, VOID, intrinsic, ir, known
+from graphwright.kernels.language import INT32, INT64, VOID, intrinsic, ir, known, loop
 from graphwright.kernels.native import unavailable
 from graphwright.kernels.tile import apart, device
-from graphwright.kernels.vector import I
+from graphwright.kernels.vector import I, spread_of
 from graphwright.measure import machine
 
 #: Columns of one block, and rows that one instruction takes at once.
@@ -50,65 +50,34 @@ def _tile(rows: int, blocks: int) -> Any:
     @intrinsic(VOID, *[INT64] * 9)
     def tile(at, a, a_step, taps, tap_step, b, b_step, steps, c, c_step):
         nothing = ir.Constant(_WORDS, [0] * LANES)
-        start, outer = at.block, at.append_basic_block("tap")
-        inner, latch, done = (at.append_basic_block(name) for name in ("tile", "tap.next", "tile.done"))
-        at.branch(outer)
 
-        def carried(first: Any, origin: Any) -> tuple[Any, list[list[Any]]]:
-            """A counter from 0 and the sums, as they come into a loop from ``origin``."""
-            count = at.phi(_LONG)
-            count.add_incoming(_LONG(0), origin)
-            sums = [[at.phi(_WORDS) for _ in range(blocks)] for _ in range(rows)]
-            for r in range(rows):
-                for v in range(blocks):
-                    sums[r][v].add_incoming(nothing if first is None else first[r][v], origin)
-            return count, sums
+        def tap(number: Any, sums: list[Any]) -> list[Any]:
+            strip, shift = at.mul(at.mul(number, steps), _LONG(LANES * DEPTH)), at.mul(number, tap_step)
+            left = [at.add(at.add(a, shift), at.mul(a_step, _LONG(r))) for r in range(rows)]
+            right = [at.add(at.add(b, strip), at.mul(b_step, _LONG(v))) for v in range(blocks)]
 
-        at.position_at_end(outer)
-        tap, before = carried(None, start)
-        strip = at.mul(at.mul(tap, steps), _LONG(LANES * DEPTH))
-        shift = at.mul(tap, tap_step)
-        left = [at.add(at.add(a, shift), at.mul(a_step, _LONG(r))) for r in range(rows)]
-        right = [at.add(at.add(b, strip), at.mul(b_step, _LONG(v))) for v in range(blocks)]
-        at.branch(inner)
+            def four(step: Any, sums: list[Any]) -> list[Any]:
+                word, line = at.mul(step, _LONG(DEPTH)), at.mul(step, _LONG(LANES * DEPTH))
+                columns = [_load(at, at.add(r, line), _WORDS) for r in right]
+                after = []
+                for r in range(rows):
+                    spread = spread_of(at, _load(at, at.add(left[r], word), _WORD), _WORDS)
+                    after += [known(at, "llvm.x86.avx512.vpdpbusd.512", _WORDS, sums[r * blocks + v], spread, columns[v])
+                              for v in range(blocks)]  # fmt: skip
+                return after
 
-        at.position_at_end(inner)
-        step, sums = carried(before, outer)
-        word, line = at.mul(step, _LONG(DEPTH)), at.mul(step, _LONG(LANES * DEPTH))
-        columns = [_load(at, at.add(r, line), _WORDS) for r in right]
-        after = []
-        for r in range(rows):
-            first = _load(at, at.add(left[r], word), _WORD)
-            one = at.insert_element(ir.Constant(_WORDS, ir.Undefined), first, _WORD(0))
-            spread = at.shuffle_vector(one, one, nothing)
-            after.append([known(at, "llvm.x86.avx512.vpdpbusd.512", _WORDS, sums[r][v], spread, columns[v]) for v in range(blocks)])
-        _again(at, step, steps, inner, latch, sums, after)
+            return loop(at, steps, sums, four)
 
-        at.position_at_end(latch)
-        _again(at, tap, taps, outer, done, before, after)
-
-        at.position_at_end(done)
-        for r in range(rows):
-            to = at.add(c, at.mul(c_step, _LONG(r)))
-            for v in range(blocks):
-                place = at.inttoptr(at.add(to, _LONG(v * LANES * 4)), _WORDS.as_pointer())
-                at.store(after[r][v], place, align=4)
+        sums = loop(at, taps, [nothing] * (rows * blocks), tap)
+        for k, value in enumerate(sums):
+            to = at.add(at.add(c, at.mul(c_step, _LONG(k // blocks))), _LONG(k % blocks * LANES * 4))
+            at.store(value, at.inttoptr(to, _WORDS.as_pointer()), align=4)
 
     return tile
 
 
 def _load(at: Any, address: Any, kind: Any) -> Any:
     return at.load(at.inttoptr(address, kind.as_pointer()), align=4 if kind is _WORDS else 1)
-
-
-def _again(at: Any, count: Any, end: Any, loop: Any, done: Any, sums: list[list[Any]], after: list[list[Any]]) -> None:
-    """Close a loop: count on, carry the sums over."""
-    following = at.add(count, _LONG(1))
-    count.add_incoming(following, at.block)
-    for row, news in zip(sums, after, strict=True):
-        for phi, new in zip(row, news, strict=True):
-            phi.add_incoming(new, at.block)
-    at.cbranch(at.icmp_signed("<", following, end), loop, done)
 
 
 _6x4, _6x2, _6x1 = _tile(6, 4), _tile(6, 2), _tile(6, 1)
