@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from graphwright.kernels.tile import device, erf, exp, expm1, f32, real, sigmoid, tanh
 
 #: Names (those of ``graphwright.ops.fused.ACTIVATIONS``) by number. The first group compiles fast; the second has its
@@ -69,6 +71,18 @@ def smooth(code, source, n, a, b, to):
             m = e * (e + real(2))
             y[i] = x[i] * (m / (m + real(2)))
     return to
+
+
+_FLOAT, _ANY = (None, torch.float32), (None, torch.float32, torch.uint8, torch.int8)
+
+
+def unfit_epilogue(activation: str, other: torch.dtype | None, dtype: torch.dtype | None = None, *, integers: bool = False) -> str | None:
+    """None, or why a product can't end in this activation, on a residual of dtype ``other`` (integers if said), as ``dtype``."""
+    if activation not in CODE:
+        return f"activation {activation!r} is not fused"
+    if other not in (_ANY if integers else _FLOAT):
+        return f"the residual is {other}; wanted float32" + (", uint8 or int8" if integers else "")
+    return None if dtype in _ANY else f"result of {dtype}; float32, uint8 and int8 are supported"
 
 
 def scalars_of(activation: str, scalars: Sequence[float]) -> tuple[float, float]:

@@ -29,6 +29,12 @@ def pieces(*tensors: Tensor | None) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
+def per_channel(scales: Tensor, bias: Tensor | None, out: int, lanes: int) -> tuple[Tensor, Tensor]:
+    """Float32 scales (one for all, or each its own) and biases of ``out`` channels, padded with zeros to whole vectors."""
+    pad, behind = torch.nn.functional.pad, (0, -out % lanes)
+    return pad(scales.detach().float().expand(out), behind), pad(torch.zeros(out) if bias is None else bias.detach().float(), behind)
+
+
 def rows_of(x: Tensor) -> Tensor:
     """x as ``[rows, columns]`` with neighbouring columns adjacent; a view where strides allow it."""
     if x.ndim != 2:

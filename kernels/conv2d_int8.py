@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from graphwright.kernel import Cost, Kernel, Sample
-from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth
-from graphwright.kernels.common import GRID, grid, not_cpu, pieces
+from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth, unfit_epilogue
+from graphwright.kernels.common import GRID, grid, not_cpu, per_channel, pieces
 from graphwright.kernels.linear_int8 import real_row, store_row
 from graphwright.kernels.native import Native, specialized, threads_for
 from graphwright.kernels.tile import F32, KIND, SHIFT, U8, device, f32, f64, i32, i64, real, scratch_of, share, u8
@@ -49,7 +49,7 @@ from graphwright.kernels.vnni import pack as pack_columns
 #: Pixels of one task at most, and blocks of 16 output channels.
 PIXELS, BLOCKS = 64, 4
 _BLOCKS, _ONE, _F32, _U8 = np.int64(BLOCKS), np.int64(1), np.int64(F32), np.int64(U8)
-_sums, _more = (scratch_of(PIXELS * BLOCKS * LANES) if scratch_of else None for _ in range(2))
+_sums, _more = (scratch_of(PIXELS * BLOCKS * LANES) for _ in range(2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +78,7 @@ def pack(weight: Tensor, scales: Tensor, bias: Tensor | None) -> Packed:
     last = pad(weight.detach().permute(2, 3, 1, 0), (0, 0, 0, -channels % DEPTH))
     return Packed(
         (out, channels, high, wide), last.shape[2], pack_columns(last.reshape(-1, out)),
-        pad(weight.sum((1, 2, 3), dtype=torch.int32), behind), pad(scales.detach().float().expand(out), behind),
-        pad(torch.zeros(out) if bias is None else bias.detach().float(), behind),
+        pad(weight.sum((1, 2, 3), dtype=torch.int32), behind), *per_channel(scales, bias, out, LANES),
     )  # fmt: skip
 
 
@@ -338,13 +337,7 @@ def unfit_rest(shape: tuple[int, ...], activation: str, other: torch.dtype | Non
     width = shape[1] * shape[2] * shape[3]
     if not 0 < width <= 65536:
         return f"windows of {width} numbers; 1 to 65536 are supported"
-    if activation not in CODE:
-        return f"activation {activation!r} is not fused"
-    if other not in (None, torch.float32, torch.uint8, torch.int8):
-        return f"the residual is {other}; float32, uint8 and int8 are supported"
-    if dtype not in (None, torch.float32, torch.uint8, torch.int8):
-        return f"result of {dtype}; float32, uint8 and int8 are supported"
-    return None
+    return unfit_epilogue(activation, other, dtype, integers=True)
 
 
 def cost(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from graphwright.kernel import Cost, Kernel, Sample
-from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth
+from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth, unfit_epilogue
 from graphwright.kernels.common import not_cpu, pieces
 from graphwright.kernels.fma import products
 from graphwright.kernels.language import INT32, INT64, VOID, intrinsic, ir, known
@@ -351,9 +351,7 @@ def unfit_rest(shape: tuple[int, ...], padding: Sequence[int], activation: str, 
         return f"{shape[1]} input channels; 1 to {CHANNELS} are supported: one running sum over more would lose digits"
     if min(padding) < 0:
         return f"padding {tuple(padding)} is negative"
-    if activation not in CODE:
-        return f"activation {activation!r} is not fused"
-    return None if other in (None, torch.float32) else f"the residual is {other}; wanted float32"
+    return unfit_epilogue(activation, other)
 
 
 def cost(

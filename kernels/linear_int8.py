@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from graphwright.kernel import Cost, Kernel, Sample
-from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth
-from graphwright.kernels.common import GRID, grid, not_cpu, pieces, rows_of
+from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth, unfit_epilogue
+from graphwright.kernels.common import GRID, grid, not_cpu, per_channel, pieces, rows_of
 from graphwright.kernels.native import Native, specialized, threads_for
 from graphwright.kernels.tile import KIND, SHIFT, device, f32, f64, i32, i64, real, scratch_of, share, store
 from graphwright.kernels.tile import add as add_rows
@@ -50,7 +50,7 @@ from graphwright.kernels.vnni import pack as pack_columns
 #: Rows and blocks of 16 columns of one task.
 ROWS, BLOCKS = 48, 4
 _ROWS, _BLOCKS, _ZERO, _ONE = np.int64(ROWS), np.int64(BLOCKS), np.int64(0), np.int64(1)
-_sums, _more = (scratch_of(ROWS * BLOCKS * LANES) if scratch_of else None for _ in range(2))
+_sums, _more = (scratch_of(ROWS * BLOCKS * LANES) for _ in range(2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ def pack(weight: Tensor, scales: Tensor, bias: Tensor | None) -> Packed:
     pad = torch.nn.functional.pad
     return Packed(
         out, width, pack_columns(weight.detach().t()), pad(weight.sum(1, dtype=torch.int32), behind),
-        pad(scales.detach().float().expand(out), behind), pad(torch.zeros(out) if bias is None else bias.detach().float(), behind),
+        *per_channel(scales, bias, out, LANES),
     )  # fmt: skip
 
 
@@ -240,13 +240,7 @@ def unfit_rest(activation: str, width: int, other: Tensor | None, dtype: torch.d
     """None, or why a product over ``width`` inputs with this epilogue can't be served."""
     if not 0 < width <= 65536:
         return f"{width} inputs; 1 to 65536 are supported"
-    if activation not in CODE:
-        return f"activation {activation!r} is not fused"
-    if other is not None and other.dtype != torch.float32:
-        return f"the residual is {other.dtype}; wanted float32"
-    if dtype not in (None, torch.float32, torch.uint8, torch.int8):
-        return f"result of {dtype}; float32, uint8 and int8 are supported"
-    return None
+    return unfit_epilogue(activation, None if other is None else other.dtype, dtype)
 
 
 def cost(

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from graphwright.kernel import Cost, Kernel, Sample
-from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth
-from graphwright.kernels.common import not_cpu, pieces, rows_of
+from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth, unfit_epilogue
+from graphwright.kernels.common import not_cpu, per_channel, pieces, rows_of
 from graphwright.kernels.language import FLOAT32, INT64, VOID, intrinsic, ir, known, loop
 from graphwright.kernels.native import GRAIN, Native, specialized, threads_for, unavailable
 from graphwright.kernels.tile import add as add_rows
@@ -30,7 +30,7 @@ from graphwright.kernels.vector import LANES, F, fma, load_f, splat_f, spread_of
 ROWS, BLOCKS, CHUNK = 16, 4, 512
 _CHUNK = np.int64(CHUNK)
 _ROWS, _BLOCKS, _FOUR, _TWO, _ONE, _ZERO = (np.int64(n) for n in (ROWS, BLOCKS, 4, 2, 1, 0))
-_sums, _more = (scratch_of(ROWS * BLOCKS * LANES) if scratch_of else None for _ in range(2))
+_sums, _more = (scratch_of(ROWS * BLOCKS * LANES) for _ in range(2))
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +47,8 @@ class Packed:
 def pack(weight: Tensor, scales: Tensor, bias: Tensor | None) -> Packed:
     """Pack ``weight [o, i]`` int8 with ``scales`` [o] (or one for all) and ``bias`` [o]."""
     out, width = weight.shape
-    pad, behind = torch.nn.functional.pad, (0, -out % LANES)
-    columns = pad(weight.detach().t(), behind).reshape(width, -1, LANES).transpose(0, 1).contiguous()
-    offset = torch.zeros(out) if bias is None else bias.detach().float()
-    return Packed(out, width, columns, pad(scales.detach().float().expand(out), behind), pad(offset, behind))
+    columns = torch.nn.functional.pad(weight.detach().t(), (0, -out % LANES)).reshape(width, -1, LANES).transpose(0, 1).contiguous()
+    return Packed(out, width, columns, *per_channel(scales, bias, out, LANES))
 
 
 def _tile(rows: int, blocks: int) -> Any:
@@ -176,14 +174,7 @@ def supports(
         return f"x is {x.dtype}, the weight {weight.dtype} with {weight.ndim} axes; wanted float32, and int8 with 2"
     if not x.ndim or x.shape[-1] != weight.shape[1] or not weight.shape[1]:
         return f"shapes {tuple(x.shape)} and {tuple(weight.shape)} do not belong together"
-    return unfit_rest(activation, None if other is None else other.dtype)
-
-
-def unfit_rest(activation: str, other: torch.dtype | None) -> str | None:
-    """None, or why a product with this epilogue can't be served."""
-    if activation not in CODE:
-        return f"activation {activation!r} is not fused"
-    return None if other in (None, torch.float32) else f"the residual is {other}; wanted float32"
+    return unfit_epilogue(activation, None if other is None else other.dtype)
 
 
 def cost(

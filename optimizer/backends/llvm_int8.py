@@ -97,9 +97,10 @@ def _build_linear(m: Matrix, q: QParams | None, out: QParams | None) -> Callable
 
 
 def _weight_only(work: Work, m: Matrix) -> Iterator[Candidate]:
-    from graphwright.kernels.linear_w8 import apply, pack, unfit_rest
+    from graphwright.kernels.activations import unfit_epilogue
+    from graphwright.kernels.linear_w8 import apply, pack
 
-    if unfit_rest(m.activation, None if m.other is None else work.val(m.other).dtype):
+    if unfit_epilogue(m.activation, None if m.other is None else work.val(m.other).dtype):
         return
 
     def build() -> Callable[..., Tensor]:
