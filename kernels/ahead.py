@@ -7,6 +7,7 @@ depends on the thread: what it has not done is compiled where it is needed. ``fi
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import threading
 from collections.abc import Iterable
@@ -82,6 +83,15 @@ def stop() -> None:
             thread.pending.clear()
     if thread is not None and thread is not threading.current_thread():
         thread.join()
+
+
+def _before_fork() -> None:
+    """No thread is compiling when a process forks: its child would wait for ever for locks that nobody there holds."""
+    stop()
+    native.COMPILING.acquire()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=native.COMPILING.release, after_in_child=native.COMPILING.release)
 
 
 def _missing(names: Iterable[str], quantizing: bool) -> list[str]:

@@ -7,7 +7,8 @@
 result's shape; out [n, o, h', w'] float32; all channels last, one pixel from window to window. The sums over channels are a
 product of matrices for each of the 16 elements, with 2.25 times fewer multiplications than windows need (Lavin & Gray 2015,
 arXiv:1509.09308). The entries of B and A are 0, 1 and -1, those of G also 1/2, so that results are as close to float64 as those
-of the direct sum, which is nine times as long. One number that is not finite makes all four pixels of its tiles NaN.
+of the direct sum, where long sums are made of shorter ones. Where a result is not finite, the convolution is computed anew directly:
+infinities and numbers near the largest do not survive the transforms.
 
 A task is some 50 tiles by 64 output channels: what lies between its steps stays in the L2 cache, or nearly so; the weight streams
 past, each part of it brought while the one before is multiplied. Bound by arithmetic; by memory (the weight, once) for small pictures.
@@ -15,6 +16,7 @@ past, each part of it brought while the one before is multiplied. Bound by arith
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,12 +34,15 @@ from graphwright.kernels.language import INT32, INT64, VOID, intrinsic, ir, know
 from graphwright.kernels.native import Native, specialized, threads_for, unavailable
 from graphwright.kernels.tile import apart, call, device, f32, f64, i64, real, share
 from graphwright.kernels.vector import LANES, F, I, splat_f
+from graphwright.ops.fused import activate as activated
 
 #: Input channels at most: one running sum over more of them would be further from the truth than ATen's many short ones.
 CHANNELS = 2048
 #: Tiles of a task at most, and blocks of 16 output channels.
 TILES, BLOCKS = 56, 4
 _BLOCKS, _WIDE, _ZERO = (np.int64(n) for n in (BLOCKS, BLOCKS * LANES, 0))
+#: Channels that go into one running sum.
+_CHUNK = np.int64(64)
 #: Activations that are bounds.
 _BOUNDS = {"none": (-float("inf"), float("inf")), "relu": (0.0, float("inf"))}
 
@@ -50,12 +55,15 @@ class Packed:
         out, channels: of the convolution.
         weight: strips of up to 64 output channels, one after the other, each ``[16, channels, up to 64]`` float32.
         bias: float32.
+        plain, offset: weight and bias as they were given.
     """
 
     out: int
     channels: int
     weight: Tensor
     bias: Tensor
+    plain: Tensor
+    offset: Tensor | None
 
 
 def pack(weight: Tensor, bias: Tensor | None) -> Packed:
@@ -67,7 +75,7 @@ def pack(weight: Tensor, bias: Tensor | None) -> Packed:
     u = torch.nn.functional.pad(u, (*behind, 0, -channels % LANES))
     strips = [s.reshape(-1) for s in u.split(BLOCKS * LANES, 2)]
     offset = torch.zeros(out) if bias is None else bias.detach().float()
-    return Packed(out, channels, torch.cat(strips), torch.nn.functional.pad(offset, behind))
+    return Packed(out, channels, torch.cat(strips), torch.nn.functional.pad(offset, behind), weight, bias)
 
 
 # -- the transforms: 16 channels of one tile -------------------------------------------------------------------------
@@ -114,7 +122,7 @@ def _in(at: Any, source: Any, line: Any, pixel: Any, to: Any, step: Any, first: 
 
 
 def _out(at: Any, source: Any, step: Any, bias: Any, other: Any, other_line: Any, other_pixel: Any, to: Any, line: Any, pixel: Any,
-         low: Any, high: Any, first: Any = None) -> None:  # fmt: skip
+         mark: Any, low: Any, high: Any, first: Any = None) -> None:  # fmt: skip
     m = [[_load(at, _vector(at, source, (step, r * 4 + q))) for q in range(4)] for r in range(4)]
     offset = _load(at, _vector(at, bias))
 
@@ -122,12 +130,17 @@ def _out(at: Any, source: Any, step: Any, bias: Any, other: Any, other_line: Any
         return at.fadd(at.fadd(x[0], x[1]), x[2]), at.fsub(at.fsub(x[1], x[2]), x[3])
 
     columns = [mixed([m[r][q] for r in range(4)]) for q in range(4)]
+    strange = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [0] * LANES)
     for r in range(2):
         for q, x in enumerate(mixed([columns[q][r] for q in range(4)])):
             x = at.fadd(at.fadd(x, offset), _load(at, _vector(at, other, (other_line, r), (other_pixel, q)), first))
+            nought = at.fsub(x, x)  # NaN of NaN and of infinities
+            strange = at.or_(strange, at.fcmp_unordered("uno", nought, nought))
             x = at.select(at.fcmp_ordered("<", x, low), low, x)  # NaN stays
             x = at.select(at.fcmp_ordered(">", x, high), high, x)
             _store(at, x, _vector(at, to, (line, r), (pixel, q)), first)
+    with at.if_then(at.icmp_unsigned("!=", at.bitcast(strange, ir.IntType(LANES)), ir.IntType(LANES)(0)), likely=False):
+        at.store(INT64.llvm(1), at.inttoptr(mark, INT64.llvm.as_pointer()))
 
 
 @intrinsic(VOID, *[INT64] * 5)
@@ -142,16 +155,16 @@ def transform_last_in(at, source, line, pixel, to, step, count):
     _in(at, source, line, pixel, to, step, _first(at, count))
 
 
-@intrinsic(VOID, *[INT64] * 9, F, F)
-def transform_out(at, source, step, bias, other, other_line, other_pixel, to, line, pixel, low, high):
-    """``A^T m A`` plus bias and residual, within bounds: 16 places ``step`` bytes apart to 2x2 pixels."""
-    _out(at, source, step, bias, other, other_line, other_pixel, to, line, pixel, low, high)
+@intrinsic(VOID, *[INT64] * 10, F, F)
+def transform_out(at, source, step, bias, other, other_line, other_pixel, to, line, pixel, mark, low, high):
+    """``A^T m A`` plus bias and residual, within bounds: 16 places ``step`` bytes apart to 2x2 pixels; 1 to ``mark`` where one is not finite."""
+    _out(at, source, step, bias, other, other_line, other_pixel, to, line, pixel, mark, low, high)
 
 
-@intrinsic(VOID, *[INT64] * 9, F, F, INT64)
-def transform_last_out(at, source, step, bias, other, other_line, other_pixel, to, line, pixel, low, high, count):
+@intrinsic(VOID, *[INT64] * 10, F, F, INT64)
+def transform_last_out(at, source, step, bias, other, other_line, other_pixel, to, line, pixel, mark, low, high, count):
     """The same of fewer than 16 channels."""
-    _out(at, source, step, bias, other, other_line, other_pixel, to, line, pixel, low, high, _first(at, count))
+    _out(at, source, step, bias, other, other_line, other_pixel, to, line, pixel, mark, low, high, _first(at, count))
 
 
 # -- the convolution -------------------------------------------------------------------------------------------------
@@ -236,8 +249,10 @@ def _winograd(params):  # compiled, with ``activate`` put in by ``specialized``
         width = min(_WIDE, blocks * 16 - at)
         n, bias, weight, size = min(width, columns - at), p[13] + at * 4, p[12] + at * room * 64, room * width * 4
         for k in range(16):
-            products(inputs + k * in_step, room * 4, count, weight + k * size, width * 4, width // 16, room, sums + k * out_step, width * 4,
-                     weight + (k + 1) * size)  # fmt: skip
+            for c in range(0, room, _CHUNK):  # one running sum over many channels would lose digits
+                of = weight + k * size + c * width * 4
+                products(inputs + k * in_step + c * 4, room * 4, count, of, width * 4, width // 16, min(_CHUNK, room - c), sums + k * out_step,
+                         width * 4, of + size, c)  # fmt: skip
         tx, ty, picture = start % across, start // across % down, start // (across * down)
         for k in range(count):
             m, offset = sums + k * width * 4, ((picture * high + ty * 2) * wide + tx * 2) * pixel + at * 4
@@ -255,10 +270,10 @@ def _winograd(params):  # compiled, with ``activate`` put in by ``specialized``
             if whole and code < 0:
                 to, to_line, to_pixel = out, line, pixel
             for c in range(0, n // 16 * 64, 64):
-                transform_out(m + c, out_step, bias + c, other + c, other_line, other_pixel, to + c, to_line, to_pixel, low, top)
+                transform_out(m + c, out_step, bias + c, other + c, other_line, other_pixel, to + c, to_line, to_pixel, p[24], low, top)
             if n < width:
                 c = n // 16 * 64
-                transform_last_out(m + c, out_step, bias + c, other + c, other_line, other_pixel, to + c, to_line, to_pixel, low, top, n % 16)
+                transform_last_out(m + c, out_step, bias + c, other + c, other_line, other_pixel, to + c, to_line, to_pixel, p[24], low, top, n % 16)
             if to == m:
                 for i in range(4):
                     if i // 2 < below and i % 2 < right:
@@ -269,7 +284,7 @@ def _winograd(params):  # compiled, with ``activate`` put in by ``specialized``
             tx, ty, picture = following(tx, ty, picture, across, down)
 
 
-_SLOTS = "q" * 18 + "dddd"
+_SLOTS = "q" * 18 + "ddddq"
 _SIMPLE = Native(specialized(_winograd, "conv2d_winograd_simple", activate=simple), _SLOTS)
 _SMOOTH = Native(specialized(_winograd, "conv2d_winograd_smooth", activate=smooth), _SLOTS)
 _local = threading.local()
@@ -288,6 +303,7 @@ class Convolution:
 
     def __init__(self, packed: Packed, padding: Sequence[int], activation: str, scalars: Sequence[float]):
         self.packed, self.padding = packed, tuple(padding)
+        self.activation, self.scalars = activation, tuple(scalars)
         self.native = _SMOOTH if activation in SMOOTH else _SIMPLE
         a, b = scalars_of(activation, scalars)
         bounds = (a, b) if activation == "hardtanh" else _BOUNDS.get(activation)
@@ -312,9 +328,16 @@ class Convolution:
             bands = -(-bands // threads) * threads
         most, room = -(-tiles // bands), -(-c // LANES) * LANES
         size = 16 * (most * (room + BLOCKS * LANES) * 4 + 128) + BLOCKS * LANES * 4 + 16 * room * 4
+        mark = ctypes.c_int64(0)
         self.native(threads, x.data_ptr(), n, h, w, c, above, left, high, wide, packed.out, packed.weight.data_ptr(),
-                    packed.bias.data_ptr(), residual, out.data_ptr(), _scratch(threads * size), size, most, *self.tail)  # fmt: skip
-        return out
+                    packed.bias.data_ptr(), residual, out.data_ptr(), _scratch(threads * size), size, most, *self.tail, ctypes.addressof(mark))  # fmt: skip
+        return self.directly(x, other) if mark.value else out
+
+
+    def directly(self, x: Tensor, other: Tensor | None) -> Tensor:
+        """The sum over windows itself: what is not finite spreads no further than it must."""
+        y = torch.nn.functional.conv2d(x, self.packed.plain, self.packed.offset, padding=self.padding)
+        return activated(y if other is None else y + other, self.activation, self.scalars)
 
 
 def run(

@@ -20,9 +20,9 @@ from graphwright.kernels.vector import LANES, F, spread_of
 HIGH, WIDE = (6, 5, 4, 1), (4, 2, 1)
 
 
-@intrinsic(VOID, *[INT64] * 10)
-def _tile(at, high, wide, a, a_step, b, b_step, depth, c, c_step, ahead):
-    """``c[:high, :16 * wide] = a @ b`` for a height of ``HIGH`` and a width of ``WIDE``; see ``products``."""
+@intrinsic(VOID, *[INT64] * 11)
+def _tile(at, high, wide, a, a_step, b, b_step, depth, c, c_step, ahead, more):
+    """``c[:high, :16 * wide] = a @ b``, or that added where ``more`` is not 0, for a height of ``HIGH`` and a width of ``WIDE``; see ``products``."""
     which = at.add(at.mul(high, INT64.llvm(8)), wide)
     other, done = at.append_basic_block("other"), at.append_basic_block("done")
     cases = at.switch(which, other)
@@ -33,12 +33,13 @@ def _tile(at, high, wide, a, a_step, b, b_step, depth, c, c_step, ahead):
             case = at.append_basic_block(f"tile.{rows}x{blocks}")
             cases.add_case(INT64.llvm(rows * 8 + blocks), case)
             at.position_at_end(case)
-            _emit(at, rows, blocks, a, a_step, b, b_step, depth, c, c_step, ahead)
+            _emit(at, rows, blocks, a, a_step, b, b_step, depth, c, c_step, ahead, more)
             at.branch(done)
     at.position_at_end(done)
 
 
-def _emit(at: Any, rows: int, blocks: int, a: Any, a_step: Any, b: Any, b_step: Any, depth: Any, c: Any, c_step: Any, ahead: Any) -> None:
+def _emit(at: Any, rows: int, blocks: int, a: Any, a_step: Any, b: Any, b_step: Any, depth: Any, c: Any, c_step: Any, ahead: Any,
+          more: Any) -> None:  # fmt: skip
     """The loop of one tile, down the rows of ``b``."""
     long, word, vector = INT64.llvm, INT32.llvm, F.llvm
     left = [at.add(a, at.mul(a_step, long(r))) for r in range(rows)]
@@ -55,18 +56,20 @@ def _emit(at: Any, rows: int, blocks: int, a: Any, a_step: Any, b: Any, b_step: 
         known(at, "llvm.prefetch.p0", VOID.llvm, place(at.add(ahead, at.mul(step, long(64))), INT8.llvm), word(0), word(2), word(1))
         return [at.add(line, b_step), *after]
 
-    _, *sums = loop(at, depth, [b, *[ir.Constant(vector, [0.0] * LANES)] * (rows * blocks)], turn)
+    nothing, added = ir.Constant(vector, [0.0] * LANES), at.icmp_signed("!=", more, long(0))
+    _, *sums = loop(at, depth, [b, *[nothing] * (rows * blocks)], turn)
     for k, value in enumerate(sums):
         to = at.add(at.add(c, at.mul(c_step, long(k // blocks))), long(k % blocks * LANES * 4))
-        at.store(value, place(to, vector), align=4)
+        before = at.select(added, at.load(place(to, vector), align=4), nothing)
+        at.store(at.fadd(value, before), place(to, vector), align=4)
 
 
 _FOUR, _TWO, _ONE, _ZERO = (np.int64(n) for n in (4, 2, 1, 0))
 
 
 @device
-def products(a, a_step, rows, b, b_step, blocks, depth, c, c_step, ahead):
-    """``c = a @ b``: addresses; ``rows`` of a, ``blocks`` of 16 adjacent columns, ``depth`` rows of b (at least one); steps from
+def products(a, a_step, rows, b, b_step, blocks, depth, c, c_step, ahead, more):
+    """``c = a @ b``, or ``c += a @ b`` where ``more`` is not 0: addresses; ``rows`` of a, ``blocks`` of 16 adjacent columns, ``depth`` rows of b (at least one); steps from
     row to row in bytes. Blocks lie outside, so that a strip of ``b`` stays near while the rows of ``a`` pass by.
 
     ``ahead`` is what will be wanted next: each tile brings another ``64 * depth`` bytes of it into the L2 cache.
@@ -83,7 +86,7 @@ def products(a, a_step, rows, b, b_step, blocks, depth, c, c_step, ahead):
             taller -= 1
             if tall < 4:
                 tall = _ONE
-            _tile(tall, wide, a + row * a_step, a_step, b + block * 64, b_step, depth, c + row * c_step + block * 64, c_step, ahead)
+            _tile(tall, wide, a + row * a_step, a_step, b + block * 64, b_step, depth, c + row * c_step + block * 64, c_step, ahead, more)
             ahead += depth * 64
             row += tall
         block += wide

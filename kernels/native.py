@@ -24,6 +24,8 @@ import torch
 from graphwright.errors import InternalError
 from graphwright.kernels import disk, llvm, translate
 
+#: Held while a kernel is compiled or read: one at a time.
+COMPILING = threading.Lock()
 #: Elements below which a further thread does not pay for its start.
 GRAIN = 16384
 
@@ -99,7 +101,6 @@ class Native:
         self._pack = struct.Struct("qq" + slots).pack
         self._alone: _Launch | None = None
         self._address = 0
-        self._lock = threading.Lock()
         self._handle: Any = None
 
     def __call__(self, threads: int, *params: float) -> None:
@@ -122,16 +123,13 @@ class Native:
         Raises:
             InternalError: kernels can't be compiled here (``unavailable()`` says why), or this one is outside the language.
         """
-        with self._lock:
+        with COMPILING:
             if self._alone is not None:
                 return
             if (reason := unavailable()) is not None:
                 raise InternalError(reason, where=f"kernel {self.name}")
             self._handle, self._address = _compile(self._body)
             self._alone = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(self._address)
-
-
-_compile_lock = threading.Lock()
 
 
 def _file(body: Callable[[int], None]) -> Path | None:
@@ -143,14 +141,13 @@ def _file(body: Callable[[int], None]) -> Path | None:
 def _compile(body: Callable[[int], None]) -> tuple[Any, int]:
     """The owner of a kernel's code and the address of it, from the disk or compiled now."""
     name = body.__name__.strip("_")
-    with _compile_lock:
-        path = _file(body)
-        found = None if path is None else disk.read(path, name)
-        if found is None:
-            code = llvm.compiled(translate.translate(body, name))
-            found = llvm.linked(code, name)
-            if path is not None:
-                disk.write(path, code)
+    path = _file(body)
+    found = None if path is None else disk.read(path, name)
+    if found is None:
+        code = llvm.compiled(translate.translate(body, name))
+        found = llvm.linked(code, name)
+        if path is not None:
+            disk.write(path, code)
     return found
 
 

@@ -116,3 +116,18 @@ def test_the_thread_fills_the_cache_and_ends_with_the_program(tmp_path: Path) ->
     assert done.returncode == 0 and done.stdout.strip() == "end", done.stderr
     left = [f.name for f in tmp_path.rglob("*.kernel")]
     assert len(left) <= 2, left  # the one that it was at, not all of them
+
+
+def test_a_process_that_forks_while_kernels_are_compiled_can_compile_in_its_child(tmp_path: Path) -> None:
+    code = (
+        "import os, torch\n"
+        "torch.set_num_threads(1)\n"
+        "from graphwright.kernels import ahead, softmax\n"
+        "ahead.start(['LayerNorm', 'MaxPool2d', 'Attention'], False)\n"
+        "child = os.fork()\n"
+        "print(softmax.run(torch.zeros(2, 4), None, 1.0, False).sum().item(), flush=True)\n"
+        "os._exit(0) if child == 0 else os.waitpid(child, 0)"
+    )
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split() == ["2.0", "2.0"], done.stderr

@@ -17,6 +17,7 @@ from graphwright.kernels import conv2d_winograd, fma
 from graphwright.kernels.native import Native, unavailable
 from graphwright.kernels.tile import i64
 from graphwright.numerics import Exact
+from graphwright.ops.fused import activate
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
 LAST = torch.channels_last
@@ -24,10 +25,10 @@ LAST = torch.channels_last
 
 def _whole_product(params):  # compiled
     p = i64(params)
-    fma.products(p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[5])
+    fma.products(p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9], p[10], p[5], p[11])
 
 
-_PRODUCT = Native(_whole_product, "q" * 9)
+_PRODUCT = Native(_whole_product, "q" * 10)
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, padding: tuple[int, int] = (1, 1), other: Tensor | None = None,
@@ -49,7 +50,12 @@ def test_products_over_all_remainders(rows: int, depth: int, columns: int) -> No
     wide = torch.randn(rows, depth + 3, generator=g)  # rows with something between them
     a, b = wide[:, :depth], torch.randn(depth, columns, generator=g)
     c = torch.full((rows + 1, columns + 16), 7.0)
-    _PRODUCT(1, a.data_ptr(), a.stride(0) * 4, rows, b.data_ptr(), columns * 4, columns // 16, depth, c.data_ptr(), c.stride(0) * 4)
+    where = a.data_ptr(), a.stride(0) * 4, rows, b.data_ptr(), columns * 4, columns // 16, depth, c.data_ptr(), c.stride(0) * 4
+    _PRODUCT(1, *where, 0)
+    once = c.clone()
+    _PRODUCT(1, *where, 1)
+    assert torch.equal(c[:rows, :columns], 2 * once[:rows, :columns])
+    c = once
     assert Exact().failure(a.double() @ b.double(), a @ b, c[:rows, :columns].contiguous()) is None
     assert (c[rows] == 7).all() and (c[:, columns:] == 7).all()
 
@@ -114,17 +120,15 @@ def test_one_packed_convolution_serves_every_size_and_layout() -> None:
             assert torch.equal(laid_out, kept)
 
 
-def test_numbers_that_are_not_finite_stay_in_their_tiles() -> None:
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf, 3e38, -3e38])
+@pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+def test_numbers_that_are_not_finite_go_where_they_always_go(strange: float, activation: str) -> None:
     g = torch.Generator().manual_seed(2)
-    x, weight = torch.randn(2, 16, 12, 12, generator=g), torch.randn(16, 16, 3, 3, generator=g)
-    clean = _conv(x, weight, activation="relu")
-    x[1, 3, 5, 6] = torch.nan
-    bad = _conv(x, weight, activation="relu")
-    assert torch.equal(bad[0], clean[0])
-    hit = bad[1].isnan()
-    assert hit[:, 4:7, 5:8].all()  # the windows that see it
-    assert not hit[:, :4].any() and not hit[:, 8:].any() and not hit[:, :, :4].any() and not hit[:, :, 8:].any()
-    assert torch.equal(bad[1][~hit], clean[1][~hit])
+    x, weight, other = torch.randn(2, 16, 11, 12, generator=g), torch.randn(20, 16, 3, 3, generator=g), torch.randn(2, 20, 11, 12, generator=g)
+    bias = torch.randn(20, generator=g)
+    x[1, 3, 5, 6], x[0, 2, 0, 11] = strange, strange
+    wanted = activate(F.conv2d(x, weight, bias, padding=1) + other, activation)
+    torch.testing.assert_close(_conv(x, weight, bias, other=other, activation=activation), wanted, equal_nan=True)
 
 
 def _fenced(x: Tensor, behind: bool) -> Tensor:
