@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,8 +110,13 @@ def weights_fingerprint(model: nn.Module, *, ignore: Sequence[str] = ()) -> tupl
     held = tuple((name, t.data_ptr() if t.layout is torch.strided else id(t),
                   0 if t.is_inference() else t._version, t.dtype, t.device)
                  for name, t in tensors if name not in skipped)  # fmt: skip
-    modes = tuple((len(m._forward_hooks), len(m._forward_pre_hooks), _settings(m)) for m in model.modules())
+    modes = tuple((_hooks(m._forward_hooks), _hooks(m._forward_pre_hooks), _settings(m)) for m in model.modules())
     return held, modes
+
+
+def _hooks(held: Mapping[int, Any]) -> int:
+    """How many there are, but for those that transformers' models put into themselves on their first call."""
+    return sum(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in held.values())
 
 
 def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:

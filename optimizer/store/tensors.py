@@ -7,8 +7,7 @@ can read it; any other (tied weights, slices, channels_last, dtypes that safeten
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,10 +164,23 @@ def free_name(name: str, taken: Mapping[str, Any]) -> str:
     return candidate
 
 
+def _each(function: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """The function of every item, by four threads; by this one where the interpreter is about to end and starts no more."""
+    items = list(items)
+    try:
+        from concurrent.futures import ThreadPoolExecutor
+
+        pool = ThreadPoolExecutor(4)
+        waiting = [pool.submit(function, item) for item in items]
+    except RuntimeError:
+        return [function(item) for item in items]
+    with pool:
+        return [w.result() for w in waiting]
+
+
 def index(runs: Mapping[str, Tensor]) -> dict[str, Any]:
     """JSON of the runs: dtype, shape and checksum of each."""
-    with ThreadPoolExecutor(4) as pool:
-        sums = list(pool.map(digest, runs.values()))
+    sums = _each(digest, runs.values())
     return {
         n: {"dtype": _NATIVE[t.dtype], "shape": list(t.shape), "sha256": s}
         for (n, t), s in zip(runs.items(), sums, strict=True)
@@ -225,8 +237,7 @@ def read_runs(file: Any, sums: Mapping[str, str]) -> dict[str, Tensor]:
             )
         return tensor
 
-    with ThreadPoolExecutor(4) as pool:
-        return dict(zip(sums, pool.map(one, sums), strict=True))
+    return dict(zip(sums, _each(one, sums), strict=True))
 
 
 @dataclass(frozen=True)

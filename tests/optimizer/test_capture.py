@@ -390,6 +390,20 @@ def test_fingerprint_sees_edits():
     assert len({before, edited, replaced, weights_fingerprint(model)}) == 4
 
 
+def test_hooks_that_a_library_puts_into_its_own_models_are_no_edit():
+    model, seen = Mixed().eval(), []
+    before = weights_fingerprint(model)
+
+    def hook(module, args, output):
+        seen.append(module)
+
+    hook.__module__ = "transformers.utils.output_capturing"
+    model.head.register_forward_hook(hook)
+    assert weights_fingerprint(model) == before
+    hook.__module__ = "users.own"
+    assert weights_fingerprint(model) != before
+
+
 def test_key_tells_calls_apart():
     def of(*args, **kwargs):
         return key(*flatten_call(args, kwargs))

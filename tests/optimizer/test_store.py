@@ -137,6 +137,17 @@ DTYPES = [
 ]
 
 
+def test_a_thread_that_outlives_the_program_loads(tmp_path: Path) -> None:
+    store.save(tmp_path / "a.gw", Archive([Variant(quantized_program())]))
+    code = (
+        "import threading, time; from graphwright import store\n"
+        f"def late(): time.sleep(1.0); print(len(store.load({str(tmp_path / 'a.gw')!r}).variants))\n"
+        "threading.Thread(target=late).start()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout.strip() == "1", done.stderr
+
+
 def test_every_dtype_and_shape(tmp_path: Path) -> None:
     tensors = {}
     for dtype in DTYPES:
