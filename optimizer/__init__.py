@@ -28,6 +28,7 @@ from graphwright.errors import (
 if TYPE_CHECKING:
     from graphwright.api import load, optimize
     from graphwright.calibrate import Calibration
+    from graphwright.explaining import explain
     from graphwright.ir import Program
     from graphwright.manager import Pass, PassResult, Pipeline
     from graphwright.numerics import Exact, Lossy
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from graphwright.optimized import Optimized
     from graphwright.passes.pipeline import bisect, default_recipe, register_pass
     from graphwright.passes.quantize import Quantize
-    from graphwright.report import Report
+    from graphwright.report import Explanation, Report
     from graphwright.rewrite import RewritePass
     from graphwright.search import Goal
     from graphwright.structure import Output
@@ -46,14 +47,14 @@ _HOMES = {
     "load": "api", "optimize": "api", "Calibration": "calibrate", "Program": "ir", "Pass": "manager", "PassResult": "manager",
     "Pipeline": "manager", "Exact": "numerics", "Lossy": "numerics", "op": "ops", "Optimized": "optimized",
     "bisect": "passes.pipeline", "default_recipe": "passes.pipeline", "register_pass": "passes.pipeline",
-    "Quantize": "passes.quantize", "Report": "report", "RewritePass": "rewrite", "Goal": "search", "Output": "structure",
+    "Quantize": "passes.quantize", "explain": "explaining", "Explanation": "report", "Report": "report", "RewritePass": "rewrite", "Goal": "search", "Output": "structure",
 }  # fmt: skip
 
 __all__ = [
-    "Calibration", "CalibrationError", "CaptureError", "CoverageError", "Exact", "Goal", "GraphwrightError", "InputError",
+    "Calibration", "CalibrationError", "CaptureError", "CoverageError", "Exact", "Explanation", "Goal", "GraphwrightError", "InputError",
     "InternalError", "LoadError", "Lossy", "Optimized", "Output", "Pass", "PassError", "PassResult", "Pipeline", "Program",
     "Quantize", "RecipeError", "Report", "RewritePass", "SaveError", "SiteError", "UnsupportedError", "__version__", "bisect",
-    "default_recipe", "load", "op", "optimize", "register_pass",
+    "default_recipe", "explain", "load", "op", "optimize", "register_pass",
 ]  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def optimize(
     fast = Optimized(job.again, model, _attributes(model))
     job.result = fast
     if example_inputs is not None:
-        args, kwargs = _call(example_inputs)
+        args, kwargs = arguments(example_inputs)
         with WORKING:
             fast._add(job.first(model, args, kwargs), model)
     return fast
@@ -184,28 +184,15 @@ class Job:
 
     def _in_pieces(self, found: Capture, spec: Spec, leaves: list[Tensor]) -> Variant:
         """What was captured of a model that could not be captured whole: each piece is optimized by itself."""
+        feed_pieces(found, spec, leaves, self.calibration)
         assert found.run is not None
-        seen: dict[int, list[tuple[Tensor, ...]]] = {}
-        slots = [v for piece in found.pieces for v in piece.variants]
-        for slot in slots:
-            slot.run = _recorder(slot.program, seen.setdefault(id(slot), []))
-        batches = [leaves, *(calls(self.calibration, spec, leaves) if self.calibration is not None else ())]
-        with torch.no_grad(), untouched(found.run):
-            for batch in batches:
-                args, kwargs = spec.unflatten(clone_sharing(batch))
-                found.run(*args, **kwargs)
-        for slot in slots:
-            slot.run = slot.program
-            if seen[id(slot)]:
-                slot.program.example, *rest = seen[id(slot)]
-                slot.program.calibration = tuple(rest)
         variant = Variant(spec, found, None, None, pieces=found.run)
         self._build_parts(variant, self.passes)
         return variant
 
     def _build_parts(self, variant: Variant, passes: Sequence[Pass]) -> None:
         """Optimize every piece that the example reaches; a pattern need match in one of them only."""
-        programs = [s.program for s in _reached(variant)]
+        programs = [s.program for s in reached(variant.capture)]
         check_patterns(passes, *programs)
         _install(variant, [self._build(p, narrowed(passes, p)) for p in programs])
 
@@ -266,9 +253,28 @@ class Job:
         return score(self.evaluate, trial)
 
 
-def _reached(variant: Variant) -> list[Any]:
+def feed_pieces(found: Capture, spec: Spec, leaves: list[Tensor], calibration: Any) -> None:
+    """Give every captured piece that the example reaches the inputs it gets there as its own, and those of the calibration data."""
+    assert found.run is not None
+    seen: dict[int, list[tuple[Tensor, ...]]] = {}
+    slots = [v for piece in found.pieces for v in piece.variants]
+    for slot in slots:
+        slot.run = _recorder(slot.program, seen.setdefault(id(slot), []))
+    batches = [leaves, *(calls(calibration, spec, leaves) if calibration is not None else ())]
+    with torch.no_grad(), untouched(found.run):
+        for batch in batches:
+            args, kwargs = spec.unflatten(clone_sharing(batch))
+            found.run(*args, **kwargs)
+    for slot in slots:
+        slot.run = slot.program
+        if seen[id(slot)]:
+            slot.program.example, *rest = seen[id(slot)]
+            slot.program.calibration = tuple(rest)
+
+
+def reached(found: Capture) -> list[Any]:
     """Of a model in pieces: the captured pieces that the example reaches."""
-    return [s for piece in variant.capture.pieces for s in piece.variants if s.program.example is not None]
+    return [s for piece in found.pieces for s in piece.variants if s.program.example is not None]
 
 
 def _install(variant: Variant, builds: Sequence[Built]) -> None:
@@ -277,7 +283,7 @@ def _install(variant: Variant, builds: Sequence[Built]) -> None:
         (variant.built,) = builds
         return
     variant.parts = list(builds)
-    for slot, part in zip(_reached(variant), builds, strict=True):
+    for slot, part in zip(reached(variant.capture), builds, strict=True):
         slot.run = part.lowered.runner
 
 
@@ -307,7 +313,7 @@ def score(evaluate: Callable[[Any], float] | None, model: Any) -> float:
     return value
 
 
-def _call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of an example."""
     if isinstance(example, Mapping):
         if not all(isinstance(k, str) for k in example):

@@ -53,6 +53,21 @@ Inputs = Annotated[
         show_default=False,
     ),
 ]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE.py:FACTORY",
+        help="A function that returns a model, or (model, example_inputs); or a model. package.module:name works too.",
+        show_default=False,
+    ),
+]
+Recipe = Annotated[str, typer.Option(metavar="NAME", help="A recipe or pass; `graphwright passes` lists them.")]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE.py:LOADER", help="An iterable of inputs, or a function that returns one.", show_default=False
+    ),
+]
 Against = Annotated[
     str | None,
     typer.Option(metavar="FILE.py:FACTORY", help="The original model, to compare with.", show_default=False),
@@ -101,24 +116,10 @@ def demo(
     epilog="Example: graphwright optimize net.py:build --inputs 1x3x224x224 --recipe int8 --calibrate net.py:images --out net.gw"
 )
 def optimize(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="FILE.py:FACTORY",
-            help="A function that returns a model, or (model, example_inputs); or a model. package.module:name works too.",
-            show_default=False,
-        ),
-    ],
+    model: Model,
     inputs: Inputs = None,
-    recipe: Annotated[
-        str, typer.Option(metavar="NAME", help="A recipe or pass; `graphwright passes` lists them.")
-    ] = "default",
-    calibrate: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE.py:LOADER", help="An iterable of inputs, or a function that returns one.", show_default=False
-        ),
-    ] = None,
+    recipe: Recipe = "default",
+    calibrate: Calibrate = None,
     evaluate: Annotated[
         str | None,
         typer.Option(
@@ -149,17 +150,10 @@ def optimize(
     """Optimize a model that a Python file defines."""
     import graphwright as gw
     from graphwright.console import Progress, out_console
-    from graphwright.userfile import batches_of, inputs_of, model_of, score_of
+    from graphwright.userfile import batches_of, score_of
 
     _check_folders(out, html, json)
-    built, given = model_of(model)
-    example = inputs_of(inputs, seed) if inputs else given
-    if example is None:
-        raise InputError(
-            "no example inputs",
-            where="--inputs",
-            hint=f"Pass --inputs 1x3x224x224, or let {model} return (model, inputs).",
-        )
+    built, example = _model_and_inputs(model, inputs, seed)
     wishes = {"max_drop": max_drop, "speedup": speedup, "latency_ms": latency_ms, "size_mb": size_mb,
               "memory_mb": memory_mb, "time_budget": time_budget}  # fmt: skip
     wishes = {name: value for name, value in wishes.items() if value is not None}
@@ -187,6 +181,59 @@ def optimize(
     if json:
         _write(json, fast.report.to_json())
         typer.echo(f"report: {json}")
+
+
+@app.command(epilog="Example: graphwright explain net.py:build --inputs 1x3x224x224 --recipe int8 --site 'layer1.*'")
+def explain(
+    model: Model,
+    inputs: Inputs = None,
+    recipe: Recipe = "default",
+    calibrate: Calibrate = None,
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="Let batch and sequence length vary (dynamic='auto').")
+    ] = False,
+    site: Annotated[
+        str | None, typer.Option(metavar="PATTERN", help="The story of these sites only.", show_default=False)
+    ] = None,
+    full: Annotated[bool, typer.Option("--full", help="Every site and every reason.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write it as JSON.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of inputs drawn at random.")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Say what would be done to a model and why not more, without optimizing or timing it.
+
+    What is captured, where each pass fires or declines, which ops have kernels to choose from.
+    """
+    import graphwright as gw
+    from graphwright.console import Progress, out_console
+    from graphwright.userfile import batches_of
+
+    _check_folders(json)
+    built, example = _model_and_inputs(model, inputs, seed)
+    with Progress(quiet=quiet) as say:
+        say("capturing the model and running the passes")
+        told = gw.explain(built, example, recipe, dynamic="auto" if dynamic else None, site=site,
+                          calibration=batches_of(calibrate) if calibrate else None)  # fmt: skip
+    console = out_console()
+    console.print(told.text(full=True, width=console.width) if full else told, markup=False, highlight=False)
+    if json:
+        _write(json, told.to_json())
+        typer.echo(f"written: {json}")
+
+
+def _model_and_inputs(model: str, inputs: list[str] | None, seed: int) -> tuple[Any, Any]:
+    """The model that the command line names, and inputs for it: those asked for, or the factory's own."""
+    from graphwright.userfile import inputs_of, model_of
+
+    built, given = model_of(model)
+    example = inputs_of(inputs, seed) if inputs else given
+    if example is None:
+        raise InputError(
+            "no example inputs",
+            where="--inputs",
+            hint=f"Pass --inputs 1x3x224x224, or let {model} return (model, inputs).",
+        )
+    return built, example
 
 
 def _check_folders(*paths: Path | None) -> None:

@@ -205,7 +205,7 @@ def _fill_parts(report: Report, parts: Sequence[Built]) -> None:
     records: dict[str, PassRecord] = {}
     for part in parts:
         for r in part.records:
-            records[r.name] = r if r.name not in records else _merged(records[r.name], r)
+            records[r.name] = r if r.name not in records else merged(records[r.name], r)
             if r.undone:
                 report.warnings.append(f"pass {r.name} was {r.undone}")
         with part.captured.preserved(part.captured.example or ()):
@@ -216,7 +216,7 @@ def _fill_parts(report: Report, parts: Sequence[Built]) -> None:
     report.sites = [replace(row, share=None if row.ms is None else row.ms / total) for row in report.sites]
 
 
-def _merged(a: PassRecord, b: PassRecord) -> PassRecord:
+def merged(a: PassRecord, b: PassRecord) -> PassRecord:
     """What one pass did to two pieces."""
     result = PassResult(a.result.changes + b.result.changes, a.result.refusals + b.result.refusals,
                         a.result.notes + b.result.notes, a.result.touched or b.result.touched)  # fmt: skip

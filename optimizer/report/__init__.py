@@ -6,7 +6,8 @@ explain(report, "encoder.layer.0.*")
 """
 
 from graphwright.report.explain import explain
+from graphwright.report.explanation import Explanation
 from graphwright.report.model import Accuracy, Option, Region, Report, SiteRow
 from graphwright.report.picture import Picture
 
-__all__ = ["Accuracy", "Option", "Picture", "Region", "Report", "SiteRow", "explain"]
+__all__ = ["Accuracy", "Explanation", "Option", "Picture", "Region", "Report", "SiteRow", "explain"]

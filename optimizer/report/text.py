@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
@@ -30,6 +30,15 @@ _COLOURS = {"int8": "green", "bf16": "cyan", "f32": "default", "left as it was":
 
 def as_text(report: Report, *, full: bool, width: int | None) -> str:
     """See ``Report.text``."""
+    return plain_text(lambda columns: blocks(report, full=full, width=columns), width)
+
+
+def plain_text(make: Callable[[int], Iterable[Any]], width: int | None) -> str:
+    """What rich would print of ``make(columns)``, as plain lines.
+
+    Args:
+        width: columns; those of the terminal by default.
+    """
     if width is None:
         width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 160))
     out = io.StringIO()
@@ -42,7 +51,7 @@ def as_text(report: Report, *, full: bool, width: int | None) -> str:
         emoji=False,
         legacy_windows=False,
     )
-    for block in blocks(report, full=full, width=width):
+    for block in make(width):
         console.print(block)
     return "\n".join(line.rstrip() for line in out.getvalue().rstrip().splitlines())
 
