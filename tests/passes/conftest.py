@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -74,3 +76,13 @@ def body() -> Callable[[Program], str]:
         return "\n".join(x for x in lines if " = tensor " not in x and not x.endswith(" = input"))
 
     return text
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Callable[..., tuple[nn.Module, Tensor]]:
+    """``random_model(rng) -> (model, input)``, see programs.py: tests are not importable, so it is read by its path."""
+    spec = importlib.util.spec_from_file_location("random_programs", Path(__file__).with_name("programs.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.random_model
