@@ -6,7 +6,6 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -297,7 +296,7 @@ KINDS: dict[str, Callable[[_Builder, Tensor], Made]] = {
     "layer norm": _layer_norm,
     "activation": _plain(F.relu, F.relu6, F.gelu, F.silu, F.hardswish, F.hardsigmoid, F.leaky_relu, F.elu, torch.tanh, torch.sigmoid,
                          lambda a: a.clamp(-1, 1), lambda a: F.gelu(a, approximate="tanh")),
-    "odd": _plain(lambda a: -a, lambda a: -(-a), lambda a: a.pow(2), lambda a: a.abs().sqrt(), lambda a: a * 1, lambda a: a + 0.0, lambda a: a.contiguous().clone(),
+    "odd": _plain(lambda a: -a, lambda a: a.neg().neg(), lambda a: a.pow(2), lambda a: a.abs().sqrt(), lambda a: a * 1, lambda a: a + 0.0, lambda a: a.contiguous().clone(),
                   lambda a: a.double().to(a.dtype), lambda a: a.unsqueeze(0).squeeze(0), lambda a: F.dropout(a, 0.5, False)),
     "number": _number,
     "constant": _constant,
