@@ -21,6 +21,7 @@ from graphwright.capture.weights import leaf_names
 from graphwright.errors import CalibrationError, CoverageError, InputError
 from graphwright.ir import Program
 from graphwright.manager import Pass, check_patterns, narrowed
+from graphwright.memory import release
 from graphwright.optimized import WORKING, Optimized, Variant
 from graphwright.passes.pipeline import precisions, resolve
 from graphwright.reporting import make_report
@@ -128,6 +129,7 @@ class Job:
                 self._with_regions(model, variant, start + self.goal.time_budget)
             assert self.result is not None
             self.result.__dict__["_report"] = make_report(self, model, variant, leaves, start)
+        release()
         return variant
 
     def again(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, again: bool) -> Variant:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from graphwright.errors import GraphwrightError, InternalError, PassError, RecipeError, SiteError, nearest
 from graphwright.ir import Program, site_of
+from graphwright.memory import release
 from graphwright.numerics import Exact, Lossy, run_double, run_pure
 
 
@@ -232,6 +233,7 @@ class Pipeline:
                 oracle.rebase(outputs)
         if mark != state.mark:
             state.kept, state.mark = program.copy(), mark
+            release()
         return PassRecord(p.name, str(p.numerics), result, time.perf_counter() - start, nodes, len(program.nodes),
                           size, program.size_bytes(), error, undone)  # fmt: skip
 

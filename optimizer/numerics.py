@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx
 
 from graphwright.ir import Program
 
@@ -79,28 +81,34 @@ def shape_failure(before: Tensor, after: Tensor) -> str | None:
     return None
 
 
-def double(program: Program) -> Program:
-    """The same program in float64: tensors, and every dtype argument that names a smaller float, are widened."""
-    twin = program.copy()
-    for module in twin.graph_module.modules():  # not Module.double(): it widens the Parameter objects, which are shared
-        for store in (module._parameters, module._buffers):
-            for name, tensor in list(store.items()):
-                if tensor is not None and tensor.is_floating_point():
-                    wide_tensor = tensor.detach().double()
-                    store[name] = nn.Parameter(wide_tensor) if store is module._parameters else wide_tensor
+def _widen_dtypes(program: Program) -> None:
+    """Every dtype argument that names a smaller float names float64 instead."""
     wide = {torch.float32, torch.float16, torch.bfloat16}
-    for node in twin.nodes:
+    for node in program.nodes:
         node.args = tuple(torch.float64 if isinstance(a, torch.dtype) and a in wide else a for a in node.args)
         node.kwargs = {k: torch.float64 if isinstance(v, torch.dtype) and v in wide else v for k, v in node.kwargs.items()}
-    twin.recompile()
-    return twin
 
 
 def run_double(program: Program, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Outputs of the program in float64 on inputs widened to float64; buffers of ``program`` stay as they are."""
-    wide = [x.double() if x.is_floating_point() else x for x in leaves]
-    with torch.no_grad():
-        return _outputs(double(program), wide)
+    """Outputs of the program in float64 on inputs widened to float64; buffers of ``program`` stay as they are.
+
+    Each tensor of the program is widened where it is read, so that one wide weight is held at a time, not all of them.
+    """
+    twin, wide = program.copy(), [x.double() if x.is_floating_point() else x for x in leaves]
+    _widen_dtypes(twin)
+    with torch.no_grad(), _seeded():
+        return tuple(_Wide(twin.graph_module).run(*wide))
+
+
+class _Wide(fx.Interpreter):
+    """Runs a graph with its tensors in float64; what no node reads any more goes."""
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def load(node: fx.Node) -> Any:
+            value = self.env[node]
+            return value.detach().double() if node.op == "get_attr" and value.is_floating_point() else value
+
+        return fx.node.map_arg((n.args, n.kwargs), load)
 
 
 def run_pure(program: Program, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -111,11 +119,16 @@ def run_pure(program: Program, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _outputs(program: Program, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    with _seeded():
+        return tuple(program.graph_module(*leaves))
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Random ops give the same numbers in every run that is compared."""
     mode = torch.random.get_rng_state()
     try:
-        torch.manual_seed(0)  # random ops give the same numbers in every run that is compared
-        return tuple(program.graph_module(*leaves))
+        torch.manual_seed(0)
+        yield
     finally:
         torch.random.set_rng_state(mode)
-
-

@@ -6,9 +6,6 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
 
 from graphwright.errors import InputError
 from graphwright.ir import Program, op_name, site_of
@@ -26,7 +23,7 @@ class Goal:
         max_drop: how much ``evaluate`` may lose, in its own unit (0.01: one point where accuracy is in [0, 1]).
         latency_ms, speedup: at most this long, at least this much faster than the original, on the example inputs.
         size_mb: tensors at most this large. When it is given, a result that is smaller is kept even if it is not faster.
-        memory_mb: peak memory of one run at most this.
+        memory_mb: peak memory of one run at most this: tensors beyond the resident weights, in MiB, as measured.
         time_budget: seconds for optimizing; a search gives its best so far when they are over. What is left of them after
             kernels were chosen goes into compiling chains of ops by Inductor, where a C++ compiler is at hand; without a
             budget nothing is compiled by it.
@@ -153,20 +150,3 @@ def within_budget(built: Built, passes: Sequence[Pass], attempt: Callable[[Seque
     candidate = attempt(exact)
     log.append(f"no lossy pass: score drops by {drop(candidate):.4g}")
     return candidate, log
-
-
-def peak_memory_mb(run: Callable[[], Any]) -> float | None:
-    """Largest amount of tensor memory that one run holds at a time beyond what was there before, in MiB, as the allocator saw it."""
-    from torch.profiler import ProfilerActivity, profile
-
-    try:
-        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            run()
-    except RuntimeError:  # another profiler is running in this process
-        return None
-    held = peak = 0
-    for event in seen.profiler.kineto_results.events():  # type: ignore[union-attr]
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak / 2**20

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: elements of a weight that are looked at together
+_AT_A_TIME = 1 << 16
+
 
 @dataclass(frozen=True)
 class Int8Weight:
@@ -23,6 +26,10 @@ class Int8Weight:
     def real(self) -> Tensor:
         """The weight that the integers stand for, float32."""
         return self.values.float() * _along(self.scales, self.values, self.axis)
+
+    def part(self, some: slice) -> Int8Weight:
+        """Some indices of axis 0."""
+        return Int8Weight(self.values[some], self.scales[some] if self.axis == 0 else self.scales, self.axis)
 
 
 def _along(scales: Tensor, like: Tensor, axis: int | None) -> Tensor:
@@ -46,7 +53,7 @@ def quantize_weight(weight: Tensor, axis: int | None) -> Int8Weight:
     scales = (wide.abs().amax(over) if over else wide.abs()) / 127
     # A channel of zeros has no scale of its own: 1 keeps it exact and finite.
     scales = torch.where(scales > torch.finfo(torch.float32).tiny, scales, torch.ones_like(scales))
-    values = torch.round(wide / _along(scales, wide, axis)).clamp_(-127, 127).to(torch.int8)
+    values = (wide / _along(scales, wide, axis)).round_().clamp_(-127, 127).to(torch.int8)
     return Int8Weight(values, scales, axis)
 
 
@@ -83,7 +90,11 @@ def mean_error(weight: Tensor, quantized: Int8Weight, mean: Tensor, groups: int)
     Args:
         weight: ``[o, i, *kernel]``; mean: of the input per channel, ``[groups * i]``.
     """
-    error = quantized.real() - weight.float()
-    error = error.flatten(2).sum(2).double() if weight.ndim > 2 else error.double()
-    per_group = mean.reshape(groups, -1).repeat_interleave(error.shape[0] // groups, 0)
-    return (error * per_group).sum(1)
+    per_group = mean.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, 0)
+    step, found = max(1, _AT_A_TIME // max(1, weight[:1].numel())), []
+    for k in range(0, weight.shape[0], step):  # float64 copies of whole weights would be several times what the model takes
+        some = slice(k, k + step)
+        error = quantized.part(some).real() - weight[some].float()
+        error = error.flatten(2).sum(2).double() if weight.ndim > 2 else error.double()
+        found.append((error * per_group[some]).sum(1))
+    return torch.cat(found) if found else per_group.sum(1)

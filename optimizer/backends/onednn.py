@@ -132,7 +132,8 @@ def _finish(m: Matrix, fused: bool) -> Callable[[Tensor], Tensor]:
     """The activation, where the kernel did not fuse it."""
     if fused or m.activation == "none":
         return lambda y: y
-    return lambda y: activate(y, m.activation, m.scalars)
+    name, scalars = m.activation, m.scalars  # not m itself: it holds the weight
+    return lambda y: activate(y, name, scalars)
 
 
 # -- float ------------------------------------------------------------------------------------------------------------
@@ -280,9 +281,9 @@ def _build_int8_linear(work: Work, m: Matrix, q: QParams, scale: float, zero: in
     scales, zeros = _channel_scales(m)
     x, other, bias, xs, xz = m.x, m.other, m.bias, q.scale, q.zero_point
     if other is not None:
-        call = torch.ops.onednn.qlinear_pointwise.binary
+        call, unary = torch.ops.onednn.qlinear_pointwise.binary, m.activation
         return lambda *r: call(r[x], xs, xz, packed, scales, zeros, r[other].contiguous(), bias, scale, zero, dtype, 1.0, 0,
-                               "add", 1.0, m.activation, [], "")  # fmt: skip
+                               "add", 1.0, unary, [], "")  # fmt: skip
     fused = m.activation in _QLINEAR_POST
     name, algorithm = _POST[m.activation] if fused else ("none", "")
     post_scalars: list[float | None] = list(m.scalars) if fused else []

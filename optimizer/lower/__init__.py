@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from graphwright import backends
 from graphwright.backends.base import NATIVE, Candidate, Format, Read, Work
+from graphwright.errors import InternalError
 from graphwright.ir import Program
 from graphwright.lower.conversions import possible
 from graphwright.lower.graph import Analysis, analyse
@@ -24,6 +25,7 @@ from graphwright.lower.runner import Runner, emit
 from graphwright.lower.select import NoAssignment, Problem, solve
 from graphwright.lower.stopwatch import Stopwatch
 from graphwright.measure import Timing, interleaved
+from graphwright.memory import release
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
     """
     allowed = frozenset(allowed) | {"f32"}
     analysis = analyse(program)
+    release()
     options = [list(backends.candidates(w, allowed)) for w in analysis.works]
     notes = [f"{name}: {why}" for name, why in backends.reasons().items()]
     if plan is not None:
@@ -109,6 +112,7 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
         shown.append(tuple(_option(c, t, len(several)) for c, t in zip(several, found, strict=True)))
     problem = _problem(analysis, kept, times, watch)
     watch.flush()
+    release()
     say("choosing kernels")
     assignments = _assignments(problem)
     example = tuple(example if example is not None else program.example or ())
@@ -132,8 +136,19 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
         variants = sorted(zip(built, timings, strict=True), key=lambda v: v[1].minimum)
         best = variants[0][0]
     picks, chosen, runner = built[best]
+    chosen = _settled(analysis, chosen)
     choices = [Choice(w, kept[k][c].name, kept[k][c].precision, shown[k]) for k, (w, c) in enumerate(zip(analysis.works, picks, strict=True))]
     return Lowered(runner, {c.work.node.name: c.name for c in choices}, choices, analysis, chosen, variants, notes)
+
+
+def _settled(analysis: Analysis, chosen: Sequence[tuple[Candidate, Callable[..., Any]]]) -> list[tuple[Candidate, Callable[..., Any]]]:
+    """The choice once everything is built: what only building needed, float copies of integer weights above all, is let go."""
+    analysis.let_go()
+    return [(replace(c, build=_built_already), call) for c, call in chosen]
+
+
+def _built_already() -> Callable[..., Any]:
+    raise InternalError("a candidate is built while its program is lowered, and not again")
 
 
 def _failing(runners: Mapping[str, Runner], example: Sequence[Tensor]) -> list[tuple[str, str]]:
@@ -229,4 +244,5 @@ def _from_plan(analysis: Analysis, options: list[list[Candidate]], plan: Mapping
                 notes.append(f"{work.site}: kernel {name} can't be built here ({error}); the op runs as it is")
                 chosen.append((native, native.build()))
     choices = [Choice(w, c.name, c.precision, ()) for w, (c, _) in zip(analysis.works, chosen, strict=True)]
+    chosen = _settled(analysis, chosen)
     return Lowered(emit(analysis, chosen), {c.work.node.name: c.name for c in choices}, choices, analysis, chosen, notes=notes)

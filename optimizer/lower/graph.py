@@ -6,7 +6,7 @@ import heapq
 import itertools
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,12 +33,28 @@ class Analysis:
         works: in program order.
         qparams: values that have a quantized form.
         outputs: what the program returns, in order: a read, or a constant value.
+        dequantized: constants that the program holds as integers, as floats, by node.
     """
 
     program: Program
     works: list[Work]
     qparams: dict[fx.Node, QParams]
     outputs: list[Read | Any]
+    dequantized: dict[fx.Node, Tensor] = field(default_factory=dict)
+
+    def let_go(self) -> None:
+        """Drop the float copies of integer constants: an implementation that needs one holds it, and works know shape and dtype."""
+        shells = {id(t): torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in self.dequantized.values()}
+
+        def shell(value: Any) -> Any:
+            if isinstance(value, (tuple, list)):
+                return type(value)(map(shell, value))
+            return shells.get(id(value), value)
+
+        for work in self.works if shells else ():
+            work.args, work.kwargs = tuple(map(shell, work.args)), {k: shell(v) for k, v in work.kwargs.items()}
+            work.__dict__.pop("named", None)  # found anew from these when it is next asked for
+        self.dequantized.clear()
 
 
 @dataclass(eq=False)
@@ -140,7 +156,7 @@ class _Analyser:
                 self._weight(node)
         works = [self._work(n) for n in self.program.nodes if n not in self.absorbed and n not in self.weights]
         outputs = [self._read(a) if isinstance(a, fx.Node) else a for a in self.program.output.args[0]]
-        return Analysis(self.program, works, self.qparams, outputs)
+        return Analysis(self.program, works, self.qparams, outputs, self.materialised)
 
     def _quantize(self, node: fx.Node) -> None:
         """Absorb a quantize whose readers all dequantize with its own parameters."""

@@ -121,7 +121,8 @@ class Report:
         original, optimized: timed side by side.
         bytes_before, bytes_after: tensors; shared storage counts once.
         file_bytes: size of the saved file, once there is one.
-        memory_before_mb, memory_after_mb: peak of one run, where it was measured.
+        memory_before_mb, memory_after_mb: tensor memory of one run at its peak, beyond the resident weights, in MiB, where it
+            was measured.
         sqnr_db, max_abs: error of the result's outputs against the original's on the example inputs.
         passes: what each pass did, in order.
         sites: what became of each op, in graph order.
@@ -131,6 +132,8 @@ class Report:
         warnings: what the user should know before trusting the result.
         seconds: how long each phase took, and, where it was measured, the ``"total"``.
         graph: the program's shape, for the picture.
+        allocations_before, allocations_after: how often that run asked for memory.
+        process_peak_mb: the most that the process held resident until the report was written, in MiB: model, libraries and all.
     """
 
     model: str
@@ -158,6 +161,9 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     graph: Picture | None = None
+    allocations_before: int | None = None
+    allocations_after: int | None = None
+    process_peak_mb: float | None = None
 
     # -- facts that follow -------------------------------------------------------------------------------------
 

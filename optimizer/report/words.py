@@ -49,6 +49,10 @@ def figures(report: Report) -> list[tuple[str, str, str, str]]:
     for name, was, now in (("tensors", report.bytes_before, report.bytes_after), ("peak memory", *memory)):
         if was is not None and now is not None:
             rows.append((name, show_bytes(was), show_bytes(now), _change(was, now)))
+    if report.allocations_before is not None and report.allocations_after is not None:
+        rows.append(("allocations", str(report.allocations_before), str(report.allocations_after), ""))
+    if report.process_peak_mb is not None:
+        rows.append(("process, at most", "", show_bytes(report.process_peak_mb * 2**20), ""))
     if report.file_bytes is not None:
         rows.append(("saved file", "", show_bytes(report.file_bytes), ""))
     if report.accuracy is not None:

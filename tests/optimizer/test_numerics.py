@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import weakref
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from graphwright.capture import capture
-from graphwright.numerics import Exact, Lossy, double, rms, run_double, run_pure, sqnr_db
+from graphwright.numerics import Exact, Lossy, rms, run_double, run_pure, sqnr_db
 
 
 def test_rms_and_sqnr():
@@ -70,12 +72,25 @@ def test_lossy_has_a_floor_and_stays_finite():
     assert "finite" in str(Lossy().failure(ref.double(), ref, ref * math.nan))
 
 
-def test_the_float64_twin_leaves_the_program_alone():
-    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
-    program = capture(model, (torch.randn(3, 4),)).program
-    twin = double(program)
-    assert {t.dtype for t in twin.tensors().values()} == {torch.float64}
-    assert {t.dtype for t in program.tensors().values()} == {torch.float32}
+def test_the_float64_run_leaves_the_program_alone_and_holds_one_wide_weight_at_a_time(monkeypatch):
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(6)), nn.BatchNorm1d(64)).eval()
+    x = torch.randn(3, 64)
+    program = capture(model, (x,)).program
+    wide, alive, most = Tensor.double, weakref.WeakSet(), 0
+
+    def widen(tensor):
+        nonlocal most
+        made = wide(tensor)
+        if made.shape == (64, 64):
+            alive.add(made)
+        most = max(most, len(alive))
+        return made
+
+    monkeypatch.setattr(Tensor, "double", widen)
+    (got,) = run_double(program, (x,))
+    assert most == 1
+    assert torch.equal(got, copy.deepcopy(model).to(torch.float64)(x.to(torch.float64)))
+    assert {t.dtype for t in program.tensors().values() if t.is_floating_point()} == {torch.float32}
     program.verify()
 
 

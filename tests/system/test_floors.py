@@ -14,7 +14,7 @@ FOLDERS = {"optimizer": "graphwright", "passes": "graphwright.passes", "kernels"
 FLOORS = [
     ["errors"],
     ["ir", "inference", "invariants", "nodes", "ops", "outline", "output", "structure"],
-    ["rewrite", "manager", "kernel", "cost", "measure", "numerics", "cache", "calibrate"],
+    ["rewrite", "manager", "kernel", "cost", "measure", "memory", "numerics", "cache", "calibrate"],
     ["capture", "kernels"],
     ["passes"],
     ["backends", "lower"],

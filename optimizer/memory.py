@@ -1,0 +1,78 @@
+"""What tensors take while something runs, and memory that is given back to the system."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import resource
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Peak:
+    """What one run took from PyTorch's CPU allocator.
+
+    Attributes:
+        mb: the most that was held at a time, beyond what was held before (weights), in MiB; results count, and so does what
+            kernels allocate for themselves through PyTorch. oneDNN's and MKL's own scratch memory does not.
+        allocations: how often memory was asked for.
+    """
+
+    mb: float
+    allocations: int
+
+
+def peak(run: Callable[[], Any]) -> Peak | None:
+    """The largest amount of tensor memory that ``run`` holds at a time, on this thread; None where that cannot be seen.
+
+    The allocator itself reports each block: temporaries within an op are seen, and those of our own kernels. Run it once
+    before: what a first call allocates for good is not a call's own.
+    """
+    try:
+        from torch._C._profiler import _ExperimentalConfig
+        from torch.autograd import ProfilerConfig, ProfilerState, _disable_profiler_legacy, _enable_profiler_legacy
+
+        # the older of PyTorch's two profilers: it starts in no time, prints nothing, and sees one thread alone
+        _enable_profiler_legacy(ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig()))
+    except (ImportError, AttributeError, TypeError, RuntimeError):  # another profiler is running, or this torch has none such
+        return None
+    records: Any = ()
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        records = _disable_profiler_legacy()
+    held = most = count = 0
+    for event in (e for thread in records for e in thread if e.kind() == "memory_alloc"):
+        held += event.cpu_memory_usage()
+        count += event.cpu_memory_usage() > 0
+        most = max(most, held)
+    return Peak(most / 2**20, count)
+
+
+def release() -> None:
+    """Give memory that tensors no longer use back to the system, where the C library keeps it for later: glibc does."""
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+def process_peak_mb() -> float:
+    """The most memory that this process has held resident so far, weights and libraries included, in MiB."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+@functools.cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        found = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return None
+    found.argtypes, found.restype = (ctypes.c_size_t,), ctypes.c_int
+    return found
