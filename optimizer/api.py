@@ -109,7 +109,7 @@ class Job:
         self.calibration = calibration
         self.evaluate, self.goal, self.dynamic, self.seed, self.say = evaluate, goal, dynamic, seed, say
         self.result: Optimized | None = None
-        if calibration is None and any(getattr(p, "needs_calibration", False) for p in self.passes):
+        if calibration is None and any(getattr(p, "needs_calibration", False) and not p.guest for p in self.passes):
             raise missing(f"recipe {recipe!r}" if isinstance(recipe, str) else "the recipe")
         self._baseline: float | None = None
         self._measuring = False

@@ -9,7 +9,16 @@ from typing import Any
 
 from graphwright.errors import RecipeError, nearest
 from graphwright.manager import Pass
-from graphwright.passes.pipeline import DEFAULT, RECIPES, known_passes, recipes
+from graphwright.passes.pipeline import (
+    RECIPES,
+    STAGES,
+    broken_plugins,
+    default_recipe,
+    distributions,
+    known_passes,
+    recipes,
+    stage_of,
+)  # fmt: skip
 
 #: Options that every pass has.
 COMMON = {f.name for f in fields(Pass)}
@@ -26,6 +35,9 @@ def listing(name: str | None = None) -> Iterator[Any]:
     if name is None:
         yield _recipes()
         yield _passes()
+        yield _stages()
+        if plugins := _plugins():
+            yield plugins
         yield Text(
             "Every pass also takes include= and exclude=, patterns of sites. A recipe can be any sequence of these."
         )
@@ -51,22 +63,44 @@ def _recipes() -> Any:
 
 
 def _passes() -> Any:
-    table = _table("Pass", "Numbers", "What it does", "Options")
-    standard = [p.name for p in DEFAULT]
+    table = _table("Pass", "Stage", "Numbers", "What it does", "Options")
+    standard = [p.name for p in default_recipe()]
     every = known_passes()
     for name in sorted(every, key=lambda n: standard.index(n) if n in standard else len(standard)):
         options = ", ".join(f"{f.name}={_default(f)}" for f in _options(every[name]))
-        table.add_row(name, str(every[name].numerics), every[name].summary(), options)
+        table.add_row(name, stage_of(name) or "", str(every[name].numerics), every[name].summary(), options)
     return table
+
+
+def _stages() -> Any:
+    table = _table("Stage", "Begins with", "What for")
+    for name, (first, line) in STAGES.items():
+        table.add_row(name, first, line)
+    return table
+
+
+def _plugins() -> Any:
+    """Passes that installed packages brought, and plug-ins that could not be loaded; None where there are none."""
+    table = _table("Pass of a plug-in", "Package", "State")
+    standard = {p.name for p in default_recipe()}
+    for name, package in distributions().items():
+        table.add_row(name, package, f"in the default pipeline, stage {stage_of(name)}" if name in standard else "runs where a recipe names it")
+    for b in broken_plugins():
+        table.add_row(b.name, b.distribution, f"left out, it could not be loaded: {b.reason}")
+    return table if table.row_count else None
 
 
 def _one(kind: type[Pass]) -> Iterator[Any]:
     from rich.text import Text
 
-    yield Text(f"{kind.name} ({kind.numerics})", style="bold")
+    stage, package = stage_of(kind.name), distributions().get(kind.name)
+    facts = [str(kind.numerics), f"stage {stage}" if stage else "", f"a plug-in of {package}" if package else ""]
+    yield Text(f"{kind.name} ({', '.join(f for f in facts if f)})", style="bold")
     yield Text(inspect.getdoc(kind) or "")
     table = _table("Option", "Type", "Default")
     for f in fields(kind):
+        if f.name == "origin":
+            continue
         table.add_row(f.name, f.type if isinstance(f.type, str) else f.type.__name__, _default(f))
     yield table
 

@@ -46,6 +46,19 @@ class PassResult:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The plug-in that a pass comes from.
+
+    Attributes:
+        distribution: the installed package and its version: ``"faster-relu 1.2"``.
+        asked: the user named or gave the pass; else it joined the default pipeline by itself, and what it breaks is undone.
+    """
+
+    distribution: str
+    asked: bool = True
+
+
+@dataclass(frozen=True)
 class Pass:
     """Base of every pass: a frozen dataclass whose fields are its options.
 
@@ -56,6 +69,7 @@ class Pass:
     Args:
         include: site patterns (``fnmatch``); only these sites are considered. Empty: all.
         exclude: site patterns that are left alone.
+        origin: set by Graphwright where a plug-in brought the pass.
     """
 
     name: ClassVar[str] = ""
@@ -63,6 +77,7 @@ class Pass:
 
     include: tuple[str, ...] = field(default=(), kw_only=True)
     exclude: tuple[str, ...] = field(default=(), kw_only=True)
+    origin: Origin | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     def run(self, program: Program) -> PassResult:
         """Rewrite ``program`` in place. ``program.example`` holds flat inputs, ``program.calibration`` batches of them."""
@@ -83,7 +98,12 @@ class Pass:
         return True
 
     def options(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "origin"}
+
+    @property
+    def guest(self) -> bool:
+        """It comes from a plug-in, and the user has not asked for it."""
+        return self.origin is not None and not self.origin.asked
 
     @classmethod
     def summary(cls) -> str:
@@ -105,7 +125,7 @@ def check_patterns(passes: Iterable[Pass], *programs: Program) -> None:
     """
     sites = list(dict.fromkeys(s for program in programs for s in program.sites()))
     for p in passes:
-        for option in ("include", "exclude"):
+        for option in ("include", "exclude") if not p.guest else ():
             value = getattr(p, option)
             if not isinstance(value, Iterable) or not all(isinstance(x, str) for x in value):
                 raise RecipeError(f"{value!r} is no site pattern", where=f"{p.name}({option}=...)",
@@ -201,8 +221,24 @@ class Pipeline:
         return state.program, records
 
     def _step(self, p: Pass, state: _State, oracle: _Oracle | None, before: list[str]) -> PassRecord:
+        """Run one pass; a plug-in's that nobody asked for is undone where it fails."""
+        if not p.guest or self.strict:
+            return self._attempt(p, state, oracle, before)
+        start, nodes, size = time.perf_counter(), len(state.program.nodes), state.program.size_bytes()
+        try:
+            return self._attempt(p, state, oracle, before)
+        except Exception as error:
+            if fingerprint(state.kept) != state.mark:
+                raise PassError(f"the plug-in wrote into the program's tensors and then failed: {error}", where=_where(p, before),
+                                hint="Uninstall it, or have it make new tensors.") from error  # fmt: skip
+            state.program = state.kept.copy()
+            said = error.what if isinstance(error, PassError) else f"{type(error).__name__}: {error}"
+            return PassRecord(p.name, str(p.numerics), PassResult(), time.perf_counter() - start, nodes, nodes, size, size,
+                              undone=f"left out: a plug-in of {p.origin.distribution if p.origin else '?'} that failed ({said})")  # fmt: skip
+
+    def _attempt(self, p: Pass, state: _State, oracle: _Oracle | None, before: list[str]) -> PassRecord:
         program, nodes, size, start = state.program, len(state.program.nodes), state.program.size_bytes(), time.perf_counter()
-        where = f"pass {p.name}" + (f" (after {', '.join(before)})" if before else "")
+        where = _where(p, before)
         try:
             result = p.run(program)
             mark = fingerprint(program)
@@ -211,12 +247,16 @@ class Pipeline:
                 program.verify()
         except InternalError as error:
             raise PassError(f"the program is broken: {error.what}", where=where, hint=error.program) from error
-        except GraphwrightError:  # bad options or data: its words are the user's answer
-            raise
+        except GraphwrightError as error:  # bad options or data: its words are the user's answer
+            if p.origin is None:
+                raise
+            raise PassError(str(error), where=where) from error
         except Exception as error:
             raise PassError(f"the pass failed: {type(error).__name__}: {error}", where=where) from error
         if not isinstance(result, PassResult):
             raise PassError(f"run() returned {type(result).__name__}, not a PassResult", where=where)
+        if not all(isinstance(e, tuple) and len(e) == 2 and all(isinstance(x, str) for x in e) for e in (*result.changes, *result.refusals)):
+            raise PassError("changes and refusals are not all (site, words)", where=where, hint="Record them by result.change(site, what) and result.refuse(site, reason).")
         if result.modified != changed:
             said = "says that it changed the program, and it did not" if result.modified else "changed the program and does not say so"
             raise PassError(f"the pass {said}", where=where, hint="Record every change in PassResult.changes, or set touched.")
@@ -226,7 +266,7 @@ class Pipeline:
             if failure and self.strict:
                 raise PassError(failure, where=where, hint=f"First bad node: {oracle.first_bad(state.kept, program, p.numerics)}")
             if failure:
-                undone = f"undone: {failure}"
+                undone = f"undone: {failure}" + (f" (a plug-in of {p.origin.distribution})" if p.origin else "")
                 result = PassResult(refusals=[(s, undone) for s, _ in result.changes] + result.refusals, notes=result.notes)
                 program, state.program, mark = state.kept, state.kept.copy(), state.mark
             elif isinstance(p.numerics, Lossy):
@@ -236,6 +276,11 @@ class Pipeline:
             release()
         return PassRecord(p.name, str(p.numerics), result, time.perf_counter() - start, nodes, len(program.nodes),
                           size, program.size_bytes(), error, undone)  # fmt: skip
+
+
+def _where(p: Pass, before: Sequence[str]) -> str:
+    """A pass, the plug-in that it comes from, and its predecessors."""
+    return f"pass {p.name}" + (f" of {p.origin.distribution}" if p.origin else "") + (f" (after {', '.join(before)})" if before else "")
 
 
 class _Oracle:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from graphwright.errors import RecipeError, nearest
@@ -28,6 +25,7 @@ from graphwright.passes.raise_activations import RaiseActivations
 from graphwright.passes.raise_attention import RaiseAttention
 from graphwright.passes.raise_linear import RaiseLinear
 from graphwright.passes.raise_norms import RaiseNorms
+from graphwright.passes.registered import Broken, Order, Registry, instance_of
 from graphwright.passes.simplify_masks import SimplifyMasks
 
 #: What every recipe starts with: the same numbers up to float rounding.
@@ -59,55 +57,39 @@ RECIPES: dict[str, tuple[tuple[Pass, ...], str]] = {
     "w8": ((Quantize(mode="weight-only", embeddings=True),), "int8 weights alone, embedding tables among them"),
 }
 
+#: The stages of the default pipeline: name → (the pass that a stage begins with, what it is for).
+STAGES: dict[str, tuple[str, str]] = {
+    "prepare": ("canonicalize", "one spelling, constants folded"),
+    "raise": ("raise-activations", "ops that together spell one op become that op"),
+    "fold": ("fold-padding", "paddings, norms and scales go into weights"),
+    "fuse": ("layout", "transposes meet, matrix ops take in what follows them"),
+    "finish": ("dead-code", "what the others left behind is cleared away"),
+}
+
 P = TypeVar("P", bound=type[Pass])
 
 
-@dataclass(frozen=True)
-class _Added:
-    """A pass that joins the default pipeline after, or before, a named one; neither: known by name alone."""
-
-    cls: type[Pass]
-    after: str | None
-    before: str | None
-
-
-_added: dict[str, _Added] = {}
-
-
-def register_pass(cls: P | None = None, *, after: str | None = None, before: str | None = None) -> Any:
+def register_pass(cls: P | None = None, *, after: str | Sequence[str] | None = None,
+                  before: str | Sequence[str] | None = None, stage: str | None = None) -> Any:  # fmt: skip
     """Let a pass join the default pipeline, and make it known by its name::
 
         @gw.register_pass(after="fold-batch-norm")
         class FuseSquaredRelu(gw.RewritePass): ...
 
-    Registering a pass of the same name again replaces it. Without ``after`` and ``before`` it is only made known.
+    Registering a pass of the same name again replaces it, as long as both come from one package.
+
+    Args:
+        after, before: names of passes that it must stand behind, and in front of; it stands right beside the nearest.
+        stage: name of a stage of the default pipeline that it must run in; by default at its end. ``graphwright passes``
+            shows the stages. Without any of the three the pass is only made known.
 
     Raises:
-        RecipeError: it is no pass, has no name or one of a built-in pass, or the neighbour does not exist.
+        RecipeError: it is no pass, its name is missing or taken, a neighbour or stage does not exist, or the order goes
+            round in a circle: the message shows it. Nothing was registered then.
     """
 
     def add(cls: P) -> P:
-        if not (isinstance(cls, type) and issubclass(cls, Pass)):
-            raise RecipeError(f"{cls!r} is no Pass", where="register_pass")
-        if not cls.name:
-            raise RecipeError(
-                f"{cls.__name__} has no name",
-                where="register_pass",
-                hint='Give it a class attribute: name = "my-pass".',
-            )
-        if cls.name in _built_in() or cls.name in RECIPES:
-            raise RecipeError(f"the name {cls.name!r} is taken", where=f"register_pass({cls.__name__})")
-        if after and before:
-            raise RecipeError(
-                "after and before are given both", where=f"register_pass({cls.__name__})", hint="Give one of them."
-            )
-        neighbour = after or before
-        names = [p.name for p in DEFAULT] + [n for n, a in _added.items() if a.after or a.before]
-        if neighbour and (neighbour not in names or neighbour == cls.name):
-            raise RecipeError(f"no pass {neighbour!r} is in the default pipeline", where=f"register_pass({cls.__name__})",
-                              hint=nearest(neighbour, names) or f"It holds {', '.join(names)}.")  # fmt: skip
-        _instance(cls)
-        _added[cls.name] = _Added(cls, after, before)
+        _registry.add(cls, after, before, stage)
         return cls
 
     return add if cls is None else add(cls)
@@ -115,35 +97,13 @@ def register_pass(cls: P | None = None, *, after: str | None = None, before: str
 
 def unregister_pass(name: str) -> None:
     """Undo ``register_pass``."""
-    _added.pop(name, None)
+    _registry.added.pop(name, None)
 
 
 def default_recipe() -> tuple[Pass, ...]:
     """The default pipeline with the passes that joined it."""
     load_plugins()
-    passes = list(DEFAULT)
-    for name, added in _added.items():
-        names = [p.name for p in passes]
-        place = (
-            names.index(added.after) + 1
-            if added.after in names
-            else names.index(added.before)
-            if added.before in names
-            else None
-        )
-        if place is not None:
-            while (
-                added.after
-                and place < len(passes)
-                and getattr(_added.get(passes[place].name), "after", None) == added.after
-            ):
-                place += 1  # in order of registration
-            passes.insert(place, _instance(added.cls))
-        elif added.after or added.before:
-            warnings.warn(
-                f"pass {name!r} is left out: its neighbour {added.after or added.before!r} is gone", stacklevel=2
-            )
-    return tuple(passes)
+    return tuple(_registry.pipeline({p.name: p for p in DEFAULT}))
 
 
 def recipes() -> dict[str, tuple[Pass, ...]]:
@@ -155,7 +115,30 @@ def recipes() -> dict[str, tuple[Pass, ...]]:
 def known_passes() -> dict[str, type[Pass]]:
     """Every pass by name: those of the recipes, and registered ones."""
     load_plugins()
-    return {**_built_in(), **{name: a.cls for name, a in _added.items()}}
+    return {**_built_in(), **{name: a.cls for name, a in _registry.added.items()}}
+
+
+def distributions() -> dict[str, str]:
+    """The installed package, with its version, of every pass that a plug-in brought."""
+    load_plugins()
+    return {name: a.distribution for name, a in _registry.added.items() if a.distribution}
+
+
+def broken_plugins() -> tuple[Broken, ...]:
+    """Plug-ins that could not be loaded, and why."""
+    load_plugins()
+    return tuple(_registry.broken)
+
+
+def stage_of(name: str) -> str | None:
+    """The stage of the default pipeline in which a pass runs; None where it is no part of it."""
+    found = None
+    for p in default_recipe():
+        found = _registry.order.stage_of(p.name) if p.name in _registry.order.fixed else found
+        if p.name == name:
+            asked = _registry.added.get(name)
+            return (asked.stage if asked else None) or found or next(iter(STAGES))
+    return None
 
 
 def resolve(recipe: str | Pass | Sequence[str | Pass]) -> tuple[Pass, ...]:
@@ -167,7 +150,7 @@ def resolve(recipe: str | Pass | Sequence[str | Pass]) -> tuple[Pass, ...]:
     if isinstance(recipe, str):
         return _named(recipe)
     if isinstance(recipe, Pass):
-        return (recipe,)
+        return (_registry.asked(recipe),)
     if isinstance(recipe, type) and issubclass(recipe, Pass):
         raise RecipeError(
             f"{recipe.__name__} is a class, not a pass", where="recipe", hint=f"Write {recipe.__name__}()."
@@ -191,8 +174,8 @@ def _named(name: str) -> tuple[Pass, ...]:
         return recipes()[name]
     passes = known_passes()
     if name in passes:
-        return (_instance(passes[name]),)
-    hint = nearest(name, [*RECIPES, *passes]) or f"Recipes: {', '.join(RECIPES)}. Passes: {', '.join(passes)}."
+        return (_registry.asked(instance_of(passes[name])),)
+    hint = _registry.hint(name) or nearest(name, [*RECIPES, *passes]) or f"Recipes: {', '.join(RECIPES)}. Passes: {', '.join(passes)}."
     raise RecipeError(f"there is no recipe or pass {name!r}", where="recipe", hint=hint)
 
 
@@ -201,30 +184,13 @@ def _built_in() -> dict[str, type[Pass]]:
     return {p.name: type(p) for p in every}
 
 
-def _instance(cls: type[Pass]) -> Pass:
-    try:
-        return cls()
-    except TypeError as error:
-        raise RecipeError(f"{cls.__name__} needs options: {error}", where="recipe",
-                          hint=f"Give every option a default, or pass {cls.__name__}(...) itself in a list.") from error  # fmt: skip
-
-
-@functools.cache
 def load_plugins() -> None:
     """Load the passes that installed packages offer under the entry-point group ``graphwright.passes``, once.
 
-    A plug-in that cannot be loaded is left out with a warning.
+    An entry point names a pass, a function that registers things, or a module that does so when it is imported. A plug-in
+    that cannot be loaded is left out with a warning that names its package.
     """
-    from importlib.metadata import entry_points
+    _registry.load()
 
-    for point in entry_points(group="graphwright.passes"):
-        try:
-            found: Any = point.load()
-            if isinstance(found, type) and issubclass(found, Pass):
-                if found.name not in _added:
-                    register_pass(found)
-            elif isinstance(found, Callable):  # type: ignore[arg-type]
-                found()
-        except Exception as error:  # noqa: BLE001
-            warnings.warn(f"plug-in {point.name!r} ({point.value}) is left out, it could not be loaded: "
-                          f"{type(error).__name__}: {error}", stacklevel=2)  # fmt: skip
+
+_registry = Registry(Order(tuple(p.name for p in DEFAULT), {n: first for n, (first, _) in STAGES.items()}), {*_built_in(), *RECIPES})
