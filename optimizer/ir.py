@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch._ops import OpOverload
 from torch.fx._lazy_graph_module import _LazyGraphModule  # writes its Python code when first run: most copies never are
 
-from graphwright import invariants
+from graphwright import invariants, source
 from graphwright.errors import InternalError
 from graphwright.inference import Inference, fake_of
 from graphwright.nodes import (
@@ -160,11 +160,13 @@ class Program(nn.Module):
         return self.tensor(str(node.target))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Every tensor the graph reads, by name."""
-        return {str(n.target): self.tensor(str(n.target)) for n in self.graph.nodes if n.op == "get_attr"}
+        """Every tensor the graph reads or writes, by name."""
+        names = [str(n.target) for n in self.graph.nodes if n.op == "get_attr"]
+        names += [m.buffer for m in self.signature.mutations if m.buffer is not None]
+        return {name: self.tensor(name) for name in names}
 
     def size_bytes(self) -> int:
-        """Bytes of all tensors the graph reads, shared storage counted once."""
+        """Bytes of all tensors of the program, shared storage counted once."""
         seen = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in self.tensors().values()}
         return sum(nbytes for _, nbytes in seen)
 
@@ -333,7 +335,14 @@ class Program(nn.Module):
     # -- printing ----------------------------------------------------------------------------------------------
 
     def __str__(self) -> str:
-        return self.text()
+        return self.code()
+
+    def code(self) -> str:
+        """The program as Python that runs: ``exec(program.code(), names)``, then ``names["forward"](program.tensors(), *leaves)``.
+
+        See ``graphwright.source.code``.
+        """
+        return source.code(self)
 
     def text(self) -> str:
         """The program, a line per node: name, shape, op, arguments, site. Golden tests compare this text."""

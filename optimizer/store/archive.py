@@ -18,7 +18,7 @@ from torch import Tensor
 from graphwright.errors import GraphwrightError, LoadError, SaveError
 from graphwright.ir import Program
 from graphwright.store import verified
-from graphwright.store.graph import Draft, held_tensors, program_to_json, read_program
+from graphwright.store.graph import Draft, program_to_json, read_program
 from graphwright.store.reading import Record, dumps, from_json, loads, to_json
 from graphwright.store.tensors import Place, StorageTable, check_index, index, read_runs
 
@@ -70,7 +70,7 @@ def save(path: str | os.PathLike[str], archive: Archive) -> None:
 
     table = StorageTable()
     for variant in archive.variants:
-        for name, tensor in held_tensors(variant.program).items():
+        for name, tensor in variant.program.tensors().items():
             table.add(name, tensor, f"tensor {name!r}")
     runs, places = table.finish()
     variants = [

@@ -73,12 +73,6 @@ def find_call(name: str, where: str) -> Callable[..., Any]:
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def held_tensors(program: Program) -> dict[str, Tensor]:
-    """Every tensor that belongs to the program: those that nodes read and those that it writes."""
-    written = {m.buffer: program.tensor(m.buffer) for m in program.signature.mutations if m.buffer is not None}
-    return {**program.tensors(), **written}
-
-
 def program_to_json(program: Program, describe: Callable[[str, Tensor], dict[str, Any]]) -> dict[str, Any]:
     """JSON of a program; ``describe`` says where a tensor's bytes lie.
 
@@ -87,7 +81,7 @@ def program_to_json(program: Program, describe: Callable[[str, Tensor], dict[str
     """
     tensors: dict[str, Any] = {}
     first_names: dict[int, str] = {}
-    for name, tensor in held_tensors(program).items():
+    for name, tensor in program.tensors().items():
         if not _TENSOR_NAME.match(name):
             raise SaveError(
                 f"the parameter name {name!r} has characters that cannot be saved", hint="Rename it in the model."

@@ -13,7 +13,7 @@ FOLDERS = {"optimizer": "graphwright", "passes": "graphwright.passes", "kernels"
 #: Modules by floor; a package stands for what is in it.
 FLOORS = [
     ["errors"],
-    ["ir", "inference", "invariants", "nodes", "ops", "outline", "output", "structure"],
+    ["ir", "inference", "invariants", "nodes", "ops", "outline", "output", "source", "structure"],
     ["rewrite", "manager", "kernel", "cost", "measure", "memory", "numerics", "cache", "calibrate"],
     ["capture", "kernels"],
     ["passes"],
