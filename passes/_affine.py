@@ -76,15 +76,21 @@ def after(program: Program, node: fx.Node, scale: Tensor, shift: Tensor | None) 
     return _narrow(weight, new, moved)
 
 
-def before(program: Program, node: fx.Node, scale: Tensor, shift: Tensor) -> Folded | str:
-    """Weights of ``node(scale * x + shift)``, one number per input channel; ``node`` must not pad."""
+def before(program: Program, node: fx.Node, scale: Tensor, shift: Tensor | None) -> Folded | str:
+    """Weights of ``node(scale * x + shift)``, one number per input channel; with a shift, ``node`` must not pad nor be transposed."""
     weight, bias = _parts(program, node)
+    wide, held = weight.detach().double(), None if bias is None else bias.detach().double()
+    if base(node) in TRANSPOSED:  # [i, o / groups, *kernel]
+        if shift is not None:
+            return f"{site_of(node)} is transposed"
+        return _narrow(weight, wide * _spread(scale, wide), held)
     groups = args_by_name(node).get("groups", 1)
-    wide = weight.detach().double()
     split = wide.reshape(groups, wide.shape[0] // groups, *wide.shape[1:])
     new = (split * _spread(scale.reshape(groups, 1, -1), split)).reshape(wide.shape)
+    if shift is None:
+        return _narrow(weight, new, held)
     moved = (split * _spread(shift.reshape(groups, 1, -1), split)).reshape(wide.shape[0], -1).sum(1)
-    return _narrow(weight, new, moved if bias is None else moved + bias.detach().double())
+    return _narrow(weight, new, moved if held is None else moved + held)
 
 
 def _spread(values: Tensor, like: Tensor) -> Tensor:
@@ -116,9 +122,10 @@ def install(
     was = program.tensor(str(weight.target))
     names = [str(n.target) for n in origin]
     stem = str(weight.target)
-    made = program.add_tensor(f"{stem}_{suffix}", folded.weight, origin=[stem, *names], trainable=trainable([was]))
-    set_arg(node, "weight", made)
-    if folded.bias is not None:
+    if not torch.equal(folded.weight, was):
+        made = program.add_tensor(f"{stem}_{suffix}", folded.weight, origin=[stem, *names], trainable=trainable([was]))
+        set_arg(node, "weight", made)
+    if folded.bias is not None and (bias is None or not torch.equal(folded.bias, program.tensor(str(bias.target)))):
         source = [str(bias.target)] if bias is not None else []
         name = (
             source[0]

@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 from graphwright.ir import Program, arg, op_name, site_of, sites_of
 from graphwright.manager import Pass, PassResult
-from graphwright.numerics import Exact
 from graphwright.passes import _affine as affine
+from graphwright.passes import _trial as trial
 from graphwright.passes._nodes import is_op, only_user, readers, sweep
 
 #: Cancellation (see ``_affine.cancels``) that is certain to keep the exact rule, and that without an example is refused.
@@ -117,7 +117,7 @@ class FoldBatchNorm(Pass):
         self, program: Program, doubtful: list[tuple[fx.Node, fx.Node, Norm, affine.Folded]], result: PassResult
     ) -> None:
         """Measure the sites where folding might break the exact rule, all in one run."""
-        inputs = values(program, {product.args[0] for _, product, _, _ in doubtful}) if doubtful else {}
+        inputs = trial.values(program, {product.args[0] for _, product, _, _ in doubtful})
         for node, product, norm, folded in doubtful:
             if problem := _failure(program, node, product, folded, inputs[product.args[0]]):
                 result.refuse(site_of(node), f"measured on the example: {problem}")
@@ -148,38 +148,9 @@ def read(program: Program, node: fx.Node) -> Norm | str:
     return Norm(scale, beta - mean * scale, mean, spread, [p for p in parts.values() if p is not None])
 
 
-def values(program: Program, wanted: set[fx.Node]) -> dict[fx.Node, Tensor]:
-    """What those nodes give on the program's example."""
-    found: dict[fx.Node, Tensor] = {}
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if n in wanted:
-                found[n] = value
-            return value
-
-    with torch.no_grad():
-        Recorder(program.graph_module).run(*program.example)
-    return found
-
-
 def _failure(program: Program, node: fx.Node, product: fx.Node, folded: affine.Folded, x: Tensor) -> str | None:
     """How folding breaks the exact rule at one site, on input ``x``; None where it does not."""
 
-    def run(n: fx.Node, first: Tensor, dtype: torch.dtype) -> Tensor:
-        def real(a: fx.Node) -> Tensor:
-            tensor = program.tensor(str(a.target)).detach()
-            return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-        args, kwargs = fx.node.map_arg((n.args[1:], dict(n.kwargs)), real)
-        return n.target(first.to(dtype), *args, **kwargs)  # type: ignore[operator]
-
-    with torch.no_grad():
-        reference = run(node, run(product, x, torch.float64), torch.float64)
-        plain = run(node, run(product, x, x.dtype), x.dtype)
-        args = list(product.args)
-        place = [a.name for a in product.target._schema.arguments]  # type: ignore[union-attr]
-        args[place.index("weight")], args[place.index("bias")] = folded.weight, folded.bias
-        new = product.target(x, *args[1:], **dict(product.kwargs))  # type: ignore[operator]
-    return Exact().failure(reference, plain, new)
+    source = product.args[0]
+    new = trial.evaluate(program, product, {source: x}, changed={product: {"weight": folded.weight, "bias": folded.bias}})  # type: ignore[dict-item]
+    return trial.failure(program, node, {source: x}, new)  # type: ignore[dict-item]

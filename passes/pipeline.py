@@ -16,6 +16,7 @@ from graphwright.passes.fold_batch_norm import FoldBatchNorm
 from graphwright.passes.fold_constants import FoldConstants
 from graphwright.passes.fold_padding import FoldPadding
 from graphwright.passes.fold_scale import FoldScale
+from graphwright.passes.fold_shift import FoldShift
 from graphwright.passes.fuse_epilogue import FuseEpilogue
 from graphwright.passes.layout import Layout
 from graphwright.passes.merge_heads import MergeHeads
@@ -40,7 +41,8 @@ DEFAULT: tuple[Pass, ...] = (
     SimplifyMasks(),         # needs masks as constants
     FoldPadding(),           # a convolution that pads by itself, before batch norm asks whether it pads
     FoldBatchNorm(),         # before activations are drawn in: a norm behind an activation cannot be folded
-    FoldScale(),             # the same for layer scale and scaled queries
+    FoldShift(),             # the same for biases that stand apart and images' means, past the factors that go next
+    FoldScale(),             # layer scale, scaled queries, pixels over 255
     Layout(),                # transposes that cancel would stand between a linear and its residual add
     MergeHeads(),            # once transposes have met: attention hands its result to a linear
     FuseEpilogue(),          # every matrix op in one form, with what follows it
