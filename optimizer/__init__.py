@@ -27,6 +27,7 @@ from graphwright.errors import (
 
 if TYPE_CHECKING:
     from graphwright.api import load, optimize
+    from graphwright.bisecting import bisect
     from graphwright.calibrate import Calibration
     from graphwright.explaining import explain
     from graphwright.ir import Program
@@ -34,9 +35,10 @@ if TYPE_CHECKING:
     from graphwright.numerics import Exact, Lossy
     from graphwright.ops import op
     from graphwright.optimized import Optimized
-    from graphwright.passes.pipeline import bisect, default_recipe, register_pass
+    from graphwright.passes.pipeline import default_recipe, register_pass
     from graphwright.passes.quantize import Quantize
     from graphwright.report import Explanation, Report
+    from graphwright.repro import Repro, load_repro
     from graphwright.rewrite import RewritePass
     from graphwright.search import Goal
     from graphwright.structure import Output
@@ -46,15 +48,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "api", "optimize": "api", "Calibration": "calibrate", "Program": "ir", "Pass": "manager", "PassResult": "manager",
     "Pipeline": "manager", "Exact": "numerics", "Lossy": "numerics", "op": "ops", "Optimized": "optimized",
-    "bisect": "passes.pipeline", "default_recipe": "passes.pipeline", "register_pass": "passes.pipeline",
+    "bisect": "bisecting", "load_repro": "repro", "Repro": "repro", "default_recipe": "passes.pipeline", "register_pass": "passes.pipeline",
     "Quantize": "passes.quantize", "explain": "explaining", "Explanation": "report", "Report": "report", "RewritePass": "rewrite", "Goal": "search", "Output": "structure",
 }  # fmt: skip
 
 __all__ = [
     "Calibration", "CalibrationError", "CaptureError", "CoverageError", "Exact", "Explanation", "Goal", "GraphwrightError", "InputError",
     "InternalError", "LoadError", "Lossy", "Optimized", "Output", "Pass", "PassError", "PassResult", "Pipeline", "Program",
-    "Quantize", "RecipeError", "Report", "RewritePass", "SaveError", "SiteError", "UnsupportedError", "__version__", "bisect",
-    "default_recipe", "explain", "load", "op", "optimize", "register_pass",
+    "Quantize", "RecipeError", "Report", "Repro", "RewritePass", "SaveError", "SiteError", "UnsupportedError", "__version__", "bisect",
+    "default_recipe", "explain", "load", "load_repro", "op", "optimize", "register_pass",
 ]  # fmt: skip
 
 

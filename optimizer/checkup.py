@@ -150,7 +150,7 @@ def _numbers(built: Any, flat: list[Tensor], outs: list[Tensor], tag: str) -> Ch
             reference = plain
         rules: list[Exact | Lossy] = [Exact()] * len(outs)
     else:
-        reference, floats = plain, _unquantized(program, flat)
+        reference, floats = plain, unquantized(program, flat)
         own = [sqnr_db(f, p) if p.is_floating_point() else FLOOR_DB for f, p in zip(floats, plain, strict=True)]
         rules = [Lossy(min(FLOOR_DB, db - 3)) for db in own[: len(outs)]]
     problems, worst = [], float("inf")
@@ -182,7 +182,7 @@ class _Unquantized(fx.Interpreter):
         return super().run_node(n)
 
 
-def _unquantized(program: Any, flat: list[Tensor]) -> tuple[Tensor, ...]:
+def unquantized(program: Any, flat: list[Tensor]) -> tuple[Tensor, ...]:
     with torch.no_grad():
         return tuple(_Unquantized(program.graph_module).run(*flat))
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from graphwright import store
 from graphwright.capture import Capture, Guard
+from graphwright.errors import LoadError
 from graphwright.ir import Program, op_name
 from graphwright.kernels import ahead
 from graphwright.lower import Lowered, lower, regions
@@ -37,6 +38,8 @@ def archive_of(fast: Optimized) -> store.Archive:
 def restore(path: str | Path) -> Optimized:
     """See ``graphwright.load``."""
     archive = store.load(path)
+    if "report" not in archive.meta:
+        raise LoadError(f"{path} holds no optimized model", hint="It is a fault cut out by gw.bisect: gw.load_repro(path) reads it." if "repro" in archive.meta else None)
     fast = Optimized(None, None, {k: _object(v) for k, v in archive.meta.get("attributes", {}).items()})
     report = Report.from_dict(archive.meta["report"])
     ahead.start(*_wanted(archive))

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 from graphwright.errors import RecipeError, nearest
 from graphwright.manager import Pass
 from graphwright.passes.allow_bf16 import AllowBf16
-from graphwright.passes.bisection import bisect as bisect  # noqa: PLC0414
 from graphwright.passes.canonicalize import Canonicalize
 from graphwright.passes.common_subexpressions import CommonSubexpressions
 from graphwright.passes.dead_code import DeadCode

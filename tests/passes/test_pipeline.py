@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from graphwright.bisecting import bisect
 from graphwright.errors import InputError, RecipeError
 from graphwright.ir import Program, site_of
 from graphwright.manager import Pass, PassResult, Pipeline
 from graphwright.passes import pipeline
 from graphwright.passes.allow_bf16 import AllowBf16
-from graphwright.passes.bisection import bisect
 from graphwright.passes.canonicalize import Canonicalize
 from graphwright.passes.dead_code import DeadCode
 from graphwright.passes.pipeline import (
@@ -249,7 +249,8 @@ def test_bisect_with_a_check_of_ones_own(captured):
         return "the dropout is gone" if all(n.target is not aten.dropout.default for n in p.nodes) else None
 
     found = bisect(program, recipe=[Mine(), Mine(), Canonicalize(), Mine(), Mine(), Mine(), Mine()], check=check)
-    assert (found.index, found.problem) == (2, "the dropout is gone") and len(calls) <= 5
+    assert (found.index, found.problem) == (2, "the dropout is gone") and len(calls) <= 8
+    assert (found.site, found.sites) == ("1", ("1",))
     assert bisect(program, recipe=[Mine()], check=check) is None
     assert bisect(program) is None
 

@@ -14,12 +14,12 @@ FOLDERS = {"optimizer": "graphwright", "passes": "graphwright.passes", "kernels"
 FLOORS = [
     ["errors"],
     ["ir", "inference", "invariants", "nodes", "ops", "outline", "output", "source", "structure"],
-    ["rewrite", "manager", "kernel", "cost", "measure", "memory", "numerics", "cache", "calibrate"],
+    ["rewrite", "manager", "kernel", "cost", "measure", "memory", "numerics", "cache", "calibrate", "cut"],
     ["capture", "kernels"],
     ["passes"],
     ["backends", "lower"],
     ["search", "store", "report"],
-    ["api", "explaining", "optimized", "saving", "reporting", "checkup", "cli", "console", "userfile", "listing", "demo", "microbench", "dynamo"],
+    ["api", "bisecting", "explaining", "repro", "optimized", "saving", "reporting", "checkup", "cli", "console", "userfile", "listing", "demo", "microbench", "dynamo"],
 ]  # fmt: skip
 FLOOR = {f"graphwright.{name}": k for k, names in enumerate(FLOORS) for name in names} | {"graphwright": len(FLOORS) - 1}
 
