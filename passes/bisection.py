@@ -14,7 +14,7 @@ from graphwright.cut import counterparts, values_of
 from graphwright.errors import GraphwrightError, InputError, InternalError
 from graphwright.ir import Program, site_of
 from graphwright.manager import Pass, PassResult, _Oracle, fingerprint
-from graphwright.numerics import Exact, Lossy, double
+from graphwright.numerics import Exact, Lossy, run_double
 
 T = TypeVar("T")
 
@@ -291,10 +291,10 @@ def first_difference(before: Program, after: Program, numerics: Exact | Lossy) -
 
 def wide_values(program: Program, leaves: Sequence[Tensor], wanted: Sequence[Any]) -> dict[Any, Any]:
     """Values of nodes in float64; empty where an op has no float64 kernel."""
-    twin = double(program)
+    twin = program.copy()
     names = {n.name: n for n in twin.graph.nodes}
+    twin.output.args = (tuple(names[n.name] for n in wanted),)
     try:
-        found = values_of(twin, [x.double() if x.is_floating_point() else x for x in leaves], [names[n.name] for n in wanted])
+        return dict(zip(wanted, run_double(twin, leaves), strict=True))
     except RuntimeError:
         return {}
-    return {n: found[names[n.name]] for n in wanted}
