@@ -186,6 +186,7 @@ def test_what_is_no_norm_over_the_last_axis(f, reason, captured, run):
 
 Q, KEYS, V = (torch.randn(2, 2, n, 8, generator=torch.Generator().manual_seed(n)) for n in (4, 5, 6))
 V = V[:, :, :5].contiguous()
+HEADS = torch.tensor([0.5, 0.25]).reshape(2, 1, 1)
 MASK = torch.where(torch.rand(2, 1, 4, 5, generator=torch.Generator().manual_seed(2)) > 0.3, 0.0, -1e30)
 
 
@@ -245,7 +246,27 @@ def test_masks_that_vary_are_turned_into_sums(captured, run):
             lambda q, k, v: torch.softmax((q @ k.mT).masked_fill(MASK < 0, -100.0), -1) @ v,
             "it replaces scores by -100.0, which does not hide them altogether",
         ),
-        (lambda q, k, v: torch.softmax(q @ k[:1].mT, -1) @ v, "its operands are broadcast over the batch"),
+        (lambda q, k, v: torch.softmax(q[:1] @ k.mT, -1) @ v, "its operands are broadcast over the batch"),
+        (
+            lambda q, k, v: torch.softmax(torch.tanh(q @ k.mT / 50.0) * 50.0 + MASK, -1) @ v,
+            "tanh (aten.tanh) stands between its products",
+        ),
+        (
+            lambda q, k, v: torch.softmax((q @ k.mT + MASK) * 2.0, -1) @ v,
+            "its scores are scaled by 2 after they are masked, which a hidden score may not survive",
+        ),
+        (
+            lambda q, k, v: torch.softmax((q @ k.mT + MASK) * HEADS, -1) @ v,
+            "its scores are scaled per head after they are masked",
+        ),
+        (
+            lambda q, k, v: torch.softmax(q @ k.mT * torch.linspace(0.1, 1, 5), -1) @ v,
+            "its scores are multiplied by linspace",
+        ),
+        (
+            lambda q, k, v: torch.softmax(torch.where(MASK < 0, torch.tensor(-50.0), q @ k.mT), -1) @ v,
+            "it replaces scores by -50.0, which does not hide them altogether",
+        ),
         (lambda q, k, v: torch.softmax(q @ k.mT + MASK.double(), -1).float() @ v, "its mask is torch.float64"),
         (lambda q, k, v: (lambda w: w @ v + w.sum())(torch.softmax(q @ k.mT, -1)), "softmax is read by sum too"),  # noqa: PLC3002
         (lambda q, k, v: torch.softmax(q[0, 0] @ k[0, 0].mT, -1) @ v[0, 0], "its operands have other than 3 or 4 axes"),
@@ -256,11 +277,65 @@ def test_attention_that_stays(f, reason, captured, run):
     assert [r for _, r in result.refusals] == [f"it spells attention, but {reason}"]
 
 
-def test_a_scale_outside_the_mask_is_no_scale_of_the_scores(captured, run):
-    _, result = run(
-        captured(lambda s, q, k, v: torch.softmax((q @ k.mT + MASK.sign()) * 0.5, -1) @ v, Q, KEYS, V), RaiseAttention()
+def test_golden_attention_with_heads_joined_to_the_batch(captured, run, body):
+    """BLOOM's: a bias added by baddbmm, a mask under another shape, heads taken apart at the end."""
+
+    def alibi(s, q, k, v, m):
+        scores = torch.baddbmm(s.bias, q.reshape(4, 4, 8), k.reshape(4, 5, 8).transpose(1, 2), beta=1.0, alpha=0.25)
+        weights = torch.softmax(scores.view(2, 2, 4, 5) + m, -1)
+        return torch.bmm(weights.view(4, 4, 5), v.reshape(4, 5, 8)).view(2, 2, 4, 8)
+
+    after, result = run(captured(alibi, Q, KEYS, V, MASK, bias=torch.linspace(0, 1, 20).reshape(4, 1, 5)), Canonicalize(), RaiseAttention())
+    assert body(after) == (
+        "reshape_default_6: f32[2, 2, 1, 5] = aten.reshape(bias, [2, 2, 1, 5])  # baddbmm, reshape#3, add, softmax, reshape#4, bmm\n"
+        "add_tensor_1: f32[2, 2, 4, 5] = aten.add.Tensor(reshape_default_6, input_3, alpha=1)  # baddbmm, reshape#3, add, softmax, reshape#4, bmm\n"
+        "scaled_dot_product_attention_default: f32[2, 2, 4, 8] = aten.scaled_dot_product_attention("
+        "input_0, input_1, input_2, add_tensor_1, 0.0, False, scale=0.25, enable_gqa=False)  # baddbmm, reshape#3, add, softmax, reshape#4, bmm, reshape#6\n"
+        "return (scaled_dot_product_attention_default)"
     )
-    assert not result.modified
+    assert result.changes == [("bmm", "6 ops → scaled_dot_product_attention")]
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda q, k, v: torch.softmax((q @ k.mT + MASK) * 0.5, -1) @ v,
+        lambda q, k, v: torch.softmax((q @ k.mT + MASK.sign()) / 8**0.5, -1) @ v,
+        lambda q, k, v: torch.softmax(q @ k.mT * HEADS + MASK, -1) @ v,
+        lambda q, k, v: torch.softmax(q @ k.mT / HEADS, -1) @ v,
+        lambda q, k, v: torch.softmax(q @ (k.mT / torch.tensor(8.0).sqrt()), -1) @ v,
+        lambda q, k, v: torch.softmax(q @ k.mT - 1e6 * (MASK < 0).float(), -1) @ v,
+        lambda q, k, v: torch.softmax(torch.where(MASK == 0, q @ k.mT, torch.tensor(torch.finfo(torch.float32).min)), -1) @ v,
+        lambda q, k, v: torch.softmax(torch.where(MASK < 0, torch.tensor(-1e30), q @ k.mT), -1) @ v,
+        lambda q, k, v: torch.softmax(q @ k[:, :1].mT, -1) @ v[:, :1],
+        lambda q, k, v: torch.softmax((q.flatten(0, 1) @ k.flatten(0, 1).mT).view(2, 2, 4, 5) + MASK, -1).flatten(0, 1) @ v.flatten(0, 1),
+        lambda q, k, v: torch.softmax(((q @ k.mT).view(1, 2, 2, 4, 5) + MASK[:, 0][None, :, None]).view(2, 2, 4, 5), -1) @ v,
+        lambda q, k, v: torch.baddbmm(MASK[:, 0], q[0], k[0].mT, alpha=0.5).softmax(-1) @ v[0],
+    ],
+)  # fmt: skip
+def test_attention_in_other_spellings(f, captured, run, ops):
+    """The numbers are checked by ``run`` against float64; a second input shows that nothing of the first was built in."""
+    program = captured(lambda s, q, k, v: f(q, k, v), Q, KEYS, V)
+    after, _ = run(program, Canonicalize(), RaiseAttention())
+    assert ops(after).count("scaled_dot_product_attention") == 1
+    assert not {"matmul", "bmm", "baddbmm", "softmax"} & set(ops(after))
+    others = [torch.randn(x.shape, generator=torch.Generator().manual_seed(9)) for x in (Q, KEYS, V)]
+    torch.testing.assert_close(after(*others)[0], f(*others))
+
+
+@pytest.mark.parametrize("hidden", [torch.finfo(torch.float32).min, -1e30])
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_rows_that_may_attend_to_nothing_stay_uniform(hidden, scale, captured, run):
+    """Where a finite number hides every key, each weighs the same: so it is, and so it stays."""
+    mask = torch.zeros(2, 1, 4, 5)
+    mask[1, :, 2] = hidden
+
+    def f(s, q, k, v, m):
+        return torch.softmax((q @ k.mT + m) * scale, -1) @ v
+
+    after, result = run(captured(f, Q, KEYS, V, mask), Canonicalize(), RaiseAttention())
+    assert result.changes
+    torch.testing.assert_close(after(Q, KEYS, V, mask)[0][1, :, 2], V[1].mean(1))
 
 
 # -- masks -----------------------------------------------------------------------------------------------------------
