@@ -343,6 +343,41 @@ def bench(
 
 
 @app.command()
+def profile(
+    file: Saved,
+    inputs: Inputs = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Calls that are measured.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of inputs drawn at random.")] = 0,
+    trace: Annotated[Path | None, typer.Option(help="Write a trace for ui.perfetto.dev or chrome://tracing here.", show_default=False)] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures as JSON.", show_default=False)] = None,
+    full: Annotated[bool, typer.Option("--full", help="Every step, not just those that take the longest.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show how long each kernel of a saved result takes as it runs, and what lies between."""
+    import graphwright as gw
+    from graphwright.checkup import arguments, drawn
+    from graphwright.console import Progress, out_console
+    from graphwright.userfile import inputs_of
+
+    _check_folders(trace, json)
+    with Progress(quiet=quiet) as say:
+        say(f"loading {file}")
+        fast = gw.load(file)
+        c = arguments(inputs_of(inputs, seed)) if inputs else drawn(file, seed)[0]
+        say(f"timing {rounds} rounds")
+        found = fast.profile(*c.args, rounds=rounds, **c.kwargs)
+    console = out_console()
+    for block in found.blocks(full=full, width=console.width):
+        console.print(block)
+    if trace:
+        found.to_chrome_trace(trace)
+        typer.echo(f"trace: {trace}")
+    if json:
+        found.to_json(json)
+        typer.echo(f"profile: {json}")
+
+
+@app.command()
 def verify(
     file: Saved,
     against: Against = None,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from graphwright.ir import Program
 from graphwright.report import Report, explain
 from graphwright.search import Built
 from graphwright.structure import Spec, flatten_call
+
+if TYPE_CHECKING:
+    from graphwright.report.profile import Profile
 
 #: captured shapes and structures that one result holds at the most; the oldest goes first, save the one that the report is about
 MAX_VARIANTS = 8
@@ -61,6 +64,22 @@ class Variant:
                 return self.pieces(*args, **kwargs)
         outs = self.built.lowered.runner(*leaves)
         return self.built.running.signature.outputs.unflatten(outs)
+
+    @contextmanager
+    def preserved(self, leaves: Sequence[Tensor]) -> Iterator[None]:
+        """Runs inside leave no trace in the result's own state, nor in the inputs."""
+        if self.built is not None:
+            with self.built.captured.preserved(leaves):
+                yield
+            return
+        assert self.capture.run is not None
+        kept = [(t, t.clone(), t._version) for t in leaves]
+        with untouched(self.capture.run):
+            yield
+        with torch.no_grad():
+            for tensor, value, version in kept:
+                if tensor._version != version:
+                    tensor.copy_(value)
 
 
 class Optimized(nn.Module):
@@ -190,6 +209,23 @@ class Optimized(nn.Module):
         """
         built = self._first().built
         return explain(self.report, site, program=built.running if built else None)
+
+    def profile(self, *args: Any, rounds: int = 20, budget_s: float = 5.0, **kwargs: Any) -> Profile:
+        """How long each kernel takes while the model runs on these inputs, and what lies between; state and inputs stay as they were.
+
+        Args:
+            args, kwargs: as for a call; without any, the inputs that ``optimize`` was given.
+            rounds: calls that are measured, at least 3, until ``budget_s`` seconds are over.
+
+        Returns:
+            ``print`` it; ``.to_chrome_trace(path)`` for Perfetto, ``.to_json(path)``, ``.rows``.
+
+        Raises:
+            CoverageError: no captured program covers the inputs, and the original model is gone.
+        """
+        from graphwright.profiling import profile
+
+        return profile(self, args, kwargs, rounds=rounds, budget_s=budget_s)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -49,22 +48,22 @@ def make_report(job: Job, model: nn.Module, variant: Variant, leaves: Sequence[T
     job.say("timing original and result side by side")
     original, result = _quiet(lambda: call(model)), _quiet(lambda: call(door))
     with untouched(model):
-        with _preserved(variant, leaves):
+        with variant.preserved(leaves):
             wanted = _answer(original, job.seed)
-        with _preserved(variant, leaves):
+        with variant.preserved(leaves):
             got = _answer(result, job.seed)
-        with _preserved(variant, leaves):
+        with variant.preserved(leaves):
             report.original, report.optimized = interleaved([original, result], rounds=25, budget_s=2.0, settled=7)
             if report.optimized.minimum >= report.original.minimum:  # a loss is not believed on one race: others may have used the machine
                 report.original, report.optimized = interleaved([original, result], rounds=25, budget_s=2.0)
         if _declined(job, variant, report):
-            with _preserved(variant, leaves):
+            with variant.preserved(leaves):
                 got = _answer(result, job.seed)
-            with _preserved(variant, leaves):
+            with variant.preserved(leaves):
                 report.original, report.optimized = interleaved([original, result], rounds=20, budget_s=2.0)
         _peaks(report, variant, leaves, original, result)
     _errors(report, wanted, got, exact=not search.lossy_passes(job.passes))
-    with _preserved(variant, leaves):
+    with variant.preserved(leaves):
         _fill(report, variant, leaves)
     scores = job.scores(model, variant)
     if scores is not None:
@@ -77,9 +76,9 @@ def make_report(job: Job, model: nn.Module, variant: Variant, leaves: Sequence[T
 
 def _peaks(report: Report, variant: Variant, leaves: Sequence[Tensor], original: Callable[[], Any], result: Callable[[], Any]) -> None:
     """Tensor memory of one run of each side beyond the weights, as the allocator sees it."""
-    with _preserved(variant, leaves):
+    with variant.preserved(leaves):
         before = peak(original)
-    with _preserved(variant, leaves):
+    with variant.preserved(leaves):
         after = peak(result)
     if before is None or after is None:
         report.notes.append("peak memory was not measured: another profiler is running, or this torch has none that tells")
@@ -111,23 +110,6 @@ def _caller(spec: Spec, leaves: list[Tensor]) -> Callable[[Callable[..., Any]], 
 
 def _immutable(spec: Spec) -> bool:
     return spec.kind in ("tensor", "none", "const") or (spec.kind in ("tuple", "namedtuple") and all(map(_immutable, spec.children)))
-
-
-@contextmanager
-def _preserved(variant: Variant, leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Measuring leaves no trace in the result's own state, nor in the inputs."""
-    if variant.built is not None:
-        with variant.built.captured.preserved(leaves):
-            yield
-        return
-    assert variant.capture.run is not None
-    kept = [(t, t.clone(), t._version) for t in leaves]
-    with untouched(variant.capture.run):
-        yield
-    with torch.no_grad():
-        for tensor, value, version in kept:
-            if tensor._version != version:
-                tensor.copy_(value)
 
 
 def _answer(call: Callable[[], Any], seed: int) -> list[Tensor]:

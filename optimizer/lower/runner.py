@@ -19,7 +19,7 @@ from graphwright.lower.views import collapse
 from graphwright.ops import VIEW
 
 
-@dataclass
+@dataclass(eq=False)
 class Step:
     """One call.
 
@@ -82,6 +82,28 @@ class Runner(nn.Module):
                 for slot in frees:
                     registers[slot] = None
             return self._finish(registers, leaves)
+
+    def watched(self, leaves: Sequence[Tensor], see: Callable[[Step | None, int, int, Sequence[Any], Any], None]) -> tuple[Any, ...]:
+        """``forward``, with ``see(step, begin, end, arguments, result)`` after each step, in ns; None as step: mutations written."""
+        clock = time.perf_counter_ns
+        with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+            registers = self._start(leaves)
+            for step, (call, reads, writes, frees) in zip(self.steps, self._code, strict=True):
+                args: Any = [registers[r] for r in reads]
+                begin = clock()
+                result = call(*args)
+                end = clock()
+                see(step, begin, end, args, result)
+                for slot, value in zip((writes,), (result,), strict=True) if type(writes) is int else zip(writes, result, strict=True):
+                    registers[slot] = value
+                args = result = None  # held no longer than forward holds them
+                for slot in frees:
+                    registers[slot] = None
+            begin = clock()
+            outs = self._finish(registers, leaves)
+            if self.program.signature.mutations:
+                see(None, begin, clock(), (), ())
+            return outs
 
     @torch.no_grad()
     def step_through(self, leaves: Sequence[Tensor], do: Callable[[Step, list[Any]], Any]) -> None:
