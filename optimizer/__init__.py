@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from graphwright.ir import Program
     from graphwright.manager import Pass, PassResult, Pipeline
     from graphwright.numerics import Exact, Lossy
-    from graphwright.ops import op
+    from graphwright.ops import op, register_op
     from graphwright.optimized import Optimized
     from graphwright.passes.pipeline import default_recipe, register_pass
     from graphwright.passes.quantize import Quantize
@@ -50,13 +50,15 @@ _HOMES = {
     "Pipeline": "manager", "Exact": "numerics", "Lossy": "numerics", "op": "ops", "Optimized": "optimized",
     "bisect": "bisecting", "load_repro": "repro", "Repro": "repro", "default_recipe": "passes.pipeline", "register_pass": "passes.pipeline",
     "Quantize": "passes.quantize", "explain": "explaining", "Explanation": "report", "Report": "report", "RewritePass": "rewrite", "Goal": "search", "Output": "structure",
+    "register_op": "ops",
 }  # fmt: skip
 
 __all__ = [
     "Calibration", "CalibrationError", "CaptureError", "CoverageError", "Exact", "Explanation", "Goal", "GraphwrightError", "InputError",
     "InternalError", "LoadError", "Lossy", "Optimized", "Output", "Pass", "PassError", "PassResult", "Pipeline", "Program",
     "Quantize", "RecipeError", "Report", "Repro", "RewritePass", "SaveError", "SiteError", "UnsupportedError", "__version__", "bisect",
-    "default_recipe", "explain", "load", "load_repro", "op", "optimize", "register_pass",
+    "default_recipe", "explain", "load", "load_repro", "op", "optimize",
+    "register_op", "register_pass",
 ]  # fmt: skip
 
 

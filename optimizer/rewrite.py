@@ -8,13 +8,13 @@
         def replace(self, op, x): return op.square(op.relu(x))
 
 Parameters after ``op`` are wildcards: each matches anything, the same thing everywhere it stands. ``op.name`` is an
-ATen op, ``op.graphwright.name`` one of ours; any overload matches. Arguments that a pattern leaves out match anything.
+ATen op, ``op.graphwright.name`` one of ours, ``op.mylib.name`` one of another library's; any overload matches. Arguments that a pattern leaves out match anything.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
@@ -23,9 +23,10 @@ import torch
 from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
 
-from graphwright.errors import InternalError
+from graphwright.errors import InternalError, RecipeError, nearest
 from graphwright.ir import Program, args_by_name, normalise, op_name, site_of, sites_of
 from graphwright.manager import Pass, PassResult
+from graphwright.ops import COMMUTATIVE, row
 
 _COMMUTATIVE = {"aten::add", "aten::mul"}
 
@@ -68,14 +69,28 @@ class Call(_Operators):
     kwargs: dict[str, Any]
 
 
-class _PatternOps:
-    def __init__(self, namespace: str = "aten"):
-        self._namespace = namespace
+class _Names:
+    """``op``: every name below it is an ATen op to be called, or a library whose ops are named below that."""
+
+    def __init__(self, call: Callable[[OpOverloadPacket, tuple[Any, ...], dict[str, Any]], Any], path: tuple[str, ...] = ()):
+        self._call, self._path = call, path
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("aten", "graphwright"):
-            return _PatternOps(name)
-        return lambda *args, **kwargs: Call(f"{self._namespace}::{name}", args, kwargs)
+        if len(self._path) > 1 or name.startswith("__"):
+            raise RecipeError(f"there is no op {'.'.join((*self._path, name))}", hint="Write op.relu, or op.library.name; overloads are chosen by the arguments.")
+        return _Names(self._call, (*self._path, name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        namespace, name = self._path if len(self._path) == 2 else ("aten", *self._path)
+        packet = getattr(getattr(torch.ops, namespace), name, None)
+        if packet is None:
+            hint = nearest(name, dir(torch.ops.aten)) if namespace == "aten" else "Import the package that defines it first."
+            raise RecipeError(f"there is no op {namespace}.{name} in this process", hint=hint)
+        return self._call(packet, args, kwargs)
+
+
+def _pattern_call(packet: OpOverloadPacket, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    return Call(packet._qualified_op_name, args, kwargs)
 
 
 @dataclass
@@ -118,22 +133,16 @@ class Match:
         return tuple(dict.fromkeys(s for n in self.nodes for s in sites_of(n)))
 
 
-class Builder:
+class Builder(_Names):
     """``op`` in ``replace``: every call inserts a normalised, inferred node. Overloads are chosen by the arguments."""
 
-    def __init__(self, program: Program, match: Match, namespace: str = "aten"):
-        self._program, self._match, self._namespace = program, match, namespace
+    def __init__(self, program: Program, match: Match):
+        self._program, self._match = program, match
+        super().__init__(self._insert)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("aten", "graphwright"):
-            return Builder(self._program, self._match, name)
-        packet = getattr(getattr(torch.ops, self._namespace), name)
-
-        def call(*args: Any, **kwargs: Any) -> fx.Node:
-            target = choose_overload(self._program, packet, args, kwargs)
-            return self._program.call(target, *args, sites=self._match.sites, like=self._match.root, **kwargs)
-
-        return call
+    def _insert(self, packet: OpOverloadPacket, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        target = choose_overload(self._program, packet, args, kwargs)
+        return self._program.call(target, *args, sites=self._match.sites, like=self._match.root, **kwargs)
 
     def tensor(self, name: str, value: torch.Tensor, *, origin: Iterable[str] = ()) -> fx.Node:
         """A new constant of the program."""
@@ -176,7 +185,7 @@ class RewritePass(Pass):
     def run(self, program: Program) -> PassResult:
         result = PassResult()
         names = list(inspect.signature(self.pattern).parameters)[1:]
-        found = self.pattern(_PatternOps(), *(Wild(n) for n in names))
+        found = self.pattern(_Names(_pattern_call), *(Wild(n) for n in names))
         alternatives = found if isinstance(found, tuple) else (found,)
         wanted = list(inspect.signature(self.replace).parameters)[1:]
         for node in list(program.nodes):
@@ -245,11 +254,17 @@ def _fit(pattern: Any, value: Any, bound: dict[str, Any], nodes: list[fx.Node]) 
     actual = args_by_name(value)
     named = {**dict(zip(params, pattern.args, strict=False)), **pattern.kwargs}
     orders = [list(named)]
-    if pattern.op in _COMMUTATIVE and len(pattern.args) == 2 and actual.get("alpha", 1) == 1:
+    if (pattern.op in _COMMUTATIVE or _commutes(value)) and len(pattern.args) == 2 and actual.get("alpha", 1) == 1:
         orders = [list(o) for o in permutations(list(named)[:2])]
     for order in orders:
         pairs = [(named[k], actual[o]) for k, o in zip(named, [*order, *list(named)[len(order):]], strict=True)]
         yield from _fit_all(pairs, bound, covered)
+
+
+def _commutes(node: fx.Node) -> bool:
+    """An op from outside whose row says so."""
+    found = row(node.target)
+    return found is not None and bool(found.owner) and COMMUTATIVE in found.traits
 
 
 def _fit_all(pairs: list[tuple[Any, Any]], bound: dict[str, Any], nodes: list[fx.Node]) -> Iterator[tuple[dict[str, Any], list[fx.Node]]]:

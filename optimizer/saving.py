@@ -18,6 +18,7 @@ from graphwright.lower import Lowered, lower, regions
 from graphwright.optimized import Optimized, Variant
 from graphwright.report import Report
 from graphwright.search import Built
+from graphwright.store import foreign
 from graphwright.structure import Output
 
 
@@ -32,6 +33,8 @@ def archive_of(fast: Optimized) -> store.Archive:
     attributes = {k: _plain(v) for k, v in fast._attributes.items()}
     meta = {"report": fast.report.to_dict(), "attributes": {k: v for k, v in attributes.items() if v is not None},
             "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+    if needs := foreign.needs(v.program for v in variants):
+        meta["needs"] = needs
     return store.Archive(variants, meta)
 
 

@@ -11,6 +11,7 @@ several rooms of the compiler need. Importing this package registers every row::
 
 from __future__ import annotations
 
+from graphwright.ops.extend import register_op
 from graphwright.ops.registry import (
     CAST,
     COMMUTATIVE,
@@ -34,7 +35,7 @@ from graphwright.ops.registry import (
 
 __all__ = [
     "CAST", "COMMUTATIVE", "CONTRACTION", "ELEMENTWISE", "LAYOUT_FREE", "NORM", "POOL", "QUANT", "RANDOM", "REDUCTION",
-    "SHAPE", "SOFTMAX", "VIEW", "OpRow", "op", "resolve", "row", "rows",
+    "SHAPE", "SOFTMAX", "VIEW", "OpRow", "op", "register_op", "resolve", "row", "rows",
 ]  # fmt: skip
 
 

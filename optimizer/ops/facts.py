@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
+from graphwright.errors import InputError, InternalError
 from graphwright.ops import axes as spelling
 from graphwright.ops.axes import Axes
 from graphwright.ops.registry import CAST, CONTRACTION, NORM, POOL, REDUCTION, SHAPE, SOFTMAX, VIEW, OpRow, row
@@ -95,7 +96,17 @@ def axes_of(node: fx.Node) -> Axes | None:
     if text is None:
         return None
     inputs = [None if o is None else o.value.shape for o in operands(node)]
-    return spelling.parse(text, inputs, [r.value.shape for r in results(node)])
+    try:
+        return spelling.parse(text, inputs, [r.value.shape for r in results(node)])
+    except InternalError as error:
+        raise _foreign(found, error) from None
+
+
+def _foreign(found: OpRow, error: InternalError) -> Exception:
+    """What is wrong with a row: its author's affair where it came from outside."""
+    if not found.owner:
+        return error
+    return InputError(error.what, where=f"register_op({found.name!r}, axes=...) in {found.owner}", hint="Mend the spelling, or leave it out.")
 
 
 def sizes_of(node: fx.Node) -> dict[str, Any]:
@@ -104,7 +115,10 @@ def sizes_of(node: fx.Node) -> dict[str, Any]:
     if found is None:
         return {}
     shapes = [None if o is None else o.value.shape for o in operands(node)]
-    return spelling.sizes(found, shapes, [r.value.shape for r in results(node)])
+    try:
+        return spelling.sizes(found, shapes, [r.value.shape for r in results(node)])
+    except InternalError as error:
+        raise _foreign(row(node.target), error) from None  # type: ignore[arg-type]
 
 
 def places(node: fx.Node) -> dict[str, list[Place]]:

@@ -43,6 +43,7 @@ class OpRow:
             arguments (grouped convolution, reshape, cat), or None when neither applies.
         traits: facts, see the constants above.
         flops: ``(args by name, output) -> int`` where the spelling does not give it.
+        owner: the module that registered it from outside; empty for Graphwright's own rows.
     """
 
     name: str
@@ -52,6 +53,7 @@ class OpRow:
     traits: frozenset[str] = frozenset()
     flops: Callable[[Tensors, Any], int] | None = None
     params: tuple[str, ...] = field(default=())
+    owner: str = ""
 
     @property
     def summary(self) -> str:

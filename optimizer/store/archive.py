@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graphwright.errors import GraphwrightError, LoadError, SaveError
 from graphwright.ir import Program
-from graphwright.store import verified
+from graphwright.store import foreign, verified
 from graphwright.store.graph import Draft, program_to_json, read_program
 from graphwright.store.reading import Record, dumps, from_json, loads, to_json
 from graphwright.store.tensors import Place, StorageTable, check_index, index, read_runs
@@ -166,9 +166,10 @@ def load(path: str | os.PathLike[str]) -> Archive:
     where = str(path)
     with _opened(where) as file:
         body, checksum = _body(file, where)
+        meta = from_json(body.get("meta", dict), "meta")
+        foreign.require(meta.get("needs"), where)
         records, drafts, sums = _drafts(file, body, checksum)
         runs = read_runs(file, sums)
-        meta = from_json(body.get("meta", dict), "meta")
     placed: dict[tuple[str, str], Tensor] = {}
 
     def contents(place: Place) -> Tensor:

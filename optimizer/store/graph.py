@@ -122,7 +122,8 @@ def _node_to_json(node: fx.Node) -> dict[str, Any]:
             f"{where} ({target}) cannot be saved: {reason}",
             where=", ".join(node.meta.get("sites") or ()) or None,
             hint="A file holds PyTorch's and Graphwright's ops: let the model compute this with torch's own functions "
-            "(many libraries have a setting for it, such as an 'eager' implementation), then optimize it again.",
+            "(many libraries have a setting for it, such as an 'eager' implementation), or describe the op with gw.register_op; then "
+            "optimize it again.",
         )
     trace = node.meta.get("trace")
     return {
