@@ -27,6 +27,7 @@ from graphwright.passes.raise_linear import RaiseLinear
 from graphwright.passes.raise_norms import RaiseNorms
 from graphwright.passes.registered import Broken, Order, Registry, instance_of
 from graphwright.passes.simplify_masks import SimplifyMasks
+from graphwright.passes.simplify_parts import SimplifyParts
 
 #: What every recipe starts with: the same numbers up to float rounding.
 DEFAULT: tuple[Pass, ...] = (
@@ -35,6 +36,7 @@ DEFAULT: tuple[Pass, ...] = (
     RaiseAttention(),        # while products and softmax still stand apart; the masks it builds are folded next
     FoldConstants(),         # positions, masks, tables: what follows sees numbers where there were ops
     CommonSubexpressions(),  # a mean computed twice would hide a layer norm
+    SimplifyParts(),         # before anything asks who reads a value: a concatenation that is taken apart is no reader
     RaiseActivations(),      # gelu in eight ops becomes one that an epilogue can take in
     RaiseNorms(),            # RMS norm in six ops becomes one
     SimplifyMasks(),         # needs masks as constants
