@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._ops import OpOverload
-from torch.fx._lazy_graph_module import _LazyGraphModule  # writes its Python code when first run: most copies never are
 
 from graphwright import invariants, source
 from graphwright.errors import InternalError
@@ -29,15 +28,16 @@ from graphwright.nodes import (
     arg,
     args_by_name,
     describe,
+    line,
     normalise,
     op_name,
     set_arg,
-    show,
     site_of,
     sites_of,
     walk_nodes,
 )
 from graphwright.outline import Late
+from graphwright.snapshot import Snapshot
 
 __all__ = [
     "SCALAR_FUNCTIONS", "Mutation", "Program", "Signature", "Span", "arg", "args_by_name", "describe", "normalise", "op_name",
@@ -161,9 +161,21 @@ class Program(nn.Module):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor the graph reads or writes, by name."""
+        held = self.held()
         names = [str(n.target) for n in self.graph.nodes if n.op == "get_attr"]
         names += [m.buffer for m in self.signature.mutations if m.buffer is not None]
-        return {name: self.tensor(name) for name in names}
+        return {name: held[name] if name in held else self.tensor(name) for name in names}
+
+    def held(self) -> dict[str, torch.Tensor]:
+        """Every parameter, buffer and constant by name, those that no node reads included."""
+        found: dict[str, torch.Tensor] = {}
+        todo: list[tuple[str, nn.Module]] = [("", self.graph_module)]
+        while todo:
+            prefix, module = todo.pop()
+            for store in (module._parameters, module._buffers):
+                found.update((prefix + leaf, tensor) for leaf, tensor in store.items() if tensor is not None)
+            todo += [(f"{prefix}{leaf}.", child) for leaf, child in module._modules.items() if child is not None]
+        return found
 
     def size_bytes(self) -> int:
         """Bytes of all tensors of the program, shared storage counted once."""
@@ -291,16 +303,11 @@ class Program(nn.Module):
 
     def copy(self) -> Program:
         """A program of its own graph; tensors are shared, since passes never write into one."""
-        mode, graph = self.fake_mode, fx.Graph()
-        memo: dict[fx.Node, fx.Node] = {}
-        graph.output(graph.graph_copy(self.graph, memo))
-        for old, new in memo.items():
-            new.meta = dict(old.meta)
-        graph_module = _LazyGraphModule(_tensor_tree(self.graph_module), graph)
-        next(iter(reversed(graph_module.graph.nodes))).meta = dict(self.output.meta)
-        for name in (m.buffer for m in self.signature.mutations if m.buffer):
-            _register(graph_module, name, self.tensor(name))  # fx keeps only what the graph reads
-        twin = Program(graph_module, copy.copy(self.signature), mode, self.provenance)
+        return Snapshot.of(self.settled()).restore()
+
+    def like(self, graph_module: fx.GraphModule, provenance: Mapping[str, tuple[str, ...]]) -> Program:
+        """A program of another graph with this one's signature, modes and examples."""
+        twin = Program(graph_module, copy.copy(self.signature), self.fake_mode, provenance)
         twin._inference = self._inference
         twin.example, twin.calibration = self.example, self.calibration
         twin.training = self.training
@@ -324,13 +331,13 @@ class Program(nn.Module):
 
     # -- checking ----------------------------------------------------------------------------------------------
 
-    def verify(self) -> None:
-        """Check every invariant.
+    def verify(self, nodes: Iterable[fx.Node] | None = None) -> None:
+        """Check every invariant; with ``nodes``, each node's place in the graph, and everything else at these alone.
 
         Raises:
             InternalError: which node breaks which invariant, with the program's text.
         """
-        invariants.verify(self)
+        invariants.verify(self, nodes)
 
     # -- printing ----------------------------------------------------------------------------------------------
 
@@ -346,42 +353,4 @@ class Program(nn.Module):
 
     def text(self) -> str:
         """The program, a line per node: name, shape, op, arguments, site. Golden tests compare this text."""
-        lines = []
-        for node in self.graph.nodes:
-            if node.op == "output":
-                lines.append(f"return {show(node.args[0])}")
-                continue
-            said = describe(node.meta.get("val"))
-            if node.op == "placeholder":
-                lines.append(f"{node.name}: {said} = input")
-            elif node.op == "get_attr":
-                lines.append(f"{node.name}: {said} = tensor {node.target}")
-            else:
-                shown = [show(a) for a in node.args] + [f"{k}={show(v)}" for k, v in node.kwargs.items()]
-                site = ", ".join(sites_of(node))
-                lines.append(f"{node.name}: {said} = {op_name(node.target)}({', '.join(shown)})" + (f"  # {site}" if site else ""))
-        return "\n".join(lines)
-
-
-def _register(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Register a buffer under a qualified name where nothing has it yet."""
-    *path, leaf = name.split(".")
-    for part in path:
-        if part not in module._modules:
-            module.add_module(part, nn.Module())
-        module = module._modules[part]  # type: ignore[assignment]
-    if leaf not in module._buffers:
-        module.register_buffer(leaf, tensor)
-
-
-def _tensor_tree(module: nn.Module) -> nn.Module:
-    """A bare module tree holding the same parameters and buffers under the same names."""
-    twin = nn.Module()
-    for name, value in module._parameters.items():
-        twin.register_parameter(name, value)
-    for name, value in module._buffers.items():
-        twin.register_buffer(name, value)
-    for name, child in module._modules.items():
-        if child is not None:
-            twin.add_module(name, _tensor_tree(child))
-    return twin
+        return "\n".join(line(n.name, n.op, n.target, n.args, n.kwargs, n.meta) for n in self.graph.nodes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -16,6 +17,7 @@ from graphwright.errors import GraphwrightError, InternalError, PassError, Recip
 from graphwright.ir import Program, site_of
 from graphwright.memory import release
 from graphwright.numerics import Exact, Lossy, run_double, run_pure
+from graphwright.snapshot import Snapshot
 
 
 @dataclass
@@ -179,11 +181,18 @@ def fingerprint(program: Program) -> str:
 
 @dataclass
 class _State:
-    """Where a run stands: the program, a copy of it to go back to, and the fingerprint of both."""
+    """Where a run stands.
+
+    Attributes:
+        kept: what the program was after the last pass that was accepted: to see what the next one changes, and to go back.
+        size: bytes of its tensors.
+        unchecked: whether anything changed since every invariant was checked at every node.
+    """
 
     program: Program
-    kept: Program
-    mark: str
+    kept: Snapshot
+    size: int
+    unchecked: bool = False
 
 
 @dataclass(frozen=True)
@@ -211,40 +220,58 @@ class Pipeline:
             SiteError: a pattern matches nothing.
         """
         check_patterns(self.passes, program)
-        state, records = _State(program.copy(), program, fingerprint(program)), []
+        twin = program.copy()
+        state, records = _State(twin, Snapshot.of(twin), twin.size_bytes()), []
         oracle = _Oracle(program) if program.example is not None else None
-        for p in self.passes:
+        for p, following in itertools.zip_longest(self.passes, self.passes[1:]):
             if progress:
                 progress(f"pass {p.name}")
-            records.append(self._step(p, state, oracle, [r.name for r in records]))
+            before = [r.name for r in records]
+            records.append(self._step(p, state, oracle, before))
+            if state.unchecked and (following is None or type(following.numerics) is not type(p.numerics)):
+                self._verify(program, state, [*before, p.name])
         state.program.recompile()
         return state.program, records
+
+    def _verify(self, given: Program, state: _State, done: list[str]) -> None:
+        """Every invariant at every node, where exact passes end, lossy ones end, and at the end of all."""
+        where = f"after the passes {', '.join(done)}"
+        try:
+            state.program.verify()
+        except InternalError as error:
+            try:
+                given.verify()
+            except InternalError:
+                where = "the program that the passes were given"
+            raise PassError(f"the program is broken: {error.what}", where=where, hint=error.program) from error
+        state.unchecked = False
 
     def _step(self, p: Pass, state: _State, oracle: _Oracle | None, before: list[str]) -> PassRecord:
         """Run one pass; a plug-in's that nobody asked for is undone where it fails."""
         if not p.guest or self.strict:
             return self._attempt(p, state, oracle, before)
-        start, nodes, size = time.perf_counter(), len(state.program.nodes), state.program.size_bytes()
+        start, nodes, size = time.perf_counter(), len(state.program.nodes), state.size
         try:
             return self._attempt(p, state, oracle, before)
         except Exception as error:
-            if fingerprint(state.kept) != state.mark:
+            if not state.kept.intact():
                 raise PassError(f"the plug-in wrote into the program's tensors and then failed: {error}", where=_where(p, before),
                                 hint="Uninstall it, or have it make new tensors.") from error  # fmt: skip
-            state.program = state.kept.copy()
+            state.program = state.kept.restore()
+            state.kept = Snapshot.of(state.program)
             said = error.what if isinstance(error, PassError) else f"{type(error).__name__}: {error}"
             return PassRecord(p.name, str(p.numerics), PassResult(), time.perf_counter() - start, nodes, nodes, size, size,
                               undone=f"left out: a plug-in of {p.origin.distribution if p.origin else '?'} that failed ({said})")  # fmt: skip
 
     def _attempt(self, p: Pass, state: _State, oracle: _Oracle | None, before: list[str]) -> PassRecord:
-        program, nodes, size, start = state.program, len(state.program.nodes), state.program.size_bytes(), time.perf_counter()
+        program, nodes, size, start = state.program, len(state.program.nodes), state.size, time.perf_counter()
         where = _where(p, before)
         try:
             result = p.run(program)
-            mark = fingerprint(program)
-            changed = mark != state.mark
-            if changed:
-                program.verify()
+            now = Snapshot.of(program)
+            difference = now.since(state.kept)
+            if difference.modified:
+                program.verify(difference.nodes)
         except InternalError as error:
             raise PassError(f"the program is broken: {error.what}", where=where, hint=error.program) from error
         except GraphwrightError as error:  # bad options or data: its words are the user's answer
@@ -257,25 +284,28 @@ class Pipeline:
             raise PassError(f"run() returned {type(result).__name__}, not a PassResult", where=where)
         if not all(isinstance(e, tuple) and len(e) == 2 and all(isinstance(x, str) for x in e) for e in (*result.changes, *result.refusals)):
             raise PassError("changes and refusals are not all (site, words)", where=where, hint="Record them by result.change(site, what) and result.refuse(site, reason).")
-        if result.modified != changed:
+        if result.modified != difference.modified:
             said = "says that it changed the program, and it did not" if result.modified else "changed the program and does not say so"
             raise PassError(f"the pass {said}", where=where, hint="Record every change in PassResult.changes, or set touched.")
         error, undone = None, None
         if result.modified and oracle is not None:
             error, failure, outputs = oracle.compare(program, p.numerics, state.kept)
             if failure and self.strict:
-                raise PassError(failure, where=where, hint=f"First bad node: {oracle.first_bad(state.kept, program, p.numerics)}")
+                first = oracle.first_bad(state.kept.restore(), program, p.numerics)
+                raise PassError(failure, where=where, hint=f"First bad node: {first}")
             if failure:
                 undone = f"undone: {failure}" + (f" (a plug-in of {p.origin.distribution})" if p.origin else "")
                 result = PassResult(refusals=[(s, undone) for s, _ in result.changes] + result.refusals, notes=result.notes)
-                program, state.program, mark = state.kept, state.kept.copy(), state.mark
+                program = state.program = state.kept.restore()
+                now = Snapshot.of(program)
             elif isinstance(p.numerics, Lossy):
                 oracle.rebase(outputs)
-        if mark != state.mark:
-            state.kept, state.mark = program.copy(), mark
+        state.kept = now
+        if result.modified and not undone:
+            state.size, state.unchecked = program.size_bytes(), True
             release()
         return PassRecord(p.name, str(p.numerics), result, time.perf_counter() - start, nodes, len(program.nodes),
-                          size, program.size_bytes(), error, undone)  # fmt: skip
+                          size, state.size, error, undone)  # fmt: skip
 
 
 def _where(p: Pass, before: Sequence[str]) -> str:
@@ -307,7 +337,7 @@ class _Oracle:
         """Hold exact passes to the program that gave ``outputs`` from here on: a lossy pass was accepted."""
         self.before, self.reference = outputs, None
 
-    def compare(self, program: Program, numerics: Exact | Lossy, accepted: Program) -> tuple[float, str | None, tuple[Any, ...]]:
+    def compare(self, program: Program, numerics: Exact | Lossy, accepted: Snapshot) -> tuple[float, str | None, tuple[Any, ...]]:
         """Worst SQNR of the outputs in dB against the original, the first failure, and the outputs.
 
         Args:
@@ -321,7 +351,7 @@ class _Oracle:
         except Exception as error:  # noqa: BLE001  whatever a pass has made of the program: it is put back
             return -worst, f"the program no longer runs: {type(error).__name__}: {error}", ()
         if self.reference is None and isinstance(numerics, Exact):
-            self.reference = self._double(accepted)  # nothing was accepted since the lossy pass: an exact one would have asked
+            self.reference = self._double(accepted.restore())  # nothing was accepted since the lossy pass: an exact one would have asked
         reference = self.reference if isinstance(numerics, Exact) else self.original
         for k, (ref, origin, was, now) in enumerate(zip(reference, self.original, self.before, after, strict=True)):
             if not isinstance(was, Tensor):

@@ -129,6 +129,20 @@ def show(value: Any) -> str:
     return str(value) if not isinstance(value, str) else repr(value)
 
 
+def line(name: str, op: str, target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], meta: Mapping[str, Any]) -> str:
+    """A node as ``Program.text`` shows it: name, shape, op, arguments, sites."""
+    if op == "output":
+        return f"return {show(args[0])}"
+    said = describe(meta.get("val"))
+    if op == "placeholder":
+        return f"{name}: {said} = input"
+    if op == "get_attr":
+        return f"{name}: {said} = tensor {target}"
+    shown = [show(a) for a in args] + [f"{k}={show(v)}" for k, v in kwargs.items()]
+    site = ", ".join(meta.get("sites") or ())
+    return f"{name}: {said} = {op_name(target)}({', '.join(shown)})" + (f"  # {site}" if site else "")
+
+
 def walk_nodes(value: Any) -> Iterator[fx.Node]:
     """Every node inside nested arguments."""
     found: list[fx.Node] = []
