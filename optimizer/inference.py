@@ -1,7 +1,8 @@
 """What a call gives, on fake tensors; calls alike in op, arguments and the tensors' descriptions are inferred once.
 
 Running an op on FakeTensors takes a few hundred microseconds, and a model repeats its layers: most inferences of a
-program have been made before. Only descriptions are kept, never values: each answer is a fresh FakeTensor.
+program have been made before. Only descriptions are kept, never values: each answer is a fresh FakeTensor, over the
+argument's memory where the op gives a view.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ import torch
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_leaves
 
-from graphwright.outline import fresh
+from graphwright.outline import fresh, view
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -48,7 +48,7 @@ class Inference:
             except _Particular:
                 pass
             return found
-        return _made(self._known[key], mode)
+        return _made(self._known[key], mode, _tensors((args, kwargs)))
 
 
 def _run(mode: Any, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -84,32 +84,50 @@ def _tensor(x: Tensor) -> tuple[Any, ...]:
     return x.ndim, sizes, x.dtype, x.device, x.requires_grad
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    """Every tensor in nested arguments."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return []
+    return [x for v in value for x in _tensors(v)]
+
+
 def _described(found: Any, args: Any, kwargs: Any) -> Any:
-    """The result without its tensors.
+    """The result without its tensors: of each what ``_tensor`` says, and which argument it is a view of, if any.
 
     Raises:
-        _Particular: it is a view of an argument, or holds what no description can give back.
+        _Particular: it holds what no description can give back.
     """
     if not isinstance(found, (Tensor, tuple, list)):
         raise _Particular
-    given = [x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    given = [x.untyped_storage()._cdata for x in _tensors((args, kwargs))]
+    made: set[int] = set()
 
     def describe(x: Any) -> Any:
         if isinstance(x, (tuple, list)) and type(x) in (tuple, list):
             return type(x), [describe(v) for v in x]
-        if not isinstance(x, Tensor) or x.requires_grad or x.storage_offset() != 0 or x.untyped_storage()._cdata in given:
+        if not isinstance(x, Tensor) or x.requires_grad:
             raise _Particular
-        given.append(x.untyped_storage()._cdata)  # two results that share memory
-        return _tensor(x)
+        memory = x.untyped_storage()._cdata
+        source = given.index(memory) if memory in given else None
+        if source is None and x.storage_offset() != 0 or memory in made or given.count(memory) > 1:
+            raise _Particular  # two results share memory, or two arguments that of the result
+        if source is None:
+            made.add(memory)
+        return _tensor(x), source
 
     return describe(found)
 
 
-def _made(known: Any, mode: Any) -> Any:
+def _made(known: Any, mode: Any, given: Sequence[Tensor]) -> Any:
     if known[0] in (tuple, list):
-        return known[0](_made(v, mode) for v in known[1])
-    ndim, sizes, dtype, device, _ = known
-    return fresh(sizes[:ndim], sizes[ndim : 2 * ndim], dtype, device, mode)
+        return known[0](_made(v, mode, given) for v in known[1])
+    (ndim, sizes, dtype, device, _), source = known
+    shape, stride = sizes[:ndim], sizes[ndim : 2 * ndim]
+    return fresh(shape, stride, dtype, device, mode) if source is None else view(given[source], shape, stride, sizes[-1], dtype)
 
 
 def fake_of(tensor: Tensor, mode: Any) -> Tensor:

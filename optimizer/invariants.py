@@ -111,9 +111,11 @@ def _wrong_value(program: Program, node: fx.Node) -> str | None:
 
 def _data_decides(value: Any) -> bool:
     """Whether a size in ``value`` is known only once the data are (the count of a mask's trues)."""
+    tensors = value if isinstance(value, (tuple, list)) else [value]
+    if all(isinstance(t, torch.Tensor) and all(type(n) is int for n in (*t.shape, *t.stride())) for t in tensors):
+        return False
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-    tensors = value if isinstance(value, (tuple, list)) else [value]
     return any(bool(free_unbacked_symbols(t)) for t in tensors if isinstance(t, (torch.Tensor, torch.SymInt)))
 
 

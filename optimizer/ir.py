@@ -45,6 +45,9 @@ __all__ = [
 ]  # fmt: skip
 
 
+_GIVEN = ("placeholder", "get_attr")
+
+
 @dataclass(frozen=True)
 class Mutation:
     """One extra output: the new value of a buffer (by name) or of an input (by its position among the leaves)."""
@@ -96,6 +99,7 @@ class Program(nn.Module):
         self._late = fake_mode if isinstance(fake_mode, Late) else None
         self._fake_mode = None if self._late else fake_mode
         self._inference = Inference()
+        self._first: fx.Node | None = None
         self.provenance: dict[str, tuple[str, ...]] = dict(provenance or {})
         #: flat example inputs, and batches of flat calibration inputs, for passes and checks; never saved
         self.example: tuple[torch.Tensor, ...] | None = None
@@ -230,13 +234,19 @@ class Program(nn.Module):
         return ".".join([*path, candidate])
 
     def _get_attr(self, name: str) -> fx.Node:
-        for node in self.graph.find_nodes(op="get_attr", target=name):
-            return node
-        first = next(n for n in self.graph.nodes if n.op not in ("placeholder", "get_attr"))
-        with self.graph.inserting_before(first):
+        with self.graph.inserting_before(self._first_op()):
             node = self.graph.create_node("get_attr", name, (), {})
         node.meta["val"] = self.fake(self.tensor(name))
         return node
+
+    def _first_op(self) -> fx.Node:
+        """What the inputs and constants stand before; found anew only where a node was put among them."""
+        first = self._first
+        known = first is not None and not first._erased and first.graph is self.graph and first.prev.op in _GIVEN
+        if not known:
+            first = next(n for n in self.graph.nodes if n.op not in _GIVEN)
+            self._first = first
+        return first
 
     def fake(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` as a FakeTensor of this program's mode, all sizes fixed."""
@@ -252,6 +262,8 @@ class Program(nn.Module):
         """
         args, kwargs = normalise(target, args, kwargs)
         node = self.graph.call_function(target, args, kwargs)
+        if node.prev.op in _GIVEN:
+            self._first = None
         if like is not None:
             node.meta["trace"] = like.meta.get("trace")
         node.meta["sites"] = tuple(dict.fromkeys([*sites, *(sites_of(like) if like is not None else ())]))
@@ -275,6 +287,15 @@ class Program(nn.Module):
             new.meta["sites"] = tuple(dict.fromkeys([*sites_of(new), *sites_of(old)]))
         old.replace_all_uses_with(new)
         self.graph.erase_node(old)
+
+    def prune(self, nodes: Iterable[fx.Node]) -> None:
+        """Erase those of ``nodes`` that nothing reads, and what nothing but them read; tensors stay until ``tidy``."""
+        todo = list(nodes)
+        while todo:
+            node = todo.pop()
+            if not node._erased and not node.users and node.op in ("call_function", "get_attr"):
+                todo += node.all_input_nodes
+                self.graph.erase_node(node)
 
     def tidy(self) -> bool:
         """Erase nodes that nothing reads and tensors that no node reads; True when anything went."""

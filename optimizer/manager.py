@@ -268,7 +268,7 @@ class Pipeline:
         where = _where(p, before)
         try:
             result = p.run(program)
-            now = Snapshot.of(program)
+            now = Snapshot.of(program, state.kept)
             difference = now.since(state.kept)
             if difference.modified:
                 program.verify(difference.nodes)

@@ -58,6 +58,12 @@ def fresh(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype, devic
     return mode.fake_tensor_converter.from_meta_and_device(mode, bare, device)
 
 
+def view(source: Any, shape: Sequence[int], stride: Sequence[int], offset: int, dtype: torch.dtype) -> Tensor:
+    """A FakeTensor of fixed sizes over the memory of ``source``, a FakeTensor; ``offset`` counts from where that begins."""
+    bare = torch.empty(0, dtype=dtype, device="meta").set_(source.untyped_storage(), offset, shape, stride)
+    return source.fake_mode.fake_tensor_converter.from_meta_and_device(source.fake_mode, bare, source.fake_device)
+
+
 class Outline(torch.Tensor):
     """Shape, strides and dtype of a tensor on the CPU. An op on it is run on FakeTensors."""
 

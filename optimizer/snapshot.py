@@ -6,6 +6,7 @@ A snapshot refers to the program's own nodes and tensors. Only ``restore`` makes
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,8 +68,10 @@ class Snapshot:
     _provenance: Mapping[str, tuple[str, ...]]
 
     @classmethod
-    def of(cls, program: Program) -> Snapshot:
-        nodes = tuple([Held(n, n.name, n.op, n.target, n.args, n.kwargs, dict(n.meta)) for n in program.graph.nodes])
+    def of(cls, program: Program, before: Snapshot | None = None) -> Snapshot:
+        """What the program is now; what did not change since ``before`` is shared with it."""
+        known = before._by_node if before is not None else {}
+        nodes = tuple([_hold(n, known.get(n)) for n in program.graph.nodes])
         held = program.held()
         written = [m.buffer for m in program.signature.mutations if m.buffer]
         names = dict.fromkeys([*(str(n.target) for n in nodes if n.op == "get_attr"), *written])
@@ -117,16 +120,27 @@ class Snapshot:
         return self._program.like(module, self._provenance)
 
 
+def _hold(node: fx.Node, was: Held | None) -> Held:
+    """The node as it is; ``was`` itself where that says the same."""
+    args, kwargs, meta = node.args, node.kwargs, node.meta
+    if (
+        was is not None and was.args is args and was.kwargs is kwargs and was.target is node.target and was.name == node.name
+        and was.meta.keys() == meta.keys() and all(map(operator.is_, was.meta.values(), meta.values()))
+    ):  # fmt: skip
+        return was
+    return Held(node, node.name, node.op, node.target, args, kwargs, dict(meta))
+
+
 def _mark(tensor: torch.Tensor) -> Mark:
     return Mark(tensor.data_ptr(), tensor._version, tensor.dtype, tuple(tensor.shape))
 
 
 def _same(was: Held | None, now: Held) -> bool:
     """Whether a node is what it was, without looking into its arguments: fx gives a node new ones where any changes."""
-    return was is not None and (
+    return was is now or was is not None and (
         was.node is now.node and was.args is now.args and was.kwargs is now.kwargs and was.target is now.target
         and was.meta.get("val") is now.meta.get("val") and was.meta.get("sites") == now.meta.get("sites")
-        and was.name == now.name and was.op == now.op
+        and was.name == now.name
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -144,11 +145,13 @@ def _reaches(view: fx.Node, node: fx.Node) -> bool:
 
 def renew(program: Program, start: Iterable[fx.Node]) -> None:
     """Infer anew everything downstream of nodes whose strides changed; a ``view`` that no longer fits becomes a reshape."""
-    stale = {user for node in start for user in node.users}
-    for node in list(program.graph.nodes):
-        if node not in stale or node.op != "call_function":
+    waiting = {user for node in start for user in node.users}
+    stale = sorted(waiting)  # a heap in graph order: what lies between is not looked at
+    while stale:
+        node = heapq.heappop(stale)
+        waiting.discard(node)
+        if node.op != "call_function":
             continue
-        stale.discard(node)
         try:
             found = program.infer(node)
         except (RuntimeError, ValueError):
@@ -158,7 +161,9 @@ def renew(program: Program, start: Iterable[fx.Node]) -> None:
             found = program.infer(node)
         was = node.meta["val"]
         if _strides(was) != _strides(found):
-            stale.update(node.users)
+            for user in node.users.keys() - waiting:
+                heapq.heappush(stale, user)
+                waiting.add(user)
         node.meta["val"] = found
 
 

@@ -111,7 +111,7 @@ def _family(node: fx.Node) -> set[fx.Node]:
 
 
 def _store(program: Program, node: fx.Node, family: set[fx.Node], value: Tensor, result: PassResult) -> None:
-    names = [str(n.target) for n in program.graph.nodes if n in family and n.op == "get_attr"]
+    names = [str(n.target) for n in sorted(family) if n.op == "get_attr"]  # in graph order
     sources = [program.tensor(name) for name in names]
     if value.untyped_storage().nbytes() != _bytes(value) or any(_storage(value) == _storage(t) for t in sources):
         value = value.clone()  # a view would keep all of its constant alive

@@ -47,8 +47,11 @@ class RaiseActivations(Pass):
                 with program.graph.inserting_before(node):
                     new = program.call(op, x, sites=sites_in(cone), like=node, **options)
                 result.change(site_of(node), f"{len(cone)} ops → {name}")
+                inputs = node.all_input_nodes
                 program.replace(node, new)
-                sweep(program, result)
+                program.prune(inputs)  # the next one must not find them among its readers
+        if result.changes:
+            sweep(program, result)
         return result
 
 

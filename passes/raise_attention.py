@@ -47,6 +47,8 @@ class RaiseAttention(Pass):
         for node in program.nodes:
             if not node._erased and is_op(node, "aten.matmul", "aten.bmm"):
                 self._raise(program, node, result)
+        if result.changes:
+            sweep(program, result)
         return result
 
     def _raise(self, program: Program, node: fx.Node, result: PassResult) -> None:
@@ -69,11 +71,11 @@ class RaiseAttention(Pass):
         if reason:
             result.refuse(site_of(node), f"it spells attention, but {reason}")
             return
-        count = len(found.cone)
+        count, inputs = len(found.cone), node.all_input_nodes
         with program.graph.inserting_before(node):
             self._replace(program, node, found, q, k, v)  # type: ignore[arg-type]
         result.change(site_of(node), f"{count} ops → scaled_dot_product_attention")
-        sweep(program, result)
+        program.prune(inputs)  # the next one must not find them among its readers
 
     def _replace(self, program: Program, node: fx.Node, found: Scores, q: fx.Node, k: fx.Node, v: fx.Node) -> None:
         q, k = _unscaled(program, q, found), _unscaled(program, k, found)

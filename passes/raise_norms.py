@@ -60,7 +60,10 @@ class RaiseNorms(Pass):
             result.change(
                 site_of(found.last), f"{len(found.cone)} ops → {'layer_norm' if found.centred else 'rms_norm'}"
             )
+            inputs = found.last.all_input_nodes
             program.replace(found.last, new)
+            program.prune(inputs)  # the next one must not find them among its readers
+        if result.changes:
             sweep(program, result)
         return result
 
