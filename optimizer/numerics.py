@@ -133,18 +133,20 @@ def _run(program: Program, leaves: Sequence[Tensor], *, widen: bool = False) -> 
         value = values[node]
         return value.detach().double() if widen and node.op == "get_attr" and value.is_floating_point() else value
 
-    for node in nodes:
+    def compute(node: fx.Node) -> Any:
         if node.op == "placeholder":
-            values[node] = next(given)
-        elif node.op == "get_attr":
-            values[node] = tensors[str(node.target)]
-        else:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), load)
-            if node.op == "output":
-                return tuple(args[0])
-            if widen:
-                args, kwargs = tuple(map(_widened, args)), {k: _widened(v) for k, v in kwargs.items()}
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            return next(given)
+        if node.op == "get_attr":
+            return tensors[str(node.target)]
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), load)
+        if widen:
+            args, kwargs = tuple(map(_widened, args)), {k: _widened(v) for k, v in kwargs.items()}
+        return tuple(args[0]) if node.op == "output" else node.target(*args, **kwargs)  # type: ignore[operator]
+
+    for node in nodes:
+        values[node] = compute(node)
+        if node.op == "output":
+            return values[node]
         for done in last[node]:
             del values[done]
     raise InternalError("the program has no output", program=program.text())
