@@ -337,7 +337,7 @@ class _Oracle:
         """Hold exact passes to the program that gave ``outputs`` from here on: a lossy pass was accepted."""
         self.before, self.reference = outputs, None
 
-    def compare(self, program: Program, numerics: Exact | Lossy, accepted: Snapshot) -> tuple[float, str | None, tuple[Any, ...]]:
+    def compare(self, program: Program, numerics: Exact | Lossy, accepted: Program | Snapshot) -> tuple[float, str | None, tuple[Any, ...]]:
         """Worst SQNR of the outputs in dB against the original, the first failure, and the outputs.
 
         Args:
@@ -351,7 +351,7 @@ class _Oracle:
         except Exception as error:  # noqa: BLE001  whatever a pass has made of the program: it is put back
             return -worst, f"the program no longer runs: {type(error).__name__}: {error}", ()
         if self.reference is None and isinstance(numerics, Exact):
-            self.reference = self._double(accepted.restore())  # nothing was accepted since the lossy pass: an exact one would have asked
+            self.reference = self._double(accepted if isinstance(accepted, Program) else accepted.restore())  # nothing was accepted since the lossy pass: an exact one would have asked
         reference = self.reference if isinstance(numerics, Exact) else self.original
         for k, (ref, origin, was, now) in enumerate(zip(reference, self.original, self.before, after, strict=True)):
             if not isinstance(was, Tensor):
