@@ -49,9 +49,25 @@ _FOLDED: dict[type, Callable[[Any, Any], Any]] = {
 }  # fmt: skip
 
 
+class Text:
+    """A function of device code given as text instead of as a Python function; Python never runs it.
+
+    Args:
+        name: what it is called, and what its compiled form is kept under.
+        source: ``def name(...): ...``.
+        names: what the names in it stand for that are not its own.
+    """
+
+    def __init__(self, name: str, source: str, names: dict[str, Any]):
+        # what is asked of a function and of its code object
+        self.__name__ = self.co_name = name
+        self.__module__, self.__globals__, self.__code__ = "graphwright.kernels.generated", names, self
+        self.co_filename, self.co_firstlineno, self.source = f"<{name}>", 1, source
+
+
 @cache
 def tree_of(code: Any) -> ast.FunctionDef:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(code))).body[0]
+    tree = ast.parse(code.source if isinstance(code, Text) else textwrap.dedent(inspect.getsource(code))).body[0]
     assert isinstance(tree, ast.FunctionDef)
     return tree
 
@@ -67,6 +83,7 @@ class Expressions:
         variables: by name the address of a slot, with the kind of what lies there.
         fixed: parameters that nothing is assigned to.
         line: of the statement.
+        accesses: in a loop of independent turns, LLVM's name of what they load and store.
     """
 
     at: Any
@@ -75,6 +92,12 @@ class Expressions:
     variables: dict[str, Value] = field(default_factory=dict)
     fixed: dict[str, Value] = field(default_factory=dict)
     line: int = 1
+    accesses: Any = None
+
+    def _marked(self, access: Any) -> Any:
+        if self.accesses is not None:
+            access.set_metadata("llvm.access.group", self.accesses)
+        return access
 
     def _value(self, node: ast.expr) -> Value:
         values = self._values(node)
@@ -98,7 +121,7 @@ class Expressions:
                 return [self._number(self._global(node), node=node)]
             case ast.Subscript():
                 place, kind = self._place(node)
-                return [Value(kind, self.at.load(place, typ=kind.llvm))]
+                return [Value(kind, self._marked(self.at.load(place, typ=kind.llvm)))]
             case ast.BinOp():
                 return [self._binary(node.op, self._value(node.left), self._value(node.right), node)]
             case ast.UnaryOp():

@@ -115,3 +115,37 @@ def loop(at: Any, times: Any, first: list[Any], turn: Callable[[Any, list[Any]],
 
 #: Says that a device function becomes a function of its own; see the head of this file.
 apart = Intrinsic(VOID, (), lambda at: None)
+
+
+# -- loops of independent turns: metadata of a kind that llvmlite has no call for ------------------------------------
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """A node of a module's metadata, distinct from all others."""
+
+    number: int
+    operands: str = ""
+
+    def get_reference(self) -> str:
+        return f"!{self.number}"
+
+    def __str__(self) -> str:
+        return f"!{self.number} = distinct !{{ {self.operands} }}"
+
+
+def _node(module: Any, operands: str = "") -> _Metadata:
+    node = _Metadata(len(module.metadata), operands)
+    module.metadata.append(node)
+    return node
+
+
+def parallel_accesses(module: Any) -> Any:
+    """A group of loads and stores that a loop may name: see ``parallel_loop``."""
+    return _node(module)
+
+
+def parallel_loop(module: Any, accesses: Any) -> Any:
+    """A loop whose turns may do these loads and stores in any order."""
+    said = _node(module, f'!"llvm.loop.parallel_accesses", {accesses.get_reference()}')
+    return _node(module, f"!{len(module.metadata)}, {said.get_reference()}")

@@ -6,6 +6,7 @@ with a fixed kind, addresses, loops over ``range``, ``while``, ``if``, and intri
     int op int -> int64 (also for narrower ones)      float32 op float32 -> float32      anything else: an error with its line
     //, %  round down                                 a if c else b, and, or: evaluate what they need only
     pointer(address)[i]  loads or stores              a variable keeps the kind that it begins with
+    for i in independent(...): as range; what one turn writes, no other turn reads or writes, whatever the addresses
 
 Names that are not local are looked up when the kernel is compiled: numbers become constants, and what they decide is decided
 then. Device functions without a loop are put in where they are called; the others become functions of their own, which LLVM
@@ -32,6 +33,8 @@ from graphwright.kernels.language import (
     Value,
     apart,
     ir,
+    parallel_accesses,
+    parallel_loop,
 )  # fmt: skip
 
 
@@ -211,8 +214,9 @@ class _Body(Expressions):
 
     def _do_for(self, s: ast.For) -> None:
         call = s.iter
-        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "range" and isinstance(s.target, ast.Name)):
-            raise self._error("a loop runs over range() with one variable", s)
+        named = call.func.id if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) else ""
+        if named not in ("range", "independent") or not isinstance(s.target, ast.Name):
+            raise self._error("a loop runs over range() or independent() with one variable", s)
         bounds = [self._as(self._value(a), INT64, s) for a in call.args]
         first, end = (self._number(0, INT64), bounds[0]) if len(bounds) == 1 else bounds[:2]
         step = bounds[2].known if len(bounds) == 3 else 1
@@ -227,10 +231,14 @@ class _Body(Expressions):
         self.at.cbranch(self.at.icmp_signed("<", count, end.llvm), body, done)
         self.at.position_at_end(body)
         self._assign(s.target.id, Value(INT64, count))
+        outer, self.accesses = self.accesses, parallel_accesses(self.at.module) if named == "independent" else None
         self._looped(s.body, self.at.block, _Loop(latch, done), latch)
         self.at.position_at_end(latch)
         count.add_incoming(self.at.add(count, INT64.llvm(step), flags=("nsw",)), latch)
-        self.at.branch(head)
+        back = self.at.branch(head)
+        if self.accesses is not None:
+            back.set_metadata("llvm.loop", parallel_loop(self.at.module, self.accesses))
+        self.accesses = outer
         self.at.position_at_end(done)
 
     def _looped(self, statements: list[ast.stmt], body: Any, loop: _Loop, following: Any) -> None:
@@ -259,7 +267,7 @@ class _Body(Expressions):
             self._assign(target.id, value)
         elif isinstance(target, ast.Subscript):
             place, kind = self._place(target)
-            self.at.store(self._as(value, kind, target, narrow=True).llvm, place)
+            self._marked(self.at.store(self._as(value, kind, target, narrow=True).llvm, place))
         else:
             raise self._error("only names and elements are assigned to", target)
 

@@ -231,7 +231,7 @@ class Job:
         before = variant.parts if variant.built is None else [variant.built]
         after = [search.with_regions(b, deadline, self.say) for b in before]
         _install(variant, after)
-        if self.evaluate is not None and self.goal.max_drop is not None and any(b.lowered.regions for b in after):
+        if self.evaluate is not None and self.goal.max_drop is not None and any(a.lowered.regions != b.lowered.regions for a, b in zip(after, before, strict=True)):
             lost = self._original(model) - self._candidate(model, variant)
             if lost > self.goal.max_drop:
                 _install(variant, before)

@@ -80,6 +80,8 @@ def build(captured: Program, passes: Sequence[Pass], allowed: frozenset[str], sa
     middle = time.perf_counter()
     _compiled(program, "int8" in allowed)
     lowered = lower(program, allowed=allowed, example=captured.example, progress=say)
+    if captured.example is not None:
+        lowered = regions.generated(lowered, captured.example, say)
     return Built(captured, program, records, lowered, {"passes": middle - start, "lowering": time.perf_counter() - middle})
 
 

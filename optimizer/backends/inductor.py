@@ -107,11 +107,16 @@ class FragmentModule(nn.Module):
         self._outputs = fragment.outputs
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        values = [x.double() if self._wide and x.is_floating_point() else x for x in inputs]
+        values = self.trace(inputs)
+        return tuple(values[k] for k in self._outputs)
+
+    def trace(self, inputs: Sequence[Tensor]) -> list[Any]:
+        """Every value: the inputs, then what each step gives."""
+        values: list[Any] = [x.double() if self._wide and x.is_floating_point() else x for x in inputs]
         for call, fill in self._steps:
             args, kwargs = fill(*values)
             values.append(call(*args, **kwargs))
-        return tuple(values[k] for k in self._outputs)
+        return values
 
 
 def encode(value: Any, number: Callable[[Any], int]) -> Any:

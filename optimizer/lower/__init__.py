@@ -21,7 +21,7 @@ from graphwright.errors import InternalError
 from graphwright.ir import Program
 from graphwright.lower.conversions import possible
 from graphwright.lower.graph import Analysis, analyse
-from graphwright.lower.runner import Runner, emit
+from graphwright.lower.runner import Fused, Runner, emit
 from graphwright.lower.select import NoAssignment, Problem, solve
 from graphwright.lower.stopwatch import Stopwatch
 from graphwright.measure import Timing, interleaved
@@ -68,6 +68,7 @@ class Lowered:
         variants: whole assignments that were timed: label and timing; the first is the one taken.
         notes: what could not be used on this machine, and anything else worth a line.
         regions: chains that run as one, as plain data for a saved file: see ``graphwright.lower.regions``.
+        fused: the same regions as they run.
     """
 
     runner: Runner
@@ -78,6 +79,7 @@ class Lowered:
     variants: list[tuple[str, Timing]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     regions: list[dict[str, Any]] = field(default_factory=list)
+    fused: list[Fused] = field(default_factory=list)
 
 
 def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mapping[str, str] | None = None,

@@ -58,16 +58,16 @@ def _looks(work: Work) -> bool:
 
 def find(analysis: Analysis, chosen: Chosen) -> list[Region]:
     """Maximal connected regions of eligible works, each with two ops that compute, such that all can run as one each."""
-    found = [_trimmed(analysis, works) for works in _Grouping(analysis, chosen).run()]
+    found = [_trimmed(analysis, works) for works in Grouping(analysis, lambda w: eligible(w, chosen[w][0])).run()]
     regions = [Region.of(analysis, works) for works in found if _worthy(works)]
     return [r for r in regions if all(isinstance(n.meta["val"], Tensor) for n in (*r.reads, *r.writes))]
 
 
-class _Grouping:
-    """Joins each eligible work with the groups that it reads from, unless something in between has to run outside."""
+class Grouping:
+    """Joins each work that may be a member with the groups that it reads from, unless something in between has to run outside."""
 
-    def __init__(self, analysis: Analysis, chosen: Chosen):
-        self.works, self.chosen = analysis.works, chosen
+    def __init__(self, analysis: Analysis, member: Callable[[Work], bool]):
+        self.works, self._member = analysis.works, member
         place = {w.node: k for k, w in enumerate(self.works)}
         self.before = [sorted({place[r.value] for r in w.reads if r.value in place}) for w in self.works]
         self.after: list[list[int]] = [[] for _ in self.works]
@@ -79,18 +79,22 @@ class _Grouping:
 
     def run(self) -> list[list[Work]]:
         for k, work in enumerate(self.works):
-            if not eligible(work, self.chosen[work][0]):
+            if not self._member(work):
                 continue
             self.members[k] = [k]
             for p in reversed(self.before[k]):
                 a, b = self.group[p], self.group[k]
-                if a in self.members and a != b and self._joinable(a, b, k):
+                if a in self.members and a != b and self._joinable(a, b, k) and self.fits(p, k):
                     self._join(a, b)
         return [[self.works[k] for k in sorted(m)] for m in self.members.values()]
 
     def _joinable(self, a: int, b: int, last: int) -> bool:
         small = len(self.members[a]) + len(self.members[b]) <= _LARGEST
         return small and not self._detour(a, b, last) and not self._detour(b, a, last)
+
+    def fits(self, before: int, after: int) -> bool:
+        """Whether one loop can do the groups of both works, of which the second reads what the first gives."""
+        return True
 
     def _detour(self, source: int, target: int, last: int) -> bool:
         """Whether a path leads from one group to the other through a third; works past ``last`` lead nowhere back."""
@@ -121,7 +125,9 @@ def _trimmed(analysis: Analysis, works: list[Work]) -> list[Work]:
     for work in works:
         if _looks(work) and all(r.value not in inside or r.value in mirrors for r in work.reads):
             mirrors.add(work.node)
-    kept = [w for w in works if w.node not in mirrors & given]
+    # parts of several that something outside gives: a region reads tensors
+    parts = {w.node for w in works if w.node in mirrors and any(r.value not in inside and not isinstance(r.value.meta["val"], Tensor) for r in w.reads)}
+    kept = [w for w in works if w.node not in mirrors & given | parts]
     return kept if len(kept) == len(works) else _trimmed(analysis, kept)  # what those views look at may now be given too
 
 
@@ -203,7 +209,7 @@ def _restride(x: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 def chain(region: Region, chosen: Chosen) -> Callable[..., Any]:
-    """The region as it runs without Inductor, in the form of ``bind``."""
+    """The region as it runs op by op, in the form of ``bind``."""
     spot = {node: k for k, node in enumerate([*region.reads, *(w.node for w in region.works)])}
     steps = [(chosen[w][1], [spot[r.value] for r in w.reads]) for w in region.works]
     wanted = [spot[n] for n in region.writes]

@@ -1,10 +1,12 @@
-"""Regions: chains of ops that run one by one, compiled by Inductor into one loop where that measures faster.
+"""Regions: chains of ops that run one by one, made one loop where that measures faster: by a kernel of our own, or by Inductor.
 
-    lowered = compiled(lowered, example, deadline)     # compiles, checks, times; takes what is faster
+    lowered = generated(lowered, example)              # our kernels: compiled in a fraction of a second each
+    lowered = compiled(lowered, example, deadline)     # Inductor's: as many as the time allows
     lowered = restored(lowered, saved)                 # what a file says was taken; times nothing
 
-A saved region is plain data: ``{"nodes": [...], "strides": [...], "ms": ..., "chain_ms": ...}``. Its library lies in the private
-cache; where it is missing it is compiled at the first call, and where that can't be, the chain runs and a note says what it costs.
+Each is checked against the ops and raced against the chain; what is faster is taken if the whole is faster with it. A saved
+region is plain data: ``{"nodes": [...], "strides": [...], "ms": ..., "chain_ms": ..., "maker": "llvm" or "inductor"}``. Compiled code lies in the private
+cache; where it is missing our kernels are compiled when they are first called, as are Inductor's, and where that can't be, the chain runs and a note says what it costs.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from torch import Tensor, fx
 from graphwright.backends import inductor
 from graphwright.backends.inductor import Fragment, FragmentModule, NotCompiled
 from graphwright.errors import InternalError
-from graphwright.lower import Choice, Lowered
+from graphwright.kernels.formulas import Unfit
+from graphwright.kernels.native import unavailable
+from graphwright.lower import Choice, Lowered, spaces
 from graphwright.lower.chains import Chosen, bind, chain, eligible, find, fragment_of, sound
 from graphwright.lower.graph import Region, schedule
 from graphwright.lower.runner import Fused, Step, emit
@@ -57,8 +61,43 @@ class _Group:
 @dataclass
 class _Taken:
     group: _Group
+    run: inductor.Run
+    maker: str
     ms: float
     chain_ms: float
+
+
+_WORDS = {"llvm": "a kernel of our own", "inductor": "Inductor"}
+
+
+def generated(lowered: Lowered, example: Sequence[Tensor], say: Callable[[str], None] = lambda text: None) -> Lowered:
+    """``lowered`` with the regions that generated kernels make clearly faster, or as it was; the notes say which.
+
+    Args:
+        example: flat inputs, on which everything is timed.
+    """
+    if unavailable() is not None:
+        return lowered
+    chosen = dict(zip(lowered.analysis.works, lowered.chosen, strict=True))
+    found = spaces.find(lowered.analysis, chosen)
+    notes, taken = [], []
+    while found:
+        groups, total = _groups(lowered, found, example)
+        found = []
+        for group in (g for g in groups if g.ms >= _WORTH * total):
+            say(f"generating a kernel for {_name(group)}")
+            try:
+                run = spaces.make(group.fragment)
+            except Unfit as error:
+                again = [r for r in (spaces.bare(lowered.analysis, r) for r in group.regions) if r is not None]
+                found += again
+                notes += [] if again else [f"{_name(group)}: no kernel can be generated: {error}"]
+                continue
+            one, said = _judged(lowered, group, chosen, example, run, "llvm")
+            notes.append(f"{_name(group)}: {said}")
+            taken += [] if one is None else [one]
+    lowered = _noted(lowered, notes)
+    return _raced(lowered, taken, example, say) if taken else lowered
 
 
 def compiled(lowered: Lowered, example: Sequence[Tensor], deadline: float, say: Callable[[str], None] = lambda text: None) -> Lowered:
@@ -98,10 +137,13 @@ def compiled(lowered: Lowered, example: Sequence[Tensor], deadline: float, say: 
                 continue
             finally:
                 seconds = time.perf_counter() - start
-        found = _judged(lowered, group, chosen, example)
-        notes.append(f"{name}: {found[1]}")
-        if found[0] is not None:
-            taken.append(found[0])
+        run = inductor.open_library(group.fragment)
+        if run is None:
+            notes.append(f"{name}: its library cannot be opened; the chain runs")
+            continue
+        one, said = _judged(lowered, group, chosen, example, run, "inductor")
+        notes.append(f"{name}: {said}")
+        taken += [] if one is None else [one]
     return _raced(_noted(lowered, notes), taken, example, say) if taken else _noted(lowered, notes)
 
 
@@ -167,23 +209,25 @@ def _samples(lowered: Lowered, region: Region, example: Sequence[Tensor]) -> lis
     return [kept[n] for n in region.reads]
 
 
-def _judged(lowered: Lowered, group: _Group, chosen: Chosen, example: Sequence[Tensor]) -> tuple[_Taken | None, str]:
-    """Check and time one region against its chain; None where it is not taken, and a line for the notes."""
-    run, region = inductor.open_library(group.fragment), group.regions[0]
-    if run is None:
-        return None, "its library cannot be opened; the chain runs"
+def _judged(lowered: Lowered, group: _Group, chosen: Chosen, example: Sequence[Tensor], run: inductor.Run,
+            maker: str) -> tuple[_Taken | None, str]:  # fmt: skip
+    """Check and time one region against its chain, and against what runs in the chain's place already; None where it is not taken."""
+    region, who = group.regions[0], _WORDS[maker]
     reads = _samples(lowered, region, example)
     try:
         problem = check(group.fragment, [*reads, *group.constants[0]], run)
-    except RuntimeError as error:
+    except (RuntimeError, InternalError) as error:
         problem = str(error).splitlines()[0][:200]
     if problem:
-        return None, f"Inductor's code is not right ({problem}); the chain runs"
-    calls = [chain(region, chosen), bind(group.fragment, group.constants[0], run)]
-    plain, fused = race(calls, reads)
-    if fused > _CLEARLY * plain:
-        return None, f"Inductor's {fused:.3g} ms are not clearly below the chain's {plain:.3g} ms; the chain runs"
-    return _Taken(group, fused, plain), f"{fused:.3g} ms through Inductor, {plain:.3g} ms op by op"
+        return None, f"the code by {who} is not right ({problem}); the chain runs"
+    before = [f for f in lowered.fused if set(f.region.works) == set(region.works)]
+    calls = [chain(region, chosen), bind(group.fragment, group.constants[0], run), *(f.call for f in before)]
+    plain, fused, *rivals = race(calls, reads)
+    best = min(plain, *rivals) if rivals else plain
+    if fused > _CLEARLY * best:
+        other = "the generated kernel's" if rivals and best < plain else "the chain's"
+        return None, f"{fused:.3g} ms through {who} are not clearly below {other} {best:.3g} ms, which stays"
+    return _Taken(group, run, maker, fused, plain), f"{fused:.3g} ms through {who}, {plain:.3g} ms op by op"
 
 
 def check(fragment: Fragment, inputs: Sequence[Tensor], run: inductor.Run) -> str | None:
@@ -205,34 +249,36 @@ def race(calls: Sequence[Callable[..., Any]], reads: Sequence[Tensor]) -> list[f
 
 
 def _raced(lowered: Lowered, taken: Sequence[_Taken], example: Sequence[Tensor], say: Callable[[str], None]) -> Lowered:
-    """The program with all taken regions if it is faster as a whole."""
-    fused, saved = [], []
+    """The program with all taken regions if it is faster as a whole; they take the place of those that share a work with them."""
+    works = {w for one in taken for region in one.group.regions for w in region.works}
+    kept = [(f, entry) for f, entry in zip(lowered.fused, lowered.regions, strict=True) if not works.intersection(f.region.works)]
+    fused, saved = [f for f, _ in kept], [entry for _, entry in kept]
     for one in taken:
-        run = inductor.open_library(one.group.fragment)
-        assert run is not None
         strides = [list(s) for _, _, s in one.group.fragment.inputs]
         for region, constants in zip(one.group.regions, one.group.constants, strict=True):
-            fused.append(Fused(region, f"inductor.region{len(fused) + 1}", bind(one.group.fragment, constants, run)))
+            fused.append(Fused(region, f"{one.maker}.region{len(fused) + 1}", bind(one.group.fragment, constants, one.run), one.maker == "llvm"))
             saved.append({"nodes": [w.node.name for w in region.works], "strides": strides[: len(region.reads)],
-                          "ms": one.ms, "chain_ms": one.chain_ms})  # fmt: skip
+                          "ms": one.ms, "chain_ms": one.chain_ms, "maker": one.maker})  # fmt: skip
     runner = emit(lowered.analysis, lowered.chosen, fused)
-    say(f"timing the whole with {len(fused)} regions through Inductor")
+    who = _WORDS[taken[0].maker] if taken[0].maker == "inductor" else "generated kernels"
+    say(f"timing the whole with {len(fused) - len(kept)} regions through {who}")
     with lowered.analysis.program.preserved(example):
         for _ in range(2):  # a loss is not believed on one race
             plain, with_regions = interleaved([lambda: lowered.runner(*example), lambda: runner(*example)], rounds=10, budget_s=1.5)
             if with_regions.minimum < plain.minimum:
                 break
-    variants = [("regions through Inductor", with_regions), ("without them", plain), *lowered.variants[1:]]
+    variants = [(f"regions through {who}", with_regions), ("without them", plain), *lowered.variants[1:]]
     if with_regions.minimum >= plain.minimum:
-        why = f"the whole is not faster with Inductor's regions ({with_regions.minimum:.3g} ms) than without ({plain.minimum:.3g} ms): they are left out"
+        why = f"the whole is not faster with the regions through {who} ({with_regions.minimum:.3g} ms) than without ({plain.minimum:.3g} ms): they are left out"
         return dataclasses.replace(_noted(lowered, [why]), variants=[variants[1], variants[0], *variants[2:]])
-    return dataclasses.replace(lowered, runner=runner, choices=_choices(lowered, fused), variants=variants, regions=saved)
+    return dataclasses.replace(lowered, runner=runner, choices=_choices(lowered, fused), variants=variants, regions=saved, fused=fused)
 
 
 def _choices(lowered: Lowered, fused: Sequence[Fused]) -> list[Choice]:
     """What the report shows: the works of a region name it."""
     names = {w: f.name for f in fused for w in f.region.works}
-    return [dataclasses.replace(c, name=names[c.work], fused=True) if c.work in names else c for c in lowered.choices]
+    plain = [dataclasses.replace(c, name=candidate.name, fused=False) if c.fused else c for c, (candidate, _) in zip(lowered.choices, lowered.chosen, strict=True)]
+    return [dataclasses.replace(c, name=names[c.work], fused=True) if c.work in names else c for c in plain]
 
 
 # -- from a file -----------------------------------------------------------------------------------------------------
@@ -257,6 +303,16 @@ def restored(lowered: Lowered, saved: Any) -> Lowered:
         except (KeyError, TypeError, ValueError, AttributeError, InternalError) as error:
             notes.append(f"a region that the file names does not fit the program ({error}); its ops run one by one")
             continue
+        if entry.get("maker") == "llvm":
+            try:
+                call = bind(fragment, constants, spaces.make(fragment))
+            except Unfit as error:
+                notes.append(f"{region.head.site}: no kernel can be generated for its region here ({error}); its {len(works)} ops run one by one, "
+                             f"which took {max(cost, 0.0):.2g} ms longer where it was measured")  # fmt: skip
+                continue
+            fused.append(Fused(region, f"llvm.region{len(fused) + 1}", call, True))
+            kept.append(entry)
+            continue
         run, why = inductor.open_library(fragment), inductor.reason()
         if run is None and why:
             notes.append(f"{region.head.site}: the library of its region is not in this machine's cache and {why}; "
@@ -272,7 +328,7 @@ def restored(lowered: Lowered, saved: Any) -> Lowered:
     if not fused:
         return _noted(lowered, notes)
     runner = emit(lowered.analysis, lowered.chosen, fused)
-    return dataclasses.replace(_noted(lowered, notes), runner=runner, choices=_choices(lowered, fused), regions=kept)
+    return dataclasses.replace(_noted(lowered, notes), runner=runner, choices=_choices(lowered, fused), regions=kept, fused=fused)
 
 
 class _Late:

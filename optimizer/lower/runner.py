@@ -143,11 +143,13 @@ class Fused:
     Attributes:
         name: ``"inductor.region1"``.
         call: tensors of ``region.reads``, native, to those of ``region.writes``: one by itself, several in a tuple or list.
+        fresh: what it gives shares memory with nothing.
     """
 
     region: Region
     name: str
     call: Callable[..., Any]
+    fresh: bool = False
 
 
 def emit(analysis: Analysis, chosen: Sequence[tuple[Candidate, Callable[..., Any]]], fused: Sequence[Fused] = (), *,
@@ -205,7 +207,8 @@ class _Emitter:
         region = fused.region
         reads = tuple(self._form(value, NATIVE) for value in region.reads)
         writes = tuple(self._new(value, NATIVE) for value in region.writes)
-        self.borrowed.update(reads, writes)  # what it gives may be several views of one tensor
+        if not fused.fresh:
+            self.borrowed.update(reads, writes)  # what it gives may be several views of one tensor
         self.steps.append(Step(fused.call, reads, writes, (), region.head.site, fused.name, region.head))
 
     def _new(self, value: fx.Node, form: Format) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from graphwright.errors import InternalError
 from graphwright.kernels import llvm
+from graphwright.kernels.expressions import Text
 from graphwright.kernels.native import unavailable
 from graphwright.kernels.tile import apart, bits, device, f32, f64, from_bits, i8, i32, i64, real, u8
 from graphwright.kernels.translate import translate
@@ -184,3 +186,36 @@ def test_what_is_outside_the_language_is_refused_with_its_line(body: Any, line: 
         translate(body, "refused")
     assert what in str(caught.value)
     assert f"{__file__}:{body.__code__.co_firstlineno + line}" in str(caught.value)
+
+
+def _many(params):
+    p = i64(params)
+    a, b, c, d, e = f32(p[0]), f32(p[1]), f32(p[2]), f32(p[3]), f32(p[4])
+    for i in independent(p[5]):  # noqa: F821
+        e[i] = a[i] * b[i] + c[i] * d[i]
+
+
+def test_turns_that_are_independent_need_no_check_for_overlaps() -> None:
+    marked = translate(_many, "many")
+    assert str(marked).count("!llvm.access.group") == 5 and "llvm.loop.parallel_accesses" in str(marked)
+    ranged = Text("many", inspect.getsource(_many).replace("independent(", "range(").replace("_many", "many"), _many.__globals__)
+    compares = [_optimized(m).count("icmp ult") for m in (marked, translate(ranged, "many"))]
+    assert compares[0] < compares[1]  # the addresses of what is written and read are compared before the loop
+
+
+def _optimized(module: Any) -> str:
+    from llvmlite import binding
+
+    machine = llvm._machine()
+    parsed = binding.parse_assembly(str(module))
+    parsed.triple, parsed.data_layout = machine.triple, str(machine.target_data)
+    builder = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=3))
+    builder.getModulePassManager().run(parsed, builder)
+    return str(parsed)
+
+
+def test_a_kernel_may_be_a_text() -> None:
+    text = Text("twice", "def twice(params):\n    p = i64(params)\n    p[0] = p[0] * 2\n", {"i64": i64})
+    assert compiled(text)(21)[0] == 42
+    with pytest.raises(InternalError, match="<wrong>:2"):
+        translate(Text("wrong", "def wrong(params):\n    unknown(params)\n", {}), "wrong")

@@ -1,0 +1,400 @@
+"""One kernel for a region of elementwise ops, broadcasts and reductions over the last axis.
+
+A region comes as plain data (inputs, steps, outputs: see ``graphwright.backends.inductor.Fragment``) with the tensors that a trial
+run gave. Its ops become terms (``formulas``), the terms a loop over rows, and each row one loop per *level*: level 0 is what
+the inputs give, and what a reduction of level k gives is there at level k + 1. A number that a later level needs again is computed again or
+kept in a row buffer, whichever costs less. Views of inputs, and cuts of them glued together along the last axis, cost nothing: they
+are addresses. ``Source.text`` is the kernel as a person would write it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphwright.kernels.formulas import Term, Unfit
+from graphwright.kernels.terms import MAX_COLUMNS, Place, Terms
+
+#: Longest row whose length is put into the code.
+_FIXED = 512
+#: Elements of a tile where rows are long and nothing is reduced.
+_TILE = 4096
+#: Costs, an addition being 1: reading once more what is in the L1 cache, and keeping a number for a later level.
+_READ, _APART, _KEEP = 1.0, 3.0, 4.0
+_POINTERS = {torch.float32: "f32", torch.bool: "u8", torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64"}
+_LOADED = {"f": "{}", "b": "{} != 0", "i": "np.int64({})"}
+_STORED = {torch.bool: "np.uint8(1) if {0} else np.uint8(0)", torch.uint8: "np.uint8({0})", torch.int8: "np.int8({0})",
+           torch.int32: "np.int32({0})"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Source:
+    """A generated kernel.
+
+    Attributes:
+        name: from the text: equal kernels of different regions are one.
+        text: device code.
+        slots: ``struct`` letters of its parameters after the two of OpenMP.
+        sizes: rows, columns, sizes of the row axes but the first, tiles, tile: its first parameters.
+        reads, writes: the addresses that follow, each with its byte strides along the row axes and, where ``steps`` says so,
+            its inner stride in elements.
+        outs: shape, strides and dtype of each result.
+        buffer: floats of a row buffer.
+        work: additions per call, about.
+    """
+
+    name: str
+    text: str
+    slots: str
+    sizes: tuple[int, ...]
+    reads: tuple[tuple[int, int, tuple[int, ...]], ...]
+    writes: tuple[tuple[int, int, tuple[int, ...]], ...]
+    outs: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype], ...]
+    buffer: int
+    work: float
+
+
+def generate(inputs: Sequence[Any], steps: Sequence[Any], outputs: Sequence[int], values: Sequence[Any]) -> Source:
+    """The kernel of a region.
+
+    Args:
+        inputs, steps, outputs: of the fragment.
+        values: of a trial run: the inputs, then what each step gave.
+
+    Raises:
+        Unfit: no kernel of this kind can serve it, and why.
+    """
+    return _Writer(Terms(len(inputs), steps, outputs, values)).source()
+
+
+# -- from terms to text ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Axes:
+    """The loop over rows and the loop along a row: sizes, and the strides of every place in that order."""
+
+    sizes: tuple[int, ...]
+    columns: int
+    strides: list[tuple[int, ...]]
+
+    @classmethod
+    def of(cls, space: Sequence[int], places: Sequence[Place], order: Sequence[int], fixed: bool) -> _Axes:
+        """Axes of one element are left out, and neighbours that every place walks through evenly are one."""
+        kept = [a for a in order if space[a] > 1 or fixed and a == len(space) - 1]
+        merged: list[tuple[int, list[int]]] = []
+        for k, a in enumerate(kept):
+            steps = [p.strides[a] for p in places]
+            inner = fixed and k == len(kept) - 1
+            if merged and not inner and all(o == s * space[a] for o, s in zip(merged[-1][1], steps, strict=True)):
+                merged[-1] = merged[-1][0] * space[a], steps
+            else:
+                merged.append((space[a], steps))
+        if not merged:
+            merged = [(1, [0] * len(places))]
+        *rows, (columns, _) = merged
+        if len(rows) > 3:
+            raise Unfit(f"rows along {len(rows)} axes; 3 are supported")
+        return cls(tuple(n for n, _ in rows), columns, [tuple(s[k] for _, s in merged) for k in range(len(places))])
+
+
+def _dense(x: Tensor) -> tuple[int, ...]:
+    """The strides of x where it fills its memory without gaps, else those of a contiguous tensor."""
+    reach = 1
+    for stride, size in sorted((s, n) for s, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride != reach:
+            return torch.empty(x.shape, device="meta").stride()
+        reach *= size
+    return x.stride()
+
+
+@dataclass
+class _Writer:
+    """Writes the kernel of a region."""
+
+    region: Terms
+    lines: list[str] = field(default_factory=list)
+    _levels: dict[Term, int] = field(default_factory=dict)
+    _rows: dict[Term, str] = field(default_factory=dict)
+    _kept: dict[Term, str] = field(default_factory=dict)
+    _even: dict[Term, bool] = field(default_factory=dict)
+    _costs: dict[Term, float] = field(default_factory=dict)
+    _planned: set[tuple[Term, int]] = field(default_factory=set)
+    _count: int = 0
+
+    def __post_init__(self) -> None:
+        region = self.region
+        results = [region.values[n] for n in region.outputs]
+        self.terms = [r.term for r in results]
+        self.outs = [(tuple(r.tensor.shape), tuple(_dense(r.tensor)), r.tensor.dtype) for r in results]
+        self.narrow = [r.width == 1 and region.space[-1] > 1 for r in results]
+        writes = []
+        for k, (shape, strides, dtype) in enumerate(self.outs):
+            wide = [s if n > 1 else 0 for n, s in zip(shape, strides, strict=True)]
+            writes.append(Place(k, 0, tuple(wide) + (0,) * (len(region.space) - len(shape)), dtype))
+        self.fixed = region.fixed or any(self.narrow)
+        last = len(region.space) - 1
+        first = writes[0].strides
+        order = sorted(range(last if self.fixed else last + 1), key=lambda a: -first[a]) + [last] * self.fixed
+        self.places = [*region.reads, *writes]
+        self.axes = _Axes.of(region.space, self.places, order, self.fixed)
+        if self.fixed and self.axes.columns > MAX_COLUMNS:
+            raise Unfit(f"rows of {self.axes.columns} elements; {MAX_COLUMNS} are supported")
+        bounds = {b for t in self._all() for b in t.bounds}
+        self.cuts = sorted(bounds | {0, self.axes.columns}) if bounds else []
+
+    def source(self) -> Source:
+        levels = 1 + max(self._level(t) for t in self.terms)
+        for level in reversed(range(levels)):  # what is kept at one level may need something kept before
+            for term in self._roots(level):
+                self._plan(term, level)
+        body = self._body(levels)
+        buffer = min(n for n in (512, 2048, MAX_COLUMNS) if n >= self.axes.columns) + 16 if self._kept else 0
+        slots, reads, writes = self._parameters()
+        text = "\n".join(["def NAME(params):", f'    """{self._title()}"""', *body, ""])
+        name = "region_" + hashlib.sha256(f"{text}{buffer}".encode()).hexdigest()[:16]
+        cost = sum(t.cost for t in self._all()) + len(self.places)
+        return Source(name, text.replace("NAME", name, 1), slots, self._sizes(), reads, writes, tuple(self.outs), buffer,
+                      cost * math.prod(self.axes.sizes) * self.axes.columns)  # fmt: skip
+
+    def _all(self) -> dict[Term, None]:
+        found: dict[Term, None] = {}
+        stack = list(self.terms)
+        while stack:
+            term = stack.pop()
+            if term not in found:
+                found[term] = None
+                stack += term.args
+        return found
+
+    # -- parameters --
+
+    def _sizes(self) -> tuple[int, ...]:
+        rows, columns = math.prod(self.axes.sizes), self.axes.columns
+        tile = columns if self.fixed else min(columns, _TILE)
+        return (rows, columns, *self.axes.sizes[1:], -(-columns // tile), tile)
+
+    def _parameters(self) -> tuple[str, tuple[Any, ...], tuple[Any, ...]]:
+        records = []
+        for place, strides in zip(self.places, self.axes.strides, strict=True):
+            size = place.dtype.itemsize
+            steps = tuple(s * size for s in strides[:-1]) + ((strides[-1],) if strides[-1] not in (0, 1) else ())
+            records.append((place.index, place.offset, steps))
+        slots = "q" * (len(self._sizes()) + sum(1 + len(s) for *_, s in records))
+        count = len(self.region.reads)
+        return slots, tuple(records[:count]), tuple(records[count:])
+
+    # -- levels --
+
+    def _level(self, term: Term) -> int:
+        """The loop in which a term can be computed first; of a number per row, the loop before which it is there."""
+        if term not in self._levels:
+            inner = max((self._level(a) for a in term.args), default=0)
+            self._levels[term] = inner + (term.op in ("sum", "max"))
+        return self._levels[term]
+
+    def _per_row(self, term: Term) -> bool:
+        if term not in self._even:
+            match term.op:
+                case "read":
+                    even = self.axes.strides[int(term.text)][-1] == 0
+                case "call":
+                    even = all(self._per_row(a) for a in term.args)
+                case _:
+                    even = term.op != "cat"
+            self._even[term] = even
+        return self._even[term]
+
+    def _roots(self, level: int) -> list[Term]:
+        """What the loop of a level computes for others: results, terms of reductions, and what is kept."""
+        found = [t for t, narrow in zip(self.terms, self.narrow, strict=True) if not narrow and self._level(t) == level]
+        found += [t.args[0] for t in self._all() if t.op in ("sum", "max") and self._level(t.args[0]) == level]
+        return list(dict.fromkeys([*found, *(t for t in self._kept if self._level(t) == level)]))
+
+    def _plan(self, term: Term, level: int) -> None:
+        """Decide what the loop of ``level`` takes from a row buffer."""
+        if self._per_row(term) or term.op == "read" or (term, level) in self._planned:
+            return
+        self._planned.add((term, level))
+        if self._level(term) < level and term.family == "f" and self._again(term) > _KEEP:
+            self._kept.setdefault(term, f"kept{len(self._kept)}")
+            return
+        for arg in () if term.op == "cat" else term.args:  # a glued part has no place of its own in a row
+            self._plan(arg, level)
+
+    def _again(self, term: Term) -> float:
+        """What computing a term once more costs."""
+        if self._per_row(term):
+            return 0.0
+        if term.op == "read":
+            return _READ if self.axes.strides[int(term.text)][-1] == 1 else _APART
+        if term not in self._costs:
+            self._costs[term] = term.cost + sum(self._again(a) for a in term.args)
+        return self._costs[term]
+
+    # -- text --
+
+    def _title(self) -> str:
+        shapes = "; ".join(f"{str(d).removeprefix('torch.')} out" for *_, d in self.outs)
+        return f"{len(self.region.reads)} operands in, {shapes}; {len(self.axes.sizes)} row axes."
+
+    def _body(self, levels: int) -> list[str]:
+        self.lines, sizes = [], self.axes.sizes
+        say, slot, dims = self.lines.append, 4, len(sizes)
+        say("    p = i64(params)")
+        constant = self.cuts or self.fixed and self.axes.columns <= _FIXED
+        say(f"    rows, columns = p[2], {f'np.int64({self.axes.columns})' if constant else 'p[3]'}")
+        for a in range(1, dims):
+            say(f"    n{a} = p[{slot}]")
+            slot += 1
+        say(f"    tiles, tile = p[{slot}], p[{slot + 1}]")
+        slot += 2
+        for name in self._kept.values():
+            say(f"    {name} = f32(buffer())")
+        say("    first, end = share(params, rows * tiles)")
+        say("    row, at = first // tiles, first % tiles * tile")
+        counters = self._counters(dims)
+        self.lines += [f"    {line}" for line in counters]
+        say("    for unit in range(first, end):")
+        slot = self._addresses(slot, dims)
+        indent = "        "
+        if not self.fixed:
+            say(f"{indent}count = min(tile, columns - at)")
+        for level in range(levels):
+            self._loop(level, indent)
+        for k, term in enumerate(self.terms):
+            if self.narrow[k]:
+                self._store(k, self._row(term, indent), "0", indent)
+        self._advance(dims, indent)
+        return self.lines
+
+    def _counters(self, dims: int) -> list[str]:
+        """Where a thread's first row lies on each axis."""
+        match dims:
+            case 0:
+                return []
+            case 1:
+                return ["i0 = row"]
+            case 2:
+                return ["i0, i1 = row // n1, row % n1"]
+        return ["line, i2 = row // n2, row % n2", "i0, i1 = line // n1, line % n1"]
+
+    def _advance(self, dims: int, indent: str) -> None:
+        """The next unit: the next tile of the row, else the next row."""
+        say, inner = self.lines.append, indent
+        if not self.fixed:
+            say(f"{indent}at += tile")
+            say(f"{indent}if at >= columns:")
+            inner = indent + "    "
+            say(f"{inner}at = np.int64(0)")
+        if dims:
+            say(f"{inner}i{dims - 1} += 1")
+        for a in range(dims - 1, 0, -1):
+            say(f"{inner}if i{a} == n{a}:")
+            inner += "    "
+            say(f"{inner}i{a} = np.int64(0)")
+            say(f"{inner}i{a - 1} += 1")
+
+    def _addresses(self, slot: int, dims: int) -> int:
+        say, reads = self.lines.append, len(self.region.reads)
+        for k, (place, strides) in enumerate(zip(self.places, self.axes.strides, strict=True)):
+            name, size = (f"x{k}", place.dtype.itemsize) if k < reads else (f"y{k - reads}", place.dtype.itemsize)
+            parts = [f"p[{slot}]"] + [f"i{a} * p[{slot + 1 + a}]" for a in range(dims)]
+            slot += 1 + dims
+            inner = strides[-1]
+            if inner not in (0, 1):
+                say(f"        {name}_step = p[{slot}]")
+                slot += 1
+            if inner and not self.fixed:
+                parts.append(f"at * {size}" if inner == 1 else f"at * {name}_step * {size}")
+            say(f"        {name} = {_POINTERS[place.dtype]}({' + '.join(parts)})")
+        return slot
+
+    def _loop(self, level: int, indent: str) -> None:
+        roots, sums = self._roots(level), [t for t in self._all() if t.op in ("sum", "max") and self._level(t.args[0]) == level]
+        stores = [k for k, t in enumerate(self.terms) if not self.narrow[k] and self._level(t) == level]
+        if not roots:
+            return
+        for term in sums:
+            self._rows[term] = self._name("row")
+            self.lines.append(f"{indent}{self._rows[term]} = real({'0.0' if term.op == 'sum' else '-inf'})")
+        bounds = list(zip(self.cuts, self.cuts[1:], strict=False)) or [("0", "columns" if self.fixed else "count")]
+        for low, high in bounds:
+            inner, names = indent + "    ", {}
+            head = len(self.lines)
+            self.lines.append("")
+            for term in roots:
+                self._number(term, level, low if self.cuts else 0, 0, names, indent, inner, head)
+            for k in stores:
+                self._store(k, self._said(self.terms[k], 0, names, indent), "i", inner)
+            for term in sums:
+                how = "plus" if term.op == "sum" else "larger"
+                self.lines.append(f"{inner}{self._rows[term]} = {how}({self._rows[term]}, {self._said(term.args[0], 0, names, indent)})")
+            for term, name in self._kept.items():
+                if self._level(term) == level:
+                    self.lines.append(f"{inner}{name}[i] = {self._said(term, 0, names, indent)}")
+            head = self.lines.index("", head)
+            self.lines[head] = f"{indent}for i in independent({low}, {high}):"
+
+    def _said(self, term: Term, shift: int, names: Mapping[Any, str], indent: str) -> str:
+        return names[term, shift] if (term, shift) in names else self._row(term, indent)
+
+    def _number(self, term: Term, level: int, low: int, shift: int, names: dict[Any, str], indent: str, inner: str, head: int) -> str:
+        """The name of a term inside a loop; what it needs is written first, numbers per row ahead of the loop."""
+        if self._per_row(term):
+            return self._row(term, indent, self.lines.index("", head))
+        if (term, shift) in names:
+            return names[term, shift]
+        if term.op == "cat":
+            k = next(k for k, end in enumerate(term.bounds[1:]) if low - shift < end)
+            made = self._number(term.args[k], level, low, shift + term.bounds[k], names, indent, inner, head)
+            names[term, shift] = made
+            return made
+        if term in self._kept and self._level(term) < level:
+            text = f"{self._kept[term]}[i]"
+        elif term.op == "read":
+            k = int(term.text)
+            index = f"i - {shift}" if shift else "i"
+            stride = self.axes.strides[k][-1]
+            index = index if stride == 1 else f"({index}) * x{k}_step"
+            text = _LOADED[term.family].format(f"x{k}[{index}]")
+        else:
+            args = [self._number(a, level, low, shift, names, indent, inner, head) for a in term.args]
+            text = term.text.format(*args)
+        names[term, shift] = self._name("v")
+        self.lines.append(f"{inner}{names[term, shift]} = {text}")
+        return names[term, shift]
+
+    def _row(self, term: Term, indent: str, place: int | None = None) -> str:
+        """The name of a number per row, computed where it is not yet there: at the end, or ahead of a loop."""
+        if term.op == "constant":
+            return term.text
+        if term not in self._rows:
+            if term.op == "read":
+                text = _LOADED[term.family].format(f"x{term.text}[0]")
+            else:
+                args = []
+                for a in term.args:
+                    before = len(self.lines)
+                    args.append(self._row(a, indent, place))
+                    place = None if place is None else place + len(self.lines) - before
+                text = term.text.format(*args)
+            self._rows[term] = self._name("row")
+            self.lines.insert(len(self.lines) if place is None else place, f"{indent}{self._rows[term]} = {text}")
+        return self._rows[term]
+
+    def _store(self, k: int, name: str, index: str, indent: str) -> None:
+        dtype, stride = self.outs[k][2], self.axes.strides[len(self.region.reads) + k][-1]
+        text = _STORED.get(dtype, "{0}").format(name)
+        index = {0: "0", 1: index}.get(stride, f"{index} * y{k}_step")
+        self.lines.append(f"{indent}y{k}[{index}] = {text}")
+
+    def _name(self, stem: str) -> str:
+        self._count += 1
+        return f"{stem}{self._count}"

@@ -1,0 +1,263 @@
+"""Generated kernels: what they compute, what they look like, and what they refuse."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphwright.backends.inductor import Fragment, FragmentModule
+from graphwright.kernels.formulas import Unfit
+from graphwright.kernels.generate import generate
+from graphwright.kernels.generated import Generated
+from graphwright.kernels.native import unavailable
+from graphwright.numerics import Exact, rms
+
+pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
+
+F = "float32"
+
+
+def v(n):
+    return {"value": n}
+
+
+def source_of(fragment):
+    with torch.no_grad():
+        return generate(fragment.inputs, fragment.steps, fragment.outputs, FragmentModule(fragment).trace(fragment.zeros()))
+
+
+def inputs_of(fragment, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    made = []
+    for dtype, shape, strides in fragment.inputs:
+        x = torch.empty_strided(shape, strides, dtype=getattr(torch, dtype))
+        x.copy_(torch.randn(shape, generator=g) if dtype == F else torch.randint(0, 2, shape, generator=g))
+        made.append(x)
+    return made
+
+
+def check(fragment, inputs=None, slack=0.0):
+    """The kernel against the ops, by the fp64 rule; ``slack`` times the rounding unit more where chains amplify what is rounded first."""
+    made = Generated(source_of(fragment))
+    inputs = inputs_of(fragment) if inputs is None else inputs
+    before = [x.clone() for x in inputs]
+    with torch.no_grad():
+        reference, was = FragmentModule(fragment, double=True)(*inputs), FragmentModule(fragment)(*inputs)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for ref, old, new in zip(reference, was, made(inputs), strict=True):
+            problem = Exact().failure(ref, old, new)
+            assert problem is None or slack and rms(new.double() - ref) <= slack * torch.finfo(torch.float32).eps * rms(ref), problem
+            assert new.dtype == old.dtype
+    assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(before, inputs, strict=True))
+    return made
+
+
+def dense(*shape):
+    return torch.empty(shape).stride()
+
+
+def region(inputs, steps, *outputs):
+    """A fragment of contiguous float inputs by shape, or of whole records."""
+    records = tuple(i if isinstance(i[0], str) else (F, tuple(i), dense(*i)) for i in inputs)
+    said = tuple((f"aten.{op}", args, kwargs[0] if kwargs else {}) for op, args, *kwargs in steps)
+    return Fragment(records, said, outputs or (len(records) + len(steps) - 1,))
+
+
+ROTARY = region(
+    [(F, (2, 3, 17, 8), (3 * 17 * 8 * 2, 8, 48, 1)), (1, 1, 17, 8), (1, 1, 17, 8)],
+    [("mul.Tensor", [v(0), v(1)]), ("slice.Tensor", [v(0), 3, 0, 4, 1]), ("slice.Tensor", [v(0), 3, 4, 2**63 - 1, 1]),
+     ("neg.default", [v(5)]), ("cat.default", [[v(6), v(4)], -1]), ("mul.Tensor", [v(7), v(2)]), ("add.Tensor", [v(3), v(8)], {"alpha": 1})],
+)  # fmt: skip
+
+
+def test_the_text_of_a_kernel():
+    text = source_of(ROTARY).text
+    body = text[text.index("        for i in"): text.index("        i2 += 1")]
+    assert body == """\
+        for i in independent(0, 4):
+            v1 = x0[i]
+            v2 = x1[i]
+            v3 = v1 * v2
+            v4 = x2[i]
+            v5 = -v4
+            v6 = x3[i]
+            v7 = v5 * v6
+            v8 = v3 + v7
+            y0[i] = v8
+        for i in independent(4, 8):
+            v9 = x0[i]
+            v10 = x1[i]
+            v11 = v9 * v10
+            v12 = x0[i - 4]
+            v13 = x3[i]
+            v14 = v12 * v13
+            v15 = v11 + v14
+            y0[i] = v15
+"""
+    check(ROTARY)
+
+
+def test_equal_regions_of_other_sizes_share_a_kernel():
+    def pair(rows):
+        return source_of(region([(rows, 300), (300,)], [("mul.Tensor", [v(0), v(1)]), ("tanh.default", [v(2)])]))
+
+    assert pair(5).name == pair(70).name
+    assert pair(5).sizes != pair(70).sizes
+
+
+def test_costly_numbers_are_kept_and_cheap_ones_computed_again():
+    inner = [("tanh.default", [v(0)]), ("softmax.int", [v(1), -1, None])]
+    assert "kept0" in source_of(region([(6, 40)], inner)).text
+    cheap = [("mul.Tensor", [v(0), 2.0]), ("sum.dim_IntList", [v(1), [-1], True], {"dtype": None}), ("div.Tensor", [v(1), v(2)])]
+    assert "kept" not in source_of(region([(6, 40)], cheap)).text
+    check(region([(6, 40)], inner))
+    check(region([(6, 40)], cheap))
+
+
+def test_what_is_evenly_laid_out_is_one_long_row():
+    last = (F, (2, 8, 5, 7), (280, 1, 56, 8))
+    source = source_of(region([last, last], [("mul.Tensor", [v(0), v(1)]), ("silu.default", [v(2)])]))
+    assert source.sizes[:2] == (1, 560)
+    made = check(region([last, (1, 8, 1, 1)], [("mul.Tensor", [v(0), v(1)]), ("silu.default", [v(2)])]))
+    assert made(inputs_of(region([last, (1, 8, 1, 1)], [])))[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 15, 16, 17, 129, 513, 4096, 9001])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_rows_of_every_length(rows, columns):
+    check(region([(rows, columns), (columns,)], [("add.Tensor", [v(0), v(1)], {"alpha": 0.5}), ("layer_norm.default", [v(2), [columns], v(1), None, 1e-5, False]),
+                                                 ("gelu.default", [v(3)], {"approximate": "none"})], 2, 4))  # fmt: skip
+
+
+SPECIAL = torch.tensor([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 88.5, 89.0, -104.0, 1e-38, 3e38, -3e38, 0.5, 20.0, -20.0])
+
+
+@pytest.mark.parametrize("op", ["exp", "relu", "sigmoid", "tanh", "abs", "neg", "sqrt", "rsqrt", "reciprocal", "square", "floor", "erf",
+                                "hardsigmoid", "relu6", "isnan"])  # fmt: skip
+def test_the_ends_of_the_range(op):
+    fragment = region([(16,)], [(f"{op}.default", [v(0)]), ("mul.Tensor", [v(1), 1.0])])
+    if op == "isnan":
+        with pytest.raises(Unfit, match="isnan"):
+            source_of(fragment)
+        return
+    got, want = Generated(source_of(fragment))([SPECIAL])[0], FragmentModule(fragment)(SPECIAL)[0]
+    torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-37, equal_nan=True)
+
+
+def test_comparisons_and_choices_with_nan():
+    mask = ("bool", (16,), (1,))
+    steps = [("lt.Scalar", [v(0), 1.0]), ("logical_and.default", [v(2), v(1)]), ("where.self", [v(3), v(0), v(0)]), ("masked_fill.Scalar", [v(0), v(3), -math.inf]),
+             ("maximum.default", [v(4), v(5)]), ("clamp.default", [v(6), -2.0, None]), ("ne.Tensor", [v(0), v(0)]), ("logical_not.default", [v(8)])]  # fmt: skip
+    fragment = region([(16,), mask], steps, 3, 5, 7, 8, 9)
+    inputs = [SPECIAL, torch.arange(16) % 3 == 0]
+    for got, want in zip(Generated(source_of(fragment))(inputs), FragmentModule(fragment)(*inputs), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+def test_rows_without_a_finite_number():
+    x = torch.randn(4, 33)
+    x[0], x[1, 5], x[2, 7] = -math.inf, math.nan, math.inf
+    fragment = region([(4, 33)], [("mul.Tensor", [v(0), 1.0]), ("softmax.int", [v(1), -1, None]), ("amax.default", [v(1), [-1], True])], 2, 3)
+    for got, want in zip(Generated(source_of(fragment))([x]), FragmentModule(fragment)(x), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7, equal_nan=True)
+
+
+def test_whole_numbers_and_casts():
+    ids = ("int64", (3, 20), (20, 1))
+    fragment = region([ids, (3, 20)], [("add.Tensor", [v(0), 3], {"alpha": 2}), ("_to_copy.default", [v(2)], {"dtype": {"dtype": "float32"}}),
+                                       ("mul.Tensor", [v(3), v(1)]), ("ge.Scalar", [v(0), 1]), ("mul.Tensor", [v(4), v(5)])], 2, 5, 6)  # fmt: skip
+    check(fragment)
+
+
+@pytest.mark.parametrize(("fragment", "why"), [
+    (region([(4, 5), (4, 1)], [("add.Tensor", [v(0), v(0)]), ("sum.dim_IntList", [v(2), [0], True])]), "axes \\[0\\]"),
+    (region([(4, 5)], [("log1p.default", [v(0)]), ("neg.default", [v(1)])]), "log1p"),
+    (region([(4, 5)], [("pow.Tensor_Scalar", [v(0), 2.5])]), "the power 2.5"),
+    (region([(2, 8, 5, 5), (2, 8, 1, 1)], [("sigmoid.default", [v(1)]), ("mul.Tensor", [v(0), v(2)])]), "beside"),
+    (region([(4, 5), (4, 5)], [("cat.default", [[v(0), v(1)], 0]), ("neg.default", [v(2)])]), "another axis"),
+    (region([("float64", (4, 5), (5, 1))], [("neg.default", [v(0)]), ("neg.default", [v(1)])]), "float64"),
+    (region([(2, 20000)], [("neg.default", [v(0)]), ("softmax.int", [v(1), -1, None])]), "rows of 20000"),
+    (region([(4, 5)], [("view.default", [v(0), [20]])]), "nothing is computed"),
+    (region([(0, 5)], [("neg.default", [v(0)]), ("neg.default", [v(1)])]), "no elements"),
+])  # fmt: skip
+def test_what_is_refused_and_why(fragment, why):
+    with pytest.raises(Unfit, match=why):
+        source_of(fragment)
+
+
+# -- any region ------------------------------------------------------------------------------------------------------
+
+_UNARY = ["neg.default", "relu.default", "tanh.default", "sigmoid.default", "abs.default", "square.default", "silu.default", "erf.default"]
+
+
+@st.composite
+def fragments(draw):
+    """Regions over one space: inputs of every kind of broadcast and stride, elementwise ops, reductions, glued halves."""
+    rank = draw(st.integers(1, 4))
+    shape = [draw(st.integers(1, 6)) for _ in range(rank - 1)] + [draw(st.sampled_from([2, 6, 16, 34, 600]))]
+    records, kinds = [], []  # kinds: "full" or "row" (one number per row)
+    for _ in range(draw(st.integers(1, 4))):
+        keep = [draw(st.booleans()) or draw(st.booleans()) for _ in shape]
+        size = [n if k else 1 for n, k in zip(shape, keep, strict=True)]
+        order = draw(st.permutations(range(rank)))
+        strides, reach = [0] * rank, draw(st.sampled_from([1, 1, 2]))
+        for a in order:
+            strides[a], reach = reach, reach * size[a]
+        records.append((F, tuple(size), tuple(strides)))
+        kinds.append(size)
+    sizes, steps = list(kinds), []
+
+    def push(op, args, size, **kwargs):
+        steps.append((op, args, kwargs))
+        sizes.append(size)
+        return len(sizes) - 1
+
+    full = [0]
+    zero = push("add.Tensor", [v(0), v(draw(st.integers(0, len(records) - 1)))], None, alpha=1)
+    sizes[zero] = [max(a, b) for a, b in zip(sizes[0], sizes[steps[-1][1][1]["value"]], strict=True)]
+    for k in range(1, len(records)):
+        zero = push("add.Tensor", [v(zero), v(k)], [max(a, b) for a, b in zip(sizes[zero], sizes[k], strict=True)], alpha=1)
+    full, rows, space = [zero], [], sizes[zero]
+    for _ in range(draw(st.integers(2, 10))):
+        x = draw(st.sampled_from(full[-4:]))
+        match draw(st.sampled_from(["unary", "binary", "row", "norm", "reduce", "glue", "choose"])):
+            case "unary":
+                full.append(push(draw(st.sampled_from(_UNARY)), [v(x)], space))
+            case "binary":
+                y = draw(st.sampled_from([*full, *range(len(records))]))
+                full.append(push(draw(st.sampled_from(["add.Tensor", "mul.Tensor", "sub.Tensor", "maximum.default"])), [v(x), v(y)], space))
+            case "row" if rows:
+                full.append(push("mul.Tensor", [v(x), v(draw(st.sampled_from(rows)))], space))
+            case "reduce" if space[-1] > 1:
+                op = draw(st.sampled_from(["mean.dim", "amax.default", "sum.dim_IntList"]))
+                rows.append(push(op, [v(x), [-1], True], [*space[:-1], 1]))
+                rows.append(push("sigmoid.default", [v(rows[-1])], [*space[:-1], 1]))
+            case "norm" if space[-1] > 1:
+                full.append(push("softmax.int", [v(x), -1, None], space))
+            case "glue" if space[-1] % 2 == 0 and x < len(records):
+                half = space[-1] // 2
+                a = push("slice.Tensor", [v(0), rank - 1, 0, half, 1], None)
+                b = push("neg.default", [v(a)], None)
+                full.append(push("cat.default", [[v(b), v(a)], -1], space))
+            case "choose":
+                test = push("gt.Scalar", [v(x), 0.1], space)
+                full.append(push("where.self", [v(test), v(x), v(draw(st.sampled_from(full)))], space))
+    outputs = {full[-1], draw(st.sampled_from(full)), *(rows[-1:] if draw(st.booleans()) else [])}
+    said = tuple((f"aten.{op}", args, kwargs) for op, args, kwargs in steps)
+    return Fragment(tuple(records), said, tuple(sorted(outputs)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(fragments())
+def test_any_region_computes_what_its_ops_compute(fragment):
+    try:
+        source_of(fragment)
+    except Unfit as why:
+        assert "axes" in str(why) or "spread" in str(why) or "beside" in str(why), why
+        return
+    check(fragment, slack=256.0)
