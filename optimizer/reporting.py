@@ -15,7 +15,7 @@ from graphwright.capture.rehearse import clone_sharing, untouched
 from graphwright.cost import cost
 from graphwright.errors import InputError
 from graphwright.ir import describe
-from graphwright.lower import Choice
+from graphwright.lower import Choice, arena
 from graphwright.manager import PassRecord, PassResult
 from graphwright.measure import interleaved, machine
 from graphwright.memory import peak, process_peak_mb
@@ -196,6 +196,7 @@ def _fill(report: Report, variant: Variant, leaves: Sequence[Tensor]) -> None:
     report.graph = Picture.of(built.running)
     report.warnings.extend(f"pass {r.name} was {r.undone}" for r in built.records if r.undone)
     report.sites = site_rows(built, leaves)
+    report.planned = arena.figures(built.lowered.runner, leaves)
 
 
 def _fill_parts(report: Report, parts: Sequence[Built]) -> None:

@@ -23,7 +23,7 @@ from graphwright.backends.base import (
     has_layouts,
     hint,
 )  # fmt: skip
-from graphwright.ops import CONTRACTION, ELEMENTWISE, LAYOUT_FREE, POOL, VIEW
+from graphwright.ops import CAST, CONTRACTION, ELEMENTWISE, LAYOUT_FREE, POOL, RANDOM, VIEW
 
 #: ops that move values without arithmetic on them, so that integers under the same QParams pass through
 _ANY_DTYPE_VIEWS = {
@@ -49,13 +49,13 @@ def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
     """The op as it stands first; then channels-last, bfloat16 and quantized hand-through where they are sound."""
     call = lambda: implementation(work)
     floats = [isinstance(work.val(k), Tensor) and work.val(k).dtype == torch.float32 for k in range(len(work.reads))]
-    view = work.has(VIEW)
+    view, shares = work.has(VIEW), may_share(work)
     # ops that merely look at their input are not worth a stopwatch
     timed = (not view or work.op in COPIES) and not isinstance(work.out, (torch.SymInt, int, bool, tuple, list))
-    yield Candidate("aten.native", (NATIVE,) * len(work.reads), (NATIVE,), "f32", call, aliases=view or not timed, timed=timed)
+    yield Candidate("aten.native", (NATIVE,) * len(work.reads), (NATIVE,), "f32", call, aliases=shares or not timed, timed=timed)
     last = _last_needs(work)
     if last is not None:
-        yield Candidate("aten.last", last, (NATIVE_LAST,), "f32", call, aliases=view)
+        yield Candidate("aten.last", last, (NATIVE_LAST,), "f32", call, aliases=shares)
     if work.op in _ANY_DTYPE_VIEWS and _same_qparams(work):
         yield Candidate("aten.q", (Q,) * len(work.reads), (Q,), "int8", call, aliases=True, timed=False)
         if last is not None:
@@ -67,9 +67,17 @@ def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
             yield Candidate("aten.q-from-last", (Q_LAST,) * len(floats), (Q,), "int8", call, aliases=True)
     if "bf16" in allowed and all(floats) and work.is_float and (view or work.has(ELEMENTWISE) or work.has(CONTRACTION) or work.has(POOL)):
         cast = lambda: _bf16(work)
-        yield Candidate("aten.bf16", (BF16,) * len(floats), (BF16,), "bf16", cast, aliases=view, timed=timed)
+        yield Candidate("aten.bf16", (BF16,) * len(floats), (BF16,), "bf16", cast, aliases=shares, timed=timed)
         if last is not None:
-            yield Candidate("aten.bf16-last", (BF16_LAST,) * len(floats), (BF16_LAST,), "bf16", cast, aliases=view)
+            yield Candidate("aten.bf16-last", (BF16_LAST,) * len(floats), (BF16_LAST,), "bf16", cast, aliases=shares)
+
+
+def may_share(work: Work) -> bool:
+    """Whether the op's result may lie in the memory of what it reads: views, casts that cast nothing, dropout in eval mode."""
+    if work.row is None or work.has(VIEW) or work.has(CAST) or work.has(RANDOM):
+        return True
+    schema = getattr(work.target, "_schema", None)
+    return schema is None or any(r.alias_info is not None for r in schema.returns)
 
 
 def implementation(work: Work) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from graphwright.errors import InternalError
 from graphwright.ir import Program
 from graphwright.lower.conversions import conversion, possible
 from graphwright.lower.graph import Analysis, Region, schedule
+from graphwright.lower.liveness import run_poisoned
 from graphwright.lower.views import collapse
 from graphwright.ops import VIEW
 
@@ -29,6 +31,9 @@ class Step:
         site: of the work, or of the value that is converted.
         name: the candidate's name, or ``"convert native→q"``.
         work: the work that it does; of a fused region, the first that computes.
+        shares: registers in whose memory the results may lie.
+        resident: the results may lie in memory that outlives the call, a constant's.
+        clobbers: the register whose memory the call overwrites, and in which its result may lie.
     """
 
     call: Callable[..., Any]
@@ -38,6 +43,9 @@ class Step:
     site: str
     name: str
     work: Work | None = None
+    shares: tuple[int, ...] = ()
+    resident: bool = False
+    clobbers: int | None = None
 
 
 class Runner(nn.Module):
@@ -49,6 +57,7 @@ class Runner(nn.Module):
         self.program = program
         self.steps = tuple(steps)
         self._registers, self._inputs, self._buffers, self._outputs = registers, tuple(inputs), tuple(buffers), tuple(outputs)
+        self._poison = os.environ.get("GRAPHWRIGHT_POISON") == "1"
         self._code = [(s.call, s.reads, s.writes[0] if len(s.writes) == 1 else s.writes, s.frees) for s in steps]
 
     def _start(self, leaves: Sequence[Tensor]) -> list[Any]:
@@ -68,7 +77,14 @@ class Runner(nn.Module):
             target.copy_(value)
         return tuple(outs[:count])
 
+    @property
+    def resident(self) -> set[int]:
+        """Registers of inputs, buffers and results: what lies there outlives the steps."""
+        return {*self._inputs, *(slot for slot, _ in self._buffers), *(o.slot for o in self._outputs if isinstance(o, Register))}
+
     def forward(self, *leaves: Tensor) -> tuple[Any, ...]:
+        if self._poison:
+            return run_poisoned(self, leaves)
         # below autograd, each call skips a dispatch; unlike inference mode, results stay ordinary tensors
         with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
             registers = self._start(leaves)
@@ -79,6 +95,7 @@ class Runner(nn.Module):
                 else:
                     for slot, value in zip(writes, result, strict=True):
                         registers[slot] = value
+                    value = None  # nor may this name keep it
                 for slot in frees:
                     registers[slot] = None
             return self._finish(registers, leaves)
@@ -182,7 +199,6 @@ class _Emitter:
         buffers = [(self._new(n, NATIVE), str(n.target)) for n in program.graph.nodes
                    if n.op == "get_attr" and program.constant(n) is None]  # fmt: skip
         self.borrowed.update(inputs, (b for b, _ in buffers))
-        clobbers: dict[int, int] = {}  # id of a step → register overwritten
         for work in schedule(self.analysis, list(self.fused)):
             if isinstance(work, Region):
                 self._region(self.fused[work])
@@ -190,16 +206,16 @@ class _Emitter:
             candidate, call = self.chosen[work]
             reads = tuple(self._form(r.value, f) for r, f in zip(work.reads, candidate.needs, strict=True))
             writes = tuple(self._new(work.node, f) for f in candidate.gives)
-            if candidate.aliases or work.has(VIEW):
+            aliases = candidate.aliases or work.has(VIEW)
+            if aliases:
                 self.borrowed.update(writes)
                 self.borrowed.update(reads)
-            self.steps.append(Step(call, reads, writes, (), work.site, candidate.name, work))
-            if candidate.clobbers is not None:
-                clobbers[id(self.steps[-1])] = reads[candidate.clobbers]
+            self.steps.append(Step(call, reads, writes, (), work.site, candidate.name, work, reads if aliases else (), aliases and not reads,
+                                   None if candidate.clobbers is None else reads[candidate.clobbers]))  # fmt: skip
         outputs = [Register(self._form(o.value, NATIVE)) if isinstance(o, Read) else o for o in self.analysis.outputs]
         returned = {o.slot for o in outputs if isinstance(o, Register)}
         self.steps = self.steps if apart else collapse(self.steps, returned)
-        self._protect(clobbers, returned)
+        self._protect(returned)
         self._free(returned)
         return Runner(program, self.steps, self.count, inputs, buffers, outputs)
 
@@ -209,7 +225,7 @@ class _Emitter:
         writes = tuple(self._new(value, NATIVE) for value in region.writes)
         if not fused.fresh:
             self.borrowed.update(reads, writes)  # what it gives may be several views of one tensor
-        self.steps.append(Step(fused.call, reads, writes, (), region.head.site, fused.name, region.head))
+        self.steps.append(Step(fused.call, reads, writes, (), region.head.site, fused.name, region.head, () if fused.fresh else reads))
 
     def _new(self, value: fx.Node, form: Format) -> int:
         self.slots[value, form] = self.count
@@ -225,28 +241,29 @@ class _Emitter:
             constant = self.analysis.program.constant(value)
             if constant is not None:  # a constant that the program returns as it is
                 slot = self._new(value, NATIVE)
-                self.steps.append(Step(lambda: constant, (), (slot,), (), value.name, "constant"))
+                self.steps.append(Step(lambda: constant, (), (slot,), (), value.name, "constant", resident=True))
                 return slot
             raise InternalError(f"no form of {value.name} gives {form}", program=self.analysis.program.text())
         source = min(sources, key=lambda f: (f.kind != form.kind, f.layout != form.layout))
         call = conversion(source, form, self.analysis.qparams.get(value), value.meta["val"].dim())
         read = self.slots[value, source]
         slot = self._new(value, form)
-        if source.kind == form.kind:
+        shares = (read,) if source.kind == form.kind else ()
+        if shares:
             self.borrowed.update((slot, read))
         site = (value.meta.get("sites") or (value.name,))[0]
-        self.steps.append(Step(call, (read,), (slot,), (), site, f"convert {source}→{form}"))
+        self.steps.append(Step(call, (read,), (slot,), (), site, f"convert {source}→{form}", shares=shares))
         return slot
 
-    def _protect(self, clobbers: dict[int, int], outputs: set[int]) -> None:
+    def _protect(self, outputs: set[int]) -> None:
         """Give a step that overwrites a register a copy of it where somebody else still looks at it."""
         safe: list[Step] = []
         for index, step in enumerate(self.steps):
-            slot = clobbers.get(id(step))
+            slot = step.clobbers
             if slot is not None and (slot in self.borrowed or slot in outputs or any(slot in s.reads for s in self.steps[index + 1 :])):
                 fresh, self.count = self.count, self.count + 1
                 safe.append(Step(torch.clone, (slot,), (fresh,), (), step.site, "copy"))
-                step = replace(step, reads=tuple(fresh if r == slot else r for r in step.reads))
+                step = replace(step, reads=tuple(fresh if r == slot else r for r in step.reads), clobbers=fresh)
             safe.append(step)
         self.steps = safe
 

@@ -47,7 +47,7 @@ def collapse(steps: Sequence[Step], kept: Collection[int]) -> list[Step]:
         if chain is not None:
             chains[step.writes[0]] = chain
             if len(chain.calls) > 1 and isinstance(chain.value, Tensor):
-                step = replace(step, call=_strided(chain), reads=(chain.base,))
+                step = replace(step, call=_strided(chain), reads=(chain.base,), shares=(chain.base,))
         result.append(step)
     wanted, alive = set(kept), []
     for step in reversed(result):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from graphwright.errors import LoadError, SaveError
+from graphwright.lower.arena import Figures
 from graphwright.manager import PassRecord
 from graphwright.measure import Timing
 from graphwright.report.picture import Picture
@@ -133,6 +134,8 @@ class Report:
         seconds: how long each phase took, and, where it was measured, the ``"total"``.
         graph: the program's shape, for the picture.
         allocations_before, allocations_after: how often that run asked for memory.
+        planned: what the values within a run would take in one arena, with offsets assigned ahead, for comparison: results of
+            steps are freed after their last reader, which comes as low.
         process_peak_mb: the most that the process held resident until the report was written, in MiB: model, libraries and all.
     """
 
@@ -164,6 +167,7 @@ class Report:
     allocations_before: int | None = None
     allocations_after: int | None = None
     process_peak_mb: float | None = None
+    planned: Figures | None = None
 
     # -- facts that follow -------------------------------------------------------------------------------------
 

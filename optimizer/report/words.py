@@ -51,6 +51,10 @@ def figures(report: Report) -> list[tuple[str, str, str, str]]:
             rows.append((name, show_bytes(was), show_bytes(now), _change(was, now)))
     if report.allocations_before is not None and report.allocations_after is not None:
         rows.append(("allocations", str(report.allocations_before), str(report.allocations_after), ""))
+    if report.planned is not None and report.planned.values:
+        p = report.planned
+        least, arena, every = (show_bytes(m * 2**20) for m in (p.least, p.arena, p.without_reuse))
+        rows.append(("values of a run", "", least, f"{every} without reuse; {arena} in one arena"))
     if report.process_peak_mb is not None:
         rows.append(("process, at most", "", show_bytes(report.process_peak_mb * 2**20), ""))
     if report.file_bytes is not None:
