@@ -13,16 +13,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from graphwright import backends
-from graphwright.backends.base import NATIVE, Candidate, Format, Read, Work
+from graphwright.backends.base import Candidate, Work
 from graphwright.errors import InternalError
 from graphwright.ir import Program
-from graphwright.lower.conversions import possible
 from graphwright.lower.graph import Analysis, analyse
 from graphwright.lower.runner import Fused, Runner, emit
-from graphwright.lower.select import NoAssignment, Problem, solve
+from graphwright.lower.select import NoAssignment, Problem, pose, solve
 from graphwright.lower.stopwatch import Stopwatch
 from graphwright.measure import Timing, interleaved
 from graphwright.memory import release
@@ -112,7 +111,7 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
         kept.append([c for c, _ in usable])
         times.append([t for _, t in usable])
         shown.append(tuple(_option(c, t, len(several)) for c, t in zip(several, found, strict=True)))
-    problem = _problem(analysis, kept, times, watch)
+    problem = pose(analysis, kept, times, watch.convert)
     watch.flush()
     release()
     say("choosing kernels")
@@ -176,28 +175,6 @@ def _build(cache: dict[tuple[int, int], Callable[..., Any]], work: int, index: i
         with torch.no_grad():
             cache[work, index] = kept[work][index].build()
     return cache[work, index]
-
-
-def _problem(analysis: Analysis, options: list[list[Candidate]], times: list[list[float]], watch: Stopwatch) -> Problem:
-    """Collect the conversions that any choice could need, timed."""
-    sources = [n for n in analysis.program.graph.nodes if n.op in ("placeholder", "get_attr")]
-    given: dict[fx.Node, set[Format]] = {n: {NATIVE} for n in sources}
-    wanted: dict[fx.Node, set[Format]] = {}
-    for work, several in zip(analysis.works, options, strict=True):
-        given[work.node] = {f for c in several for f in c.gives}
-        for k, read in enumerate(work.reads):
-            wanted.setdefault(read.value, set()).update(c.needs[k] for c in several)
-    demands = [(o.value, NATIVE) for o in analysis.outputs if isinstance(o, Read) and o.value in given]
-    for value, form in demands:
-        wanted.setdefault(value, set()).add(form)
-    convert = {}
-    for value, forms in wanted.items():
-        params = analysis.qparams.get(value)
-        for source in given.get(value, ()):
-            for target in forms:
-                if possible(source, target) and (params is not None or "q" not in (source.kind, target.kind)) and isinstance(value.meta["val"], Tensor):
-                    convert[value, source, target] = watch.convert(value, source, target, params)
-    return Problem(analysis.works, options, times, frozenset(sources), demands, convert)
 
 
 def _assignments(problem: Problem) -> dict[str, list[int]]:

@@ -7,6 +7,7 @@ import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,6 +57,20 @@ class Analysis:
             work.__dict__.pop("named", None)  # found anew from these when it is next asked for
         self.dequantized.clear()
 
+    @cached_property
+    def readers(self) -> dict[fx.Node, list[Work]]:
+        """The works that read each value."""
+        found: dict[fx.Node, list[Work]] = {}
+        for work in self.works:
+            for read in work.reads:
+                found.setdefault(read.value, []).append(work)
+        return found
+
+    @cached_property
+    def returned(self) -> frozenset[fx.Node]:
+        """The values that the program returns."""
+        return frozenset(o.value for o in self.outputs if isinstance(o, Read))
+
 
 @dataclass(eq=False)
 class Region:
@@ -80,8 +95,7 @@ class Region:
     def of(cls, analysis: Analysis, works: Sequence[Work]) -> Region:
         """The region of these works, in program order."""
         inside = {w.node for w in works}
-        outer = {r.value for w in analysis.works if w.node not in inside for r in w.reads}
-        outer |= {o.value for o in analysis.outputs if isinstance(o, Read)}
+        outer = {n for n in inside if n in analysis.returned or any(w.node not in inside for w in analysis.readers.get(n, ()))}
         reads = dict.fromkeys(r.value for w in works for r in w.reads if r.value not in inside)
         return cls(tuple(works), tuple(reads), tuple(w.node for w in works if w.node in outer))
 

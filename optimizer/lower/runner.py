@@ -189,6 +189,7 @@ class _Emitter:
         self.chosen = dict(zip(analysis.works, chosen, strict=True))
         self.fused = {f.region: f for f in fused}
         self.slots: dict[tuple[fx.Node, Format], int] = {}
+        self.forms: dict[fx.Node, list[Format]] = {}  # those of each value that have a register
         self.count = 0
         self.steps: list[Step] = []
         self.borrowed: set[int] = set()  # registers that may share memory with another, an input or a buffer
@@ -229,6 +230,7 @@ class _Emitter:
 
     def _new(self, value: fx.Node, form: Format) -> int:
         self.slots[value, form] = self.count
+        self.forms.setdefault(value, []).append(form)
         self.count += 1
         return self.count - 1
 
@@ -236,7 +238,7 @@ class _Emitter:
         """The register that holds ``value`` as ``form``; a conversion is added where none does."""
         if (value, form) in self.slots:
             return self.slots[value, form]
-        sources = [f for v, f in self.slots if v is value and possible(f, form)]
+        sources = [f for f in self.forms.get(value, ()) if possible(f, form)]
         if not sources and (value, NATIVE) not in self.slots:
             constant = self.analysis.program.constant(value)
             if constant is not None:  # a constant that the program returns as it is
@@ -258,9 +260,10 @@ class _Emitter:
     def _protect(self, outputs: set[int]) -> None:
         """Give a step that overwrites a register a copy of it where somebody else still looks at it."""
         safe: list[Step] = []
+        last = {slot: k for k, s in enumerate(self.steps) for slot in s.reads}
         for index, step in enumerate(self.steps):
             slot = step.clobbers
-            if slot is not None and (slot in self.borrowed or slot in outputs or any(slot in s.reads for s in self.steps[index + 1 :])):
+            if slot is not None and (slot in self.borrowed or slot in outputs or last.get(slot, -1) > index):
                 fresh, self.count = self.count, self.count + 1
                 safe.append(Step(torch.clone, (slot,), (fresh,), (), step.site, "copy"))
                 step = replace(step, reads=tuple(fresh if r == slot else r for r in step.reads), clobbers=fresh)

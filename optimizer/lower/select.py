@@ -4,26 +4,33 @@ Minimise  Σ time(w, c)·x(w, c) + Σ time(v, f→g)·z(v, f→g)   subject to
     Σ_c x(w, c) = 1                                                      each work is done once
     x(w, c needing v as f) ≤ Σ given(v, f)·x + Σ_g z(v, g→f)               what is read exists in that form
     z(v, g→f) ≤ Σ given(v, g)·x                                            a conversion starts from a form that is given
+
+The graph falls into parts that have nothing to do with each other (``parts``); equal parts are solved once, and most of them
+without the integer program.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
-from graphwright.backends.base import NATIVE, Candidate, Format, Work
+from graphwright.backends.base import NATIVE, Candidate, Format, QParams, Read, Work
 from graphwright.errors import InternalError
 from graphwright.lower.conversions import possible
+from graphwright.lower.graph import Analysis
+from graphwright.lower.parts import Part, split, walk
 
 
 class NoAssignment(InternalError):
     """No choice of candidates serves the whole graph."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """Everything the choice depends on.
 
@@ -42,17 +49,82 @@ class Problem:
     convert: Mapping[tuple[fx.Node, Format, Format], float]
 
 
+    @cached_property
+    def conversions(self) -> dict[fx.Node, list[tuple[Format, Format, float]]]:
+        """``convert`` by value."""
+        found: dict[fx.Node, list[tuple[Format, Format, float]]] = {}
+        for (value, source, target), ms in self.convert.items():
+            found.setdefault(value, []).append((source, target, ms))
+        return found
+
+
+Price = Callable[[fx.Node, Format, Format, QParams | None], float]
+
+
+def pose(analysis: Analysis, options: Sequence[Sequence[Candidate]], times: Sequence[Sequence[float]], price: Price) -> Problem:
+    """The problem with every conversion that any choice could need; ``price(value, source, target, params)`` in ms."""
+    sources = [n for n in analysis.program.graph.nodes if n.op in ("placeholder", "get_attr")]
+    given: dict[fx.Node, set[Format]] = {n: {NATIVE} for n in sources}
+    wanted: dict[fx.Node, set[Format]] = {}
+    for work, several in zip(analysis.works, options, strict=True):
+        given[work.node] = {f for c in several for f in c.gives}
+        for k, read in enumerate(work.reads):
+            wanted.setdefault(read.value, set()).update(c.needs[k] for c in several)
+    demands = [(o.value, NATIVE) for o in analysis.outputs if isinstance(o, Read) and o.value in given]
+    for value, form in demands:
+        wanted.setdefault(value, set()).add(form)
+    convert = {}
+    for value, forms in wanted.items():
+        params = analysis.qparams.get(value)
+        for source in sorted(given.get(value, ())):
+            for target in sorted(forms):
+                if possible(source, target) and (params is not None or "q" not in (source.kind, target.kind)) and isinstance(value.meta["val"], Tensor):
+                    convert[value, source, target] = price(value, source, target, params)
+    return Problem(analysis.works, options, times, frozenset(sources), demands, convert)
+
+
 def solve(problem: Problem, *, allowed: Sequence[Collection[int]] | None = None, seconds: float = 5.0) -> list[int]:
     """The index of the chosen candidate per work.
 
     Args:
         allowed: per work, the indices to choose among; all by default.
+        seconds: what the integer program may take, where it is needed, for each part.
 
     Raises:
         NoAssignment: no assignment exists (the native candidates always make one).
     """
-    if all(len(o) == 1 for o in problem.options):
-        return [0] * len(problem.works)
+    picks = [0] * len(problem.works)
+    known: dict[Any, list[int]] = {}  # by signature, positions among a part's options
+    for part in split(problem, allowed):
+        if part.plain:
+            found = [0] * len(part.works)
+        else:
+            mark = part.signature()
+            if mark not in known:
+                chosen = walk(part) or _integer_program(part, seconds)
+                known[mark] = [o.index(c) for o, c in zip(part.options, chosen, strict=True)]
+            found = known[mark]
+        for k, options, at in zip(part.works, part.options, found, strict=True):
+            picks[k] = options[at]
+    return picks
+
+
+def _integer_program(part: Part, seconds: float) -> list[int]:
+    """The chosen candidates of one part, as positions among all of each work's."""
+    whole = part.problem
+    if not all(part.options):
+        raise NoAssignment("no assignment of kernels exists: a work is left without a candidate")
+    works = [whole.works[k] for k in part.works]
+    inside = {w.node for w in works}
+    sources = {r.value for w in works for r in w.reads} - inside
+    options = [[whole.options[k][c] for c in o] for k, o in zip(part.works, part.options, strict=True)]
+    times = [[whole.times[k][c] for c in o] for k, o in zip(part.works, part.options, strict=True)]
+    demands = [(value, form) for value, forms in part.demands.items() for form in forms]
+    picks = _milp(Problem(works, options, times, sources, demands, whole.convert), seconds)
+    return [o[c] for o, c in zip(part.options, picks, strict=True)]
+
+
+def _milp(problem: Problem, seconds: float) -> list[int]:
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import coo_matrix
@@ -67,7 +139,7 @@ def solve(problem: Problem, *, allowed: Sequence[Collection[int]] | None = None,
         for c, candidate in enumerate(options):
             columns.append(len(cost))
             cost.append(problem.times[k][c])
-            upper.append(0.0 if allowed is not None and c not in allowed[k] else 1.0)
+            upper.append(1.0)
             for form in candidate.gives:
                 givers[work.node, form].append(columns[-1])
         x.append(columns)
