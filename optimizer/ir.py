@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -38,6 +38,9 @@ from graphwright.nodes import (
 )
 from graphwright.outline import Late
 from graphwright.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from graphwright.difference import Difference
 
 __all__ = [
     "SCALAR_FUNCTIONS", "Mutation", "Program", "Signature", "Span", "arg", "args_by_name", "describe", "normalise", "op_name",
@@ -375,3 +378,12 @@ class Program(nn.Module):
     def text(self) -> str:
         """The program, a line per node: name, shape, op, arguments, site. Golden tests compare this text."""
         return "\n".join(line(n.name, n.op, n.target, n.args, n.kwargs, n.meta) for n in self.graph.nodes)
+
+    def diff(self, other: Program) -> Difference:
+        """What differs in ``other``: ops added, removed and changed, by site, whatever their nodes are called; print it.
+
+        ``fast.captured.diff(fast.program)`` shows what optimizing did to a model.
+        """
+        from graphwright.difference import diff
+
+        return diff(self.settled(), other.settled())

@@ -196,6 +196,19 @@ class Optimized(nn.Module):
                              hint="report.regions names what stands in the way.")  # fmt: skip
         return built.running.settled()
 
+    @property
+    def captured(self) -> Program:
+        """The program as it was captured, before any pass: ``fast.captured.diff(fast.program)`` shows what the passes made of it.
+
+        Raises:
+            InputError: as for ``program``; or the result was loaded or copied: a file holds what runs.
+        """
+        built = self._first().built
+        if built is not None and built.captured is built.program:
+            raise InputError("the captured program is not held", where="Optimized.captured",
+                             hint="It stays with the result of optimize(): files and copies hold the program that runs.")  # fmt: skip
+        return self.program if built is None else built.captured.settled()
+
     def _first(self) -> Variant:
         if not self._variants:
             _ = self.report

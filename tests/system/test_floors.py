@@ -13,7 +13,7 @@ FOLDERS = {"optimizer": "graphwright", "passes": "graphwright.passes", "kernels"
 #: Modules by floor; a package stands for what is in it.
 FLOORS = [
     ["errors"],
-    ["ir", "inference", "invariants", "nodes", "ops", "outline", "output", "snapshot", "source", "structure"],
+    ["difference", "ir", "inference", "invariants", "nodes", "ops", "outline", "output", "snapshot", "source", "structure"],
     ["rewrite", "manager", "kernel", "cost", "measure", "memory", "numerics", "cache", "calibrate", "cut"],
     ["capture", "kernels"],
     ["passes"],
