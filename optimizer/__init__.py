@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from graphwright.api import load, optimize
     from graphwright.bisecting import bisect
     from graphwright.calibrate import Calibration
+    from graphwright.decode.build import optimize_decoder
+    from graphwright.decode.decoder import Decoder, Generation
     from graphwright.explaining import explain
     from graphwright.ir import Program
     from graphwright.manager import Pass, PassResult, Pipeline
@@ -46,7 +48,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "load": "api", "optimize": "api", "Calibration": "calibrate", "Program": "ir", "Pass": "manager", "PassResult": "manager",
+    "load": "api", "optimize": "api", "optimize_decoder": "decode.build", "Decoder": "decode.decoder", "Generation": "decode.decoder", "Calibration": "calibrate", "Program": "ir", "Pass": "manager", "PassResult": "manager",
     "Pipeline": "manager", "Exact": "numerics", "Lossy": "numerics", "op": "ops", "Optimized": "optimized",
     "bisect": "bisecting", "load_repro": "repro", "Repro": "repro", "default_recipe": "passes.pipeline", "register_pass": "passes.pipeline",
     "Quantize": "passes.quantize", "explain": "explaining", "Explanation": "report", "Report": "report", "RewritePass": "rewrite", "Goal": "search", "Output": "structure",
@@ -54,10 +56,10 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "Calibration", "CalibrationError", "CaptureError", "CoverageError", "Exact", "Explanation", "Goal", "GraphwrightError", "InputError",
+    "Calibration", "CalibrationError", "CaptureError", "CoverageError", "Decoder", "Exact", "Explanation", "Generation", "Goal", "GraphwrightError", "InputError",
     "InternalError", "LoadError", "Lossy", "Optimized", "Output", "Pass", "PassError", "PassResult", "Pipeline", "Program",
     "Quantize", "RecipeError", "Report", "Repro", "RewritePass", "SaveError", "SiteError", "UnsupportedError", "__version__", "bisect",
-    "default_recipe", "explain", "load", "load_repro", "op", "optimize",
+    "default_recipe", "explain", "load", "load_repro", "op", "optimize", "optimize_decoder",
     "register_op", "register_pass",
 ]  # fmt: skip
 

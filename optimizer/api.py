@@ -89,8 +89,8 @@ def optimize(
     return fast
 
 
-def load(path: str | os.PathLike[str]) -> Optimized:
-    """A saved result, ready to run: no model source, no pickle, no timing.
+def load(path: str | os.PathLike[str]) -> Any:
+    """A saved result, ``Optimized`` or ``Decoder``, ready to run: no model source, no pickle, no timing.
 
     Raises:
         LoadError: the file is truncated, altered, foreign or of an unknown version.

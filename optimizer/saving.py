@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,24 @@ def archive_of(fast: Optimized) -> store.Archive:
     return store.Archive(variants, meta)
 
 
-def restore(path: str | Path) -> Optimized:
+def restore(path: str | Path) -> Any:
     """See ``graphwright.load``."""
     archive = store.load(path)
     if "report" not in archive.meta:
         raise LoadError(f"{path} holds no optimized model", hint="It is a fault cut out by gw.bisect: gw.load_repro(path) reads it." if "repro" in archive.meta else None)
-    fast = Optimized(None, None, {k: _object(v) for k, v in archive.meta.get("attributes", {}).items()})
-    report = Report.from_dict(archive.meta["report"])
     ahead.start(*_wanted(archive))
-    for v in archive.variants:
+    if "decoder" in archive.meta:
+        from graphwright.decode.storing import restored
+
+        return restored(archive)
+    return rebuilt(archive.variants, archive.meta)
+
+
+def rebuilt(variants: Sequence[store.Variant], meta: Mapping[str, Any]) -> Optimized:
+    """One result from its programs and what its file says about them."""
+    fast = Optimized(None, None, {k: _object(v) for k, v in meta.get("attributes", {}).items()})
+    report = Report.from_dict(meta["report"])
+    for v in variants:
         lowered = _lowered(v.program, v.plan["kernels"], v.plan.get("regions", []))
         report.warnings.extend(n for n in lowered.notes if n not in report.warnings)
         built = Built(v.program, v.program, [], lowered, unchanged=v.plan["unchanged"])

@@ -73,10 +73,16 @@ class Built:
         return self.captured if self.unchanged else self.program
 
 
-def build(captured: Program, passes: Sequence[Pass], allowed: frozenset[str], say: Say) -> Built:
-    """Run the passes and lower the result. ``captured.example`` and ``.calibration`` feed both."""
+def build(captured: Program, passes: Sequence[Pass], allowed: frozenset[str], say: Say,
+          between: Callable[[Program], None] = lambda program: None) -> Built:  # fmt: skip
+    """Run the passes and lower the result. ``captured.example`` and ``.calibration`` feed both.
+
+    Args:
+        between: told of the program after the passes, before its weights are packed.
+    """
     start = time.perf_counter()
     program, records = Pipeline(tuple(passes)).run(captured, progress=say)
+    between(program)
     middle = time.perf_counter()
     _compiled(program, "int8" in allowed)
     lowered = lower(program, allowed=allowed, example=captured.example, progress=say)

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from graphwright.calibrate import observe
 from graphwright.ir import Program, arg, args_by_name, set_arg, site_of, sites_of
 from graphwright.numerics import sqnr_db
+from graphwright.passes._nodes import renew
 from graphwright.passes.observers import Grid
 from graphwright.passes.quantize_plan import Anchor, Plan, pair_of
 from graphwright.passes.quantize_weights import ChannelMean, Int8Weight, mean_error, quantize_weight
@@ -104,6 +105,7 @@ class Writer:
         with self.program.graph.inserting_before(node):
             new = self.program.call(_OPS.attention_int8.default, *args, sites=sites_of(node))
         self.program.replace(node, new)
+        renew(self.program, [new])  # ATen's op gives other strides than this one
         return new
 
     # -- weights ---------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from graphwright.backends.base import (
     has_layouts,
     hint,
 )  # fmt: skip
+from graphwright.backends.room import append
 from graphwright.ops import CAST, CONTRACTION, ELEMENTWISE, LAYOUT_FREE, POOL, RANDOM, VIEW
 
 #: ops that move values without arithmetic on them, so that integers under the same QParams pass through
@@ -88,6 +89,8 @@ def implementation(work: Work) -> Callable[..., Any]:
         return _as_strided(work)
     if work.target in _REINTERPRETING:
         return _reinterpreting(work)
+    if work.op == "graphwright.cache_append":
+        target = append
     if work.args and not work.kwargs and all(isinstance(a, Slot) and a.index == k for k, a in enumerate(work.args)):
         return target
     fill = filler(work.args, work.kwargs)

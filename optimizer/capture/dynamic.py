@@ -19,7 +19,7 @@ from torch.export import Dim
 from graphwright import ir
 from graphwright.errors import InputError, nearest
 
-_CACHE = re.compile(r"\.(keys|values)$")
+_CACHE = re.compile(r"\.(keys|values)$|\['past_key_values'\](\[\d+\])+$")
 _SCAN = 4096  # sizes up to here are tried against a guard on one size
 _HUGE = 2**31
 

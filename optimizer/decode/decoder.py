@@ -1,0 +1,407 @@
+"""``Decoder``: what ``optimize_decoder`` returns; prefill and one-token step over shared weights, and ``generate``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from graphwright.backends.room import reserve
+from graphwright.decode.convention import Inputs, Outputs, Prompt
+from graphwright.decode.report import DecoderReport
+from graphwright.decode.sampling import Sampling, greedy
+from graphwright.errors import CoverageError, InputError, UnsupportedError
+from graphwright.ir import Program
+from graphwright.optimized import WORKING, Optimized, Variant
+from graphwright.structure import Spec
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a decoder knows about its model; plain data, stored with it.
+
+    Attributes:
+        cache: ``"dynamic"`` or ``"static"``.
+        max_length: tokens of prompt and answer together at the most; None: no limit.
+        mask: the model takes ``attention_mask``; without it prompts can't be padded.
+        eos: tokens that end an answer; pad: what follows one in a row that has ended.
+        vocabulary: number of tokens, where the model says it.
+    """
+
+    cache: str
+    max_length: int | None = None
+    mask: bool = True
+    eos: tuple[int, ...] = ()
+    pad: int | None = None
+    vocabulary: int | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What ``generate(..., return_dict=True)`` returns.
+
+    Attributes:
+        sequences: ``i64[batch, prompt + new]``: the prompt, and what was generated.
+        lengths: ``i64[batch]``: new tokens per row, the one that ended it among them.
+        prefill_ms: until the first token was known.
+        tokens_per_second: of the steps after it, over all rows; None where there were none.
+    """
+
+    sequences: Tensor
+    lengths: Tensor
+    prefill_ms: float
+    tokens_per_second: float | None
+
+
+class Half:
+    """One of the two programs, for every shape that it was captured for.
+
+    Attributes:
+        fast: its variants and how to capture more.
+    """
+
+    def __init__(self, fast: Optimized):
+        self.fast = fast
+        self._places: dict[int, tuple[Spec, Inputs, Outputs]] = {}
+
+    def places(self, variant: Variant) -> tuple[Inputs, Outputs]:
+        """Where inputs and outputs of a variant stand; remembered, since reading them from the structures takes a while."""
+        found = self._places.get(id(variant))
+        signature = variant.built.running.signature  # type: ignore[union-attr]
+        if found is None or found[0] is not signature.inputs:
+            found = signature.inputs, Inputs.of(signature.inputs), Outputs.of(signature.outputs)
+            self._places[id(variant)] = found
+        return found[1], found[2]
+
+    @property
+    def inputs(self) -> Inputs:
+        return self.places(self.fast._variants[-1])[0]
+
+    def serving(self, leaves: list[Tensor]) -> Variant:
+        """The variant that covers these flat inputs; captured anew where none does and the model is alive.
+
+        Raises:
+            CoverageError: none does, and none can be made.
+        """
+        found = self._covering(leaves)
+        if found is None:
+            spec = self.fast._variants[-1].spec
+            args, kwargs = spec.unflatten(leaves)
+            batch, length = leaves[self.inputs.ids].shape
+            try:
+                with WORKING:
+                    found = self._covering(leaves) or self.fast._recapture(args, kwargs, leaves, spec)
+            except CoverageError as error:
+                raise CoverageError(f"a batch of {batch} ({length} tokens a row) is not covered: {error.what}", where="generate",
+                                    hint="Optimize on a prompt of this batch, or generate once for each batch before save(); "
+                                         'cache="dynamic" covers all of them where the model allows.') from error  # fmt: skip
+            if found.built is None:
+                raise UnsupportedError(f"for these sizes the model can't be captured whole: {'; '.join(map(str, found.capture.regions))}", where="generate")
+        return found
+
+    def _covering(self, leaves: list[Tensor]) -> Variant | None:
+        return next((v for v in self.fast._variants if v.guard is not None and v.guard.check(leaves) is None), None)
+
+
+class Decoder(nn.Module):
+    """A causal language model as two programs over one set of weights: prefill, and the step for one token.
+
+    A snapshot like every result: later edits to the user's model don't reach it. Not callable: ``generate`` runs it, and
+    ``gw.optimize`` serves a single forward pass.
+
+    Attributes:
+        report: both programs' reports, and how fast original and result generate.
+        traits: limits and special tokens.
+    """
+
+    def __init__(self, prefill: Optimized, step: Optimized, traits: Traits, report: DecoderReport | None = None):
+        super().__init__()
+        self.training = False
+        hidden = self.__dict__  # no submodules: nothing of torch may move or cast them
+        hidden["_prefill"], hidden["_step"] = Half(prefill), Half(step)
+        hidden["traits"], hidden["_report"] = traits, report
+
+    # -- generating --------------------------------------------------------------------------------------------
+
+    def generate(
+        self, input_ids: Any, max_new_tokens: int = 20, *, attention_mask: Tensor | None = None, do_sample: bool = False,
+        temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None | Literal["model"] = "model", pad_token_id: int | None = None,
+        seed: int | None = None, generator: torch.Generator | None = None, streamer: Any = None, return_dict: bool = False,
+    ) -> Tensor | Generation:  # fmt: skip
+        """Continue prompts.
+
+        Args:
+            input_ids: token numbers ``i64[batch, length]``, or what a tokenizer gives: a mapping with ``input_ids`` and ``attention_mask``.
+            max_new_tokens: at the most this many per row.
+            attention_mask: ``[batch, length]``, 1 where a token stands; prompts are padded on the left.
+            do_sample: draw tokens; else the most probable one is taken.
+            temperature, top_k, top_p: see ``Sampling``; for ``do_sample=True``.
+            eos_token_id: tokens that end a row; ``"model"``: those of the model's own configuration; None: none.
+            pad_token_id: what fills rows that have ended; the model's, else the first that ends a row.
+            seed, generator: where random numbers come from; one of the two. Equal seeds give equal answers.
+            streamer: called with ``i64[batch]`` after each token, and stops by returning True; or an object with ``put`` and
+                ``end`` such as transformers' ``TextStreamer``, which is given the prompt first.
+            return_dict: return a ``Generation`` with lengths and times.
+
+        Returns:
+            ``i64[batch, length + new]``: prompts and answers, until the longest answer has ended.
+
+        Raises:
+            InputError: an argument is unusable, or prompt and answer exceed ``max_length``.
+            CoverageError: the batch size is not covered (after ``load``, with a static cache).
+        """
+        prompt = Prompt.of(input_ids, attention_mask)
+        self._check(prompt, max_new_tokens)
+        choose = _chooser(do_sample, temperature, top_k, top_p, seed, generator)
+        ends = self._ends(eos_token_id)
+        pad = pad_token_id if pad_token_id is not None else self.traits.pad if self.traits.pad is not None else (ends[0] if ends else 0)
+        with torch.no_grad():
+            return _generate(self, prompt, max_new_tokens, choose, ends, pad, _listener(streamer, prompt), return_dict)
+
+    def _check(self, prompt: Prompt, new: Any) -> None:
+        if isinstance(new, bool) or not isinstance(new, int) or new < 1:
+            raise InputError(f"max_new_tokens={new!r}", where="generate", hint="A whole number, 1 or more.")
+        limit, length = self.traits.max_length, prompt.ids.shape[1]
+        if limit is not None and length + new > limit:
+            room = limit - length
+            raise InputError(
+                f"a prompt of {length} tokens and {new} new ones exceed max_length={limit}", where="generate",
+                hint=(f"Ask for max_new_tokens={room}, or shorten the prompt" if room > 0 else "Shorten the prompt (keep its last tokens)")
+                + ", or optimize_decoder(..., max_length=...) with more.")  # fmt: skip
+        if prompt.padded and not self.traits.mask:
+            raise InputError("the prompts are padded, and the model takes no attention_mask", where="generate",
+                             hint="Give it prompts of equal length, or one at a time.")  # fmt: skip
+        size = self.traits.vocabulary
+        low, high = int(prompt.ids.min()), int(prompt.ids.max())
+        if low < 0 or (size is not None and high >= size):
+            raise InputError(f"input_ids holds {low if low < 0 else high}; tokens go from 0 to {size - 1 if size else 'the size of the vocabulary'}", where="generate")
+
+    def _ends(self, given: Any) -> tuple[int, ...]:
+        if isinstance(given, str) and given == "model":
+            return self.traits.eos
+        found = () if given is None else (given,) if isinstance(given, int) else tuple(given) if isinstance(given, (list, tuple)) else None
+        if found is None or not all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in found):
+            raise InputError(f"eos_token_id={given!r}", where="generate", hint='A token number, several of them, None for none, or "model".')
+        return found
+
+    def begin(self, prompt: Prompt) -> tuple[Tensor, list[Tensor]]:
+        """Run the prompt: logits of the last token ``[batch, vocabulary]``, and the cache in the order of the step's ``Inputs.cache``."""
+        half = self._prefill
+        leaves = half.inputs.leaves(prompt.ids, prompt.mask, prompt.positions, ())
+        variant = half.serving(leaves)
+        outs = variant.built.lowered.runner(*leaves)  # type: ignore[union-attr]
+        places = half.places(variant)[1]
+        return outs[places.logits][:, -1], [outs[k] for k in places.places]
+
+    def steps(self, prompt: Prompt, cache: Sequence[Tensor], count: int) -> Steps:
+        """Ready to run ``count`` one-token steps after ``begin``."""
+        return Steps(self._step, self.traits, prompt, cache, count)
+
+    # -- looking -----------------------------------------------------------------------------------------------
+
+    @property
+    def report(self) -> DecoderReport:
+        """What was done to both programs, and how fast original and result generate."""
+        assert self._report is not None
+        return self._report
+
+    @property
+    def programs(self) -> dict[str, Program]:
+        """The programs that run for the prompts given to ``optimize_decoder``: ``"prefill"`` and ``"step"``."""
+        return {"prefill": self._prefill.fast.program, "step": self._step.fast.program}
+
+    def size_bytes(self) -> int:
+        """Bytes of both programs' tensors; what they share counts once."""
+        held = [t.untyped_storage() for p in self.programs.values() for t in p.tensors().values()]
+        return sum({s.data_ptr(): s.nbytes() for s in held}.values())
+
+    def explain(self, site: str = "*") -> str:
+        """What happened at the sites that match an ``fnmatch`` pattern, in the prefill and in the step.
+
+        Raises:
+            SiteError: none matches.
+        """
+        return "\n\n".join(f"{name}\n{half.fast.explain(site)}" for name, half in (("Prefill", self._prefill), ("Step", self._step)))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "_prefill" not in self.__dict__:
+                raise
+        return getattr(self._prefill.fast, name)
+
+    def __repr__(self) -> str:
+        return f"Decoder({self.report.model}, {self.traits.cache} cache: {self.report.verdict})" if self._report else "Decoder()"
+
+    # -- storing -----------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write both programs to one data-only file, shared weights once; ``gw.load`` gives the decoder back.
+
+        Raises:
+            SaveError: the file can't be written (an older one survives).
+        """
+        from graphwright.decode.storing import save
+
+        save(self, path)
+
+    # -- what nn.Module offers and a snapshot does not ---------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedError("a decoder is not called", where="forward()", hint="Use .generate(input_ids); gw.optimize(model, inputs) serves single forward passes.")
+
+    def train(self, mode: bool = True) -> Decoder:
+        self._prefill.fast.train(mode)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        return self._prefill.fast._apply(fn)
+
+    def to(self, *args: Any, **kwargs: Any) -> Decoder:
+        """Returns itself where nothing would change; anything else is refused."""
+        self._prefill.fast.to(*args, **kwargs)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Tensors of both programs, by name, ``prefill.`` and ``step.`` before each."""
+        return {f"{k}.{name}": t.detach() for k, p in self.programs.items() for name, t in p.tensors().items()}
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._prefill.fast.load_state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Decoder:
+        raise UnsupportedError("a decoder is not copied: it holds no state between calls", where="copy.deepcopy", hint="Use the same one, several threads too.")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedError("an optimized model is not pickled", where="torch.save / pickle",
+                               hint="Use decoder.save(path) and gw.load(path): data only, no code runs on load.")  # fmt: skip
+
+
+class Steps:
+    """One-token steps over a cache with room for all of them; a call takes ``i64[batch]`` and gives logits ``[batch, vocabulary]``.
+
+    Dynamic: the cache is a view of what is filled, one token longer each time. Static: it is a window of ``max_length - 1`` tokens, the
+    past at its right end and masked slots before it, that moves along the buffer by one token per step: every shape is
+    fixed, and distances between tokens, which windows and linear biases read, are the true ones.
+    """
+
+    def __init__(self, half: Half, traits: Traits, prompt: Prompt, cache: Sequence[Tensor], count: int):
+        batch, length = prompt.ids.shape
+        self.static = traits.cache == "static"
+        self.window = (traits.max_length or 0) - 1 if self.static else length
+        before = self.window - length  # slots that stay empty
+        total = self.window + count
+        self.mask = prompt.mask.new_ones(batch, total)
+        self.mask[:, :before] = 0
+        self.mask[:, before : self.window] = prompt.mask
+        self.positions = prompt.mask.sum(1, keepdim=True) + torch.arange(count)
+        self.done = 0
+        roomy = [_roomy(c, before, self.window, total) for c in cache]
+        first = prompt.ids[:, -1:]
+        self.leaves = half.inputs.leaves(first, self.mask.narrow(1, 0, self.window + 1), self.positions[:, :1], roomy)
+        variant = half.serving(self.leaves)
+        ins, outs = half.places(variant)
+        self.run = variant.built.lowered.runner  # type: ignore[union-attr]
+        self.ids, self.mask_at, self.positions_at, self.logits = ins.ids, ins.mask, ins.positions, outs.logits
+        where = dict(zip(outs.cache, outs.places, strict=True))
+        self.pairs = [(place, where[name]) for name, place in zip(ins.cache, ins.places, strict=True)]
+
+    def __call__(self, token: Tensor) -> Tensor:
+        leaves, t, window = self.leaves, self.done, self.window
+        leaves[self.ids] = token.unsqueeze(1)
+        if self.mask_at is not None:
+            leaves[self.mask_at] = self.mask.narrow(1, t, window + 1) if self.static else self.mask.narrow(1, 0, window + 1 + t)
+        if self.positions_at is not None:
+            leaves[self.positions_at] = self.positions.narrow(1, t, 1)
+        outs = self.run(*leaves)
+        if self.static:
+            for place, k in self.pairs:
+                leaves[place] = outs[k].narrow(2, 1, window)
+        else:
+            for place, k in self.pairs:
+                leaves[place] = outs[k]
+        self.done = t + 1
+        return outs[self.logits][:, -1]
+
+
+def _roomy(cache: Tensor, before: int, window: int, total: int) -> Tensor:
+    """The cache ``[batch, heads, length, size]`` behind ``before`` empty slots in a buffer of ``total``: the view of its first ``window`` slots."""
+    buffer = reserve(cache, total)
+    buffer[:, :, :before] = 0  # masked, but 0 times what memory happens to hold may be NaN
+    buffer[:, :, before:window] = cache
+    return buffer.narrow(2, 0, window)
+
+
+def _generate(decoder: Decoder, prompt: Prompt, new: int, choose: Callable[[Tensor], Tensor], ends: tuple[int, ...], pad: int,
+              tell: Callable[[Tensor | None], bool], return_dict: bool) -> Tensor | Generation:  # fmt: skip
+    start = time.perf_counter()
+    logits, cache = decoder.begin(prompt)
+    token = choose(logits)
+    middle = time.perf_counter()
+    batch = prompt.ids.shape[0]
+    tokens, going = [token], torch.ones(batch, dtype=torch.bool)
+    stops = torch.tensor(ends) if ends else None
+    lengths = torch.ones(batch, dtype=torch.long)
+    stop = tell(token)
+    if new > 1 and not stop:
+        steps = decoder.steps(prompt, cache, new - 1)
+        del cache
+        for _ in range(new - 1):
+            if stops is not None:
+                going &= ~torch.isin(token, stops)
+                if not bool(going.any()):
+                    break
+            token = choose(steps(token))
+            if stops is not None:
+                token = torch.where(going, token, pad)
+            lengths += going
+            tokens.append(token)
+            if tell(token):
+                break
+    tell(None)
+    sequences = torch.cat([prompt.ids, torch.stack(tokens, 1)], 1)
+    if not return_dict:
+        return sequences
+    spent, count = time.perf_counter() - middle, len(tokens) - 1
+    return Generation(sequences, lengths, 1e3 * (middle - start), batch * count / spent if count else None)
+
+
+def _chooser(do_sample: bool, temperature: Any, top_k: Any, top_p: Any, seed: Any, generator: Any) -> Callable[[Tensor], Tensor]:
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "generator": generator}
+    named = [k for k, v in given.items() if v is not None]
+    if not do_sample:
+        if named:
+            raise InputError(f"{', '.join(named)} given, and nothing is drawn", where="generate", hint="Pass do_sample=True as well.")
+        return greedy
+    if seed is not None and generator is not None:
+        raise InputError("seed and generator are both given", where="generate", hint="Pass one of them.")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise InputError(f"generator is a {type(generator).__name__}", where="generate", hint="A torch.Generator is wanted.")
+    if seed is not None:
+        if not isinstance(seed, int):
+            raise InputError(f"seed={seed!r}", where="generate", hint="A whole number is wanted.")
+        generator = torch.Generator().manual_seed(seed)
+    sampling = Sampling(1.0 if temperature is None else temperature, top_k, top_p)
+    return lambda logits: sampling.draw(logits, generator)
+
+
+def _listener(streamer: Any, prompt: Prompt) -> Callable[[Tensor | None], bool]:
+    """What is told of each token, and of the end by None; True: stop."""
+    if streamer is None:
+        return lambda token: False
+    if hasattr(streamer, "put") and hasattr(streamer, "end"):
+        streamer.put(prompt.ids)
+        return lambda token: bool(streamer.end() if token is None else streamer.put(token))
+    if not callable(streamer):
+        raise InputError(f"streamer is a {type(streamer).__name__}", where="generate", hint="A function of the tokens, or an object with put and end.")
+    return lambda token: token is not None and streamer(token) is True
+
+
+__all__ = ["CoverageError", "Decoder", "Generation", "Traits"]

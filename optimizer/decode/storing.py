@@ -1,0 +1,56 @@
+"""A decoder on disk: both programs in one file, the weights they share once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphwright import store
+from graphwright.decode.decoder import Decoder, Traits
+from graphwright.decode.report import DecoderReport
+from graphwright.errors import LoadError
+from graphwright.report.plain import from_plain, to_plain
+from graphwright.saving import archive_of, rebuilt
+
+KEY = "decoder"
+
+
+def save(decoder: Decoder, path: str | Path) -> None:
+    """See ``Decoder.save``."""
+    halves = [archive_of(half.fast) for half in (decoder._prefill, decoder._step)]
+    meta = {
+        KEY: {"traits": to_plain(decoder.traits), "prefill": len(halves[0].variants), "report": _small(decoder.report)},
+        "report": halves[0].meta["report"], "step report": halves[1].meta["report"],
+        "attributes": halves[0].meta["attributes"], "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+    store.save(path, store.Archive([v for half in halves for v in half.variants], meta))
+    decoder.report.file_bytes = Path(path).stat().st_size
+
+
+def _small(report: DecoderReport) -> dict[str, Any]:
+    """The report without those of the programs, which are stored beside it."""
+    return {f.name: to_plain(getattr(report, f.name)) for f in dataclasses.fields(report) if f.name not in ("prefill", "step")}
+
+
+def restored(archive: store.Archive) -> Decoder:
+    """The decoder of a file that ``save`` wrote.
+
+    Raises:
+        LoadError: what the file says about itself does not fit together.
+    """
+    meta = archive.meta
+    said = meta[KEY]
+    if not isinstance(said, dict) or not isinstance(said.get("prefill"), int) or not 0 < said["prefill"] < len(archive.variants):
+        raise LoadError("the file names no prefill and step programs", hint="Save the decoder again.")
+    traits = from_plain(Traits, said.get("traits"), "traits")
+    if traits.cache not in ("dynamic", "static") or (traits.cache == "static" and not traits.max_length):
+        raise LoadError(f"the file has a cache of kind {traits.cache!r}", hint="Save the decoder again.")
+    prefill = rebuilt(archive.variants[: said["prefill"]], meta)
+    step = rebuilt(archive.variants[said["prefill"] :], {**meta, "report": meta.get("step report")})
+    whole = {**(said.get("report") or {}), "prefill": meta["report"], "step": meta.get("step report")}
+    report = DecoderReport.from_dict(whole)
+    report.prefill, report.step = prefill.report, step.report
+    return Decoder(prefill, step, traits, report)
