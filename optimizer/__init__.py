@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from graphwright.api import load, optimize
     from graphwright.bisecting import bisect
     from graphwright.calibrate import Calibration
+    from graphwright.comparing import compare
     from graphwright.decode.build import optimize_decoder
     from graphwright.decode.decoder import Decoder, Generation
     from graphwright.explaining import explain
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from graphwright.optimized import Optimized
     from graphwright.passes.pipeline import default_recipe, register_pass
     from graphwright.passes.quantize import Quantize
-    from graphwright.report import Explanation, Report
+    from graphwright.report import Comparison, Explanation, Report
     from graphwright.repro import Repro, load_repro
     from graphwright.rewrite import RewritePass
     from graphwright.search import Goal
@@ -51,14 +52,14 @@ _HOMES = {
     "load": "api", "optimize": "api", "optimize_decoder": "decode.build", "Decoder": "decode.decoder", "Generation": "decode.decoder", "Calibration": "calibrate", "Program": "ir", "Pass": "manager", "PassResult": "manager",
     "Pipeline": "manager", "Exact": "numerics", "Lossy": "numerics", "op": "ops", "Optimized": "optimized",
     "bisect": "bisecting", "load_repro": "repro", "Repro": "repro", "default_recipe": "passes.pipeline", "register_pass": "passes.pipeline",
-    "Quantize": "passes.quantize", "explain": "explaining", "Explanation": "report", "Report": "report", "RewritePass": "rewrite", "Goal": "search", "Output": "structure",
+    "Quantize": "passes.quantize", "explain": "explaining", "compare": "comparing", "Comparison": "report", "Explanation": "report", "Report": "report", "RewritePass": "rewrite", "Goal": "search", "Output": "structure",
     "register_op": "ops",
 }  # fmt: skip
 
 __all__ = [
-    "Calibration", "CalibrationError", "CaptureError", "CoverageError", "Decoder", "Exact", "Explanation", "Generation", "Goal", "GraphwrightError", "InputError",
+    "Calibration", "CalibrationError", "CaptureError", "Comparison", "CoverageError", "Decoder", "Exact", "Explanation", "Generation", "Goal", "GraphwrightError", "InputError",
     "InternalError", "LoadError", "Lossy", "Optimized", "Output", "Pass", "PassError", "PassResult", "Pipeline", "Program",
-    "Quantize", "RecipeError", "Report", "Repro", "RewritePass", "SaveError", "SiteError", "UnsupportedError", "__version__", "bisect",
+    "Quantize", "RecipeError", "Report", "Repro", "RewritePass", "SaveError", "SiteError", "UnsupportedError", "__version__", "bisect", "compare",
     "default_recipe", "explain", "load", "load_repro", "op", "optimize", "optimize_decoder",
     "register_op", "register_pass",
 ]  # fmt: skip

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from graphwright.report.comparison import Comparison
+from graphwright.report.comparison_html import section as comparison_section
 from graphwright.report.drawing import DETAILED, css_class, every_op, overview
 from graphwright.report.model import Report, SiteRow
 from graphwright.report.words import (
@@ -62,8 +64,8 @@ ul{margin:4px 0;padding-left:20px}@media print{.scroll{max-height:none}}
 """
 
 
-def page(report: Report) -> str:
-    """The whole page."""
+def page(report: Report, comparison: Comparison | None = None) -> str:
+    """The whole page; with a comparison of its values, where one was made."""
     good = "good" if (report.speedup or 0) > 1 else ""
     body = [
         f"<h1>{_e(report.model)}</h1><p class=soft>recipe <code>{_e(report.recipe)}</code>, {_e(report.created)}</p>",
@@ -74,17 +76,23 @@ def page(report: Report) -> str:
         _shares(report),
         _pictures(report),
         _sites(report),
+        comparison_section(comparison) if comparison is not None else "",
         _passes(report),
         _refusals(report),
         _lines("Not captured: runs as you wrote it", [f"{r.where}: {r.what}" for r in report.regions]),
         _lines("Search", report.log),
         _lines("Notes", report.notes),
     ]
+    return document(f"{report.model}: Graphwright report", "".join(body))
+
+
+def document(title: str, body: str) -> str:
+    """A page of these contents in our style."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{_e(report.model)}: Graphwright report</title><style>{_STYLE}</style></head>"
-        f"<body>{''.join(body)}</body></html>\n"
+        f"<title>{_e(title)}</title><style>{_STYLE}</style></head>"
+        f"<body>{body}</body></html>\n"
     )
 
 
@@ -101,14 +109,14 @@ def _row(cells: Iterable[str], numbers: int, tag: str = "td") -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int, style: str = "") -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int, style: str = "") -> str:
     body = "".join(_row(r, numbers) for r in rows)
     return f'<table class="{style}"><thead>{_row(head, numbers, "th")}</thead><tbody>{body}</tbody></table>'
 
 
 def _figures(report: Report) -> str:
     rows = [tuple(map(_e, r)) for r in figures(report)]
-    return _table(("", "original", "optimized", ""), rows, 1, "figures") if rows else ""
+    return table(("", "original", "optimized", ""), rows, 1, "figures") if rows else ""
 
 
 def _machine(report: Report) -> str:
@@ -178,7 +186,7 @@ def _sites(report: Report) -> str:
     return (
         "<h2>Sites</h2><p class=soft>Gain: against the next best candidate. "
         "SQNR: the longer the bar, the closer to float.</p>"
-        f"<div class=scroll>{_table(head, rows, 3)}</div>"
+        f"<div class=scroll>{table(head, rows, 3)}</div>"
     )
 
 
@@ -223,7 +231,7 @@ def _passes(report: Report) -> str:
         shown = "".join(f"<li><code>{_e(line)}</code></li>" for line in lines[:200])
         more = f"<li class=soft>and {len(lines) - 200} more</li>" if len(lines) > 200 else ""
         rows.append([f"<details><summary>{name}</summary><ul>{shown}{more}</ul></details>" if lines else name, *rest])
-    return f"<h2>Passes</h2>{_table(('pass', 'changed', 'declined', 'nodes', 'tensors', 'SQNR dB', 's'), rows, 1)}"
+    return f"<h2>Passes</h2>{table(('pass', 'changed', 'declined', 'nodes', 'tensors', 'SQNR dB', 's'), rows, 1)}"
 
 
 def _refusals(report: Report) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graphwright.errors import LoadError, SaveError
 from graphwright.lower.arena import Figures
@@ -17,6 +17,9 @@ from graphwright.manager import PassRecord
 from graphwright.measure import Timing
 from graphwright.report.picture import Picture
 from graphwright.report.plain import from_plain, to_plain
+
+if TYPE_CHECKING:
+    from graphwright.report.comparison import Comparison
 
 #: Decision for a site that runs as the user wrote it.
 AS_IT_WAS = "left as it was"
@@ -227,15 +230,18 @@ class Report:
 
         yield from blocks(self, full=False, width=options.max_width)
 
-    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+    def to_html(self, path: str | os.PathLike[str] | None = None, *, comparison: Comparison | None = None) -> str:
         """One self-contained page (no scripts, no network), also written to ``path`` where one is given.
+
+        Args:
+            comparison: what ``gw.compare`` gave, to be drawn with it.
 
         Raises:
             SaveError: the file cannot be written.
         """
         from graphwright.report.html import page
 
-        text = page(self)
+        text = page(self, comparison)
         if path is not None:
             try:
                 Path(path).write_text(text, encoding="utf-8")
