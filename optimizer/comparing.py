@@ -305,7 +305,7 @@ class _Job:
         self.sites |= dict.fromkeys(s for n in original.nodes if not _moves(n) for s in sites_of(n))
         pairs = {a: b for a, b in site_pairs(original, works).items()}
         held = values_of(original, theirs, set(pairs.values()))
-        truth = _Truth(lowered, {a: held[b] for a, b in pairs.items()}, theirs)
+        truth = _Truth(lowered, {a: held[b] for a, b in pairs.items()}, theirs, original)
         runner = self.emitted.setdefault(id(lowered), emit(lowered.analysis, lowered.chosen, apart=True))
         chosen = {w.node: c for w, (c, _) in zip(works, lowered.chosen, strict=True)}
         makers = _makers(works, {c.work.node: c.name for c in lowered.choices}, chosen)
@@ -357,11 +357,12 @@ class _Job:
 class _Truth:
     """The original's values, where a work's reads are looked up; what it does not have is computed from what it has."""
 
-    def __init__(self, lowered: Lowered, values: Mapping[fx.Node, Any], leaves: Sequence[Tensor]):
+    def __init__(self, lowered: Lowered, values: Mapping[fx.Node, Any], leaves: Sequence[Tensor], original: Program):
         program = lowered.analysis.program
         self.values, self.params = values, lowered.analysis.qparams
         self.env: dict[fx.Node, Any] = dict(zip(program.placeholders, leaves, strict=True))
-        self.env |= {n: program.tensor(str(n.target)) for n in program.graph.nodes if n.op == "get_attr"}
+        state = {m.buffer: original.tensor(m.buffer) for m in original.signature.mutations if m.buffer}  # the result's may have moved on
+        self.env |= {n: state.get(str(n.target), program.tensor(str(n.target))) for n in program.graph.nodes if n.op == "get_attr"}
 
     def alone(self, work: Work, candidate: Candidate, step: Step) -> Any:
         """The work's kernel on the original's values, native; None where it can't be run on them."""
