@@ -5,7 +5,7 @@ Set ``GRAPHWRIGHT_POISON=1`` before results are made or loaded, and every call o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,6 +86,9 @@ def run_poisoned(runner: Runner, leaves: Sequence[Tensor]) -> tuple[Any, ...]:
         registers = runner._start(leaves)
         kept = {place(t) for t in (*runner.program.tensors().values(), *tensors(registers))}
         for k, step in enumerate(runner.steps):
+            if step.clobbers is not None:
+                others = (value for slot, value in enumerate(registers) if slot != step.clobbers)
+                _check(k, step, {place(t) for t in tensors(registers[step.clobbers])}, kept, others)
             result = step.call(*[registers[r] for r in step.reads])
             for slot, value in zip(step.writes, (result,) if len(step.writes) == 1 else result, strict=True):
                 registers[slot] = value
@@ -94,10 +97,15 @@ def run_poisoned(runner: Runner, leaves: Sequence[Tensor]) -> tuple[Any, ...]:
             for slot in step.frees:
                 registers[slot] = None
             dead = {at: storage for one in dying.get(k, ()) for at, storage in memory.pop(one, {}).items() if at}
-            living = kept | {place(t) for t in tensors(registers)} if dead else set()
-            for at, storage in dead.items():
-                if at in living:
-                    what = "a weight, a buffer or an input" if at in kept else "a value that is still to be read"
-                    raise InternalError(f"step {k} ({step.name}): memory that nothing should read after it belongs to {what}", where=step.site)
+            if dead:
+                _check(k, step, dead, kept, registers)
+            for storage in dead.values():
                 torch.empty(0, dtype=torch.uint8).set_(storage).fill_(_POISON)
         return runner._finish(registers, leaves)
+
+
+def _check(k: int, step: Step, written: Collection[int], kept: set[int], others: Iterable[Any]) -> None:
+    """Memory that is to be overwritten belongs to nothing that outlives the call, nor to what the other registers hold."""
+    for what, held in (("a weight, a buffer or an input", kept), ("a value that is still to be read", {place(t) for t in tensors(tuple(others))})):
+        if any(at and at in held for at in written):
+            raise InternalError(f"step {k} ({step.name}): memory that nothing should read after it belongs to {what}", where=step.site)

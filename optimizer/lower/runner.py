@@ -16,6 +16,7 @@ from graphwright.errors import InternalError
 from graphwright.ir import Program
 from graphwright.lower.conversions import conversion, possible
 from graphwright.lower.graph import Analysis, Region, schedule
+from graphwright.lower.inplace import reuse
 from graphwright.lower.liveness import run_poisoned
 from graphwright.lower.views import collapse
 from graphwright.ops import VIEW
@@ -217,6 +218,7 @@ class _Emitter:
         returned = {o.slot for o in outputs if isinstance(o, Register)}
         self.steps = self.steps if apart else collapse(self.steps, returned)
         self._protect(returned)
+        self.steps = reuse(self.steps, self.borrowed, returned)
         self._free(returned)
         return Runner(program, self.steps, self.count, inputs, buffers, outputs)
 

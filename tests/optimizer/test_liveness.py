@@ -102,7 +102,7 @@ def test_random_programs_give_the_same_bits(rng, seed, recipe):
 
 def test_a_value_that_is_freed_too_early_is_found():
     """A step that claims to compute, and returns a look at its argument."""
-    runner = runner_of(nn.Sequential(nn.Tanh(), nn.Sigmoid(), nn.Tanh()), torch.randn(4, 4), recipe=(), plan={})
+    runner = runner_of(nn.Sequential(nn.Softmax(-1), nn.Softmax(-1), nn.Softmax(-1)), torch.randn(4, 4), recipe=(), plan={})
     steps = list(runner.steps)
     sly = Step(lambda x: x[:2], steps[1].reads, steps[1].writes, steps[1].frees, "sly", "sly")
     broken = type(runner)(runner.program, [steps[0], sly, steps[2]], runner._registers, runner._inputs, runner._buffers, runner._outputs)
@@ -112,7 +112,7 @@ def test_a_value_that_is_freed_too_early_is_found():
 
 def test_a_step_that_hands_out_a_weight_is_found():
     model = nn.Linear(4, 4)
-    runner = runner_of(nn.Sequential(nn.Tanh(), model, nn.Tanh()), torch.randn(4, 4), recipe=(), plan={})
+    runner = runner_of(nn.Sequential(nn.Softmax(-1), model, nn.Softmax(-1)), torch.randn(4, 4), recipe=(), plan={})
     weight = next(iter(runner.program.tensors().values()))
     steps = list(runner.steps)
     sly = Step(lambda x: weight, steps[1].reads, steps[1].writes, steps[1].frees, "sly", "sly")
@@ -123,10 +123,18 @@ def test_a_step_that_hands_out_a_weight_is_found():
     assert torch.equal(weight, before)
 
 
+def test_an_input_that_is_written_is_found():
+    runner = runner_of(nn.Softmax(-1), torch.randn(4, 4), recipe=(), plan={})
+    sly = Step(torch.relu_, runner.steps[0].reads, runner.steps[0].writes, runner.steps[0].frees, "sly", "sly", clobbers=runner.steps[0].reads[0])
+    broken = type(runner)(runner.program, [sly], runner._registers, runner._inputs, runner._buffers, runner._outputs)
+    with pytest.raises(InternalError, match="a weight, a buffer or an input"):
+        run_poisoned(broken, (torch.randn(4, 4),))
+
+
 def test_memory_read_behind_the_steps_back_is_overwritten():
     """What an implementation hides and reads later is NaN by then."""
     hidden = []
-    runner = runner_of(nn.Sequential(nn.Tanh(), nn.Sigmoid(), nn.Tanh()), torch.randn(4, 4), recipe=(), plan={})
+    runner = runner_of(nn.Sequential(nn.Softmax(-1), nn.Softmax(-1), nn.Softmax(-1)), torch.randn(4, 4), recipe=(), plan={})
     steps = list(runner.steps)
     hide = Step(lambda x: hidden.append(torch.tanh(x)) or hidden[-1], steps[0].reads, steps[0].writes, (), "hide", "hide")
     late = Step(lambda x: x + hidden[-1], steps[2].reads, steps[2].writes, steps[2].frees, "late", "late")
