@@ -212,6 +212,38 @@ def _causal_lm() -> nn.Module:
     )
 
 
+def _from_config(model: str, config: str, **settings: object) -> Callable[[], nn.Module]:
+    """A model of transformers' by the names of its class and of its configuration's."""
+
+    def build() -> nn.Module:
+        import transformers
+
+        return getattr(transformers, model)(getattr(transformers, config)(**settings))
+
+    return build
+
+
+def _sound(batch: int, samples: int) -> Callable[[torch.Generator], Inputs]:
+    """Noise of zero mean and unit variance, smoothed a little, float32 [batch, samples]."""
+
+    def sample(generator: torch.Generator) -> Inputs:
+        noise = torch.randn(batch, 1, samples + 4, generator=generator)
+        smooth = nn.functional.avg_pool1d(noise, 5, 1)[:, 0]
+        return ((smooth - smooth.mean(-1, keepdim=True)) / smooth.std(-1, keepdim=True),)
+
+    return sample
+
+
+_LLAMA = {"vocab_size": 8192, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12,
+          "num_key_value_heads": 4, "max_position_embeddings": 512, "use_cache": False}  # fmt: skip
+_GPT2 = {"vocab_size": 8192, "bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
+_DEBERTA = {"vocab_size": 8192, "hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 3072,
+            "relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm", "share_att_key": True,
+            "pos_att_type": ["p2c", "c2p"], "position_biased_input": False, "type_vocab_size": 0}  # fmt: skip
+_T5 = {"vocab_size": 8192, "d_model": 512, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
+_B0 = {"image_size": 224, "width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280}
+
+
 class _SamePad(nn.Conv2d):
     """A convolution padded as Keras does: at stride 2 on the right and at the bottom only."""
 
@@ -276,6 +308,62 @@ ZOO: tuple[Entry, ...] = (
         _tokens(1, 128, 30522, padded=False),
     ),
     Entry("vit-s16", "ViT-S/16 (transformers 384/12/6/1536), 1x3x224x224", _vit, _image(1, 3, 224, 224)),
+    Entry(
+        "mobilenet-v2",
+        "MobileNetV2 (transformers), 1x3x224x224",
+        _from_config("MobileNetV2ForImageClassification", "MobileNetV2Config", num_labels=1000),
+        _image(1, 3, 224, 224),
+        settle=2,
+    ),
+    Entry(
+        "efficientnet-b0",
+        "EfficientNet-B0 (transformers), 1x3x224x224",
+        _from_config("EfficientNetForImageClassification", "EfficientNetConfig", num_labels=1000, **_B0),
+        _image(1, 3, 224, 224),
+        settle=2,
+    ),
+    Entry(
+        "convnext-t",
+        "ConvNeXt-T (transformers), 1x3x224x224",
+        _from_config("ConvNextForImageClassification", "ConvNextConfig", num_labels=1000),
+        _image(1, 3, 224, 224),
+    ),
+    Entry(
+        "swin-t",
+        "Swin-T (transformers), 1x3x224x224",
+        _from_config("SwinForImageClassification", "SwinConfig", num_labels=1000),
+        _image(1, 3, 224, 224),
+    ),
+    Entry(
+        "gpt2",
+        "GPT-2 (transformers 768/12/12), prompt of 1x128",
+        _from_config("GPT2LMHeadModel", "GPT2Config", **_GPT2),
+        _tokens(1, 128, 8192, padded=False),
+    ),
+    Entry(
+        "llama-768",
+        "Llama 768/12/12 with 4 key-value heads, prompt of 1x128",
+        _from_config("LlamaForCausalLM", "LlamaConfig", **_LLAMA),
+        _tokens(1, 128, 8192, padded=False),
+    ),
+    Entry(
+        "deberta-v3-small",
+        "DeBERTa-v3-small (transformers 768/6/12/3072), 1x128",
+        _from_config("DebertaV2Model", "DebertaV2Config", **_DEBERTA),
+        _tokens(1, 128, 8192, padded=False),
+    ),
+    Entry(
+        "t5-small-encoder",
+        "encoder of T5-small (transformers 512/6/8/2048), 4x128, padded",
+        _from_config("T5EncoderModel", "T5Config", **_T5),
+        _tokens(4, 128, 8192, padded=True),
+    ),
+    Entry(
+        "wav2vec2-base",
+        "Wav2Vec2-base (transformers 768/12/12), one second of sound",
+        _from_config("Wav2Vec2Model", "Wav2Vec2Config"),
+        _sound(1, 16000),
+    ),
     Entry("resnet8", "ResNet8 of MLPerf Tiny, 1x3x32x32", ResNet8, _image(1, 3, 32, 32), settle=16),
     Entry(
         "causal-lm",
