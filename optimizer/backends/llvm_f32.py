@@ -1,4 +1,4 @@
-"""Our own kernels for float32 matrix ops: convolutions with 3x3 windows by Winograd's minimal filtering."""
+"""Our own kernels for float32 convolutions: 3x3 windows by Winograd's minimal filtering, and channels by themselves."""
 
 from __future__ import annotations
 
@@ -27,9 +27,13 @@ def reason() -> str | None:
 
 
 def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
-    """Two-dimensional convolutions with 3x3 windows, one pixel from window to window."""
+    """Two-dimensional convolutions: with 3x3 windows, one pixel from window to window, and of each channel by itself."""
     m = None if reason() or llvm.kernel("graphwright.conv2d_winograd") is None else matrix(work)
-    if m is None or not m.conv or not work.is_float or not _fits(work, m):
+    if m is None or not m.conv or not work.is_float:
+        return
+    if _alone(work, m):
+        yield Candidate("llvm.depthwise-last", (NATIVE_LAST,), (NATIVE_LAST,), "f32", functools.partial(_build_alone, m))
+    if not _fits(work, m):
         return
     if "int8" in allowed and m.int_weight is not None and work.reads[m.x].quantized and int8_reason() is None:
         return  # int8 products do four times as much at once: not worth the time to try
@@ -58,3 +62,18 @@ def _build(m: Matrix) -> Callable[..., Tensor]:
     run = Convolution(pack(m.weight, m.bias), m.padding, m.activation, m.scalars)
     x, other = m.x, m.other
     return (lambda *r: run(r[x])) if other is None else (lambda *r: run(r[x], r[other]))
+
+
+def _alone(work: Work, m: Matrix) -> bool:
+    from graphwright.kernels.conv2d_depthwise import unfit_rest
+
+    x = work.val(m.x)
+    if x.dim() != 4 or any(v.dtype != torch.float32 for v in (x, m.weight)) or m.other is not None or len(work.reads) != 1:
+        return False
+    return m.groups == m.weight.shape[0] and same(x.shape[1], m.groups) and unfit_rest(tuple(m.weight.shape), m.padding, m.activation) is None
+
+
+def _build_alone(m: Matrix) -> Callable[..., Tensor]:
+    from graphwright.kernels.conv2d_depthwise import Convolution, pack
+
+    return Convolution(pack(m.weight, m.bias), m.weight.shape[2:], m.stride, m.padding, m.dilation, m.activation, m.scalars)

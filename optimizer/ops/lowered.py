@@ -230,6 +230,21 @@ def conv2d_winograd(
     return y.clone(memory_format=torch.channels_last)
 
 
+@op("graphwright.conv2d_depthwise", axes=lambda **a: f"n c h w, c _ kh kw{'' if a['bias'] is None else ', c'} -> n c y x", traits={CONTRACTION})
+def conv2d_depthwise(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    activation: str, scalars: Sequence[float],
+) -> Tensor:  # fmt: skip
+    """``activation(conv2d(x, weight) + bias)`` of each channel by itself, all float.
+
+    ``x [n, c, h, w]``, ``weight [c, 1, k, l]``, ``bias [c]``; the result ``[n, c, h', w']`` is channels_last. Zeros are padded on both sides.
+    """
+    work = _work(x)
+    offset = None if bias is None else bias.to(work)
+    y = F.conv2d(x.to(work), weight.to(work), offset, list(stride), list(padding), list(dilation), groups=weight.shape[0])
+    return activate(y, activation, scalars).clone(memory_format=torch.channels_last)
+
+
 # -- softmax and attention -------------------------------------------------------------------------------------------
 
 

@@ -115,3 +115,46 @@ def test_without_avx512_it_is_not_offered_and_says_why(monkeypatch) -> None:
     finally:
         monkeypatch.undo()
         llvm_f32.reason.cache_clear()
+
+
+class Mobile(nn.Module):
+    """Inverted residuals in small: windows of each channel by itself, steps of two behind padding on one side."""
+
+    def __init__(self, act: type[nn.Module] = nn.ReLU6):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 24, 1), nn.Conv2d(24, 24, 3, stride=2, groups=24)
+        self.three, self.four = nn.Conv2d(24, 48, 1, bias=False), nn.Conv2d(48, 48, 5, padding=2, groups=48)
+        self.five, self.act = nn.Conv2d(48, 17, (1, 3), padding=(0, 2), dilation=2), act()
+        self.last = nn.Conv2d(17, 17, 3, groups=17)
+
+    def forward(self, x):
+        x = self.act(self.two(nn.functional.pad(self.act(self.one(x)), (0, 1, 0, 1))))
+        return self.last(self.five(self.act(self.four(self.three(x)))))
+
+
+@needs_avx512
+@pytest.mark.parametrize("act", [nn.ReLU6, nn.SiLU, nn.Hardswish])
+@pytest.mark.parametrize("size", [(1, 3, 16, 22), (2, 3, 13, 9)])
+def test_channels_by_themselves(size: tuple[int, ...], act: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(size)
+    captured, program = _program(Mobile(act), x)
+    assert not any("pad" in str(n.target) for n in program.nodes if n.op == "call_function")
+    works = analyse(program).works
+    offered = [w for w in works if any(c.name == "llvm.depthwise-last" for c in backends.candidates(w, frozenset({"f32"})))]
+    assert len(offered) == 3
+    lowered = lower(program, plan={w.node.name: "llvm.depthwise-last" for w in offered})
+    assert sum(s.name == "llvm.depthwise-last" for s in lowered.runner.steps) == 3
+    assert Exact().failure(run_double(captured, (x,))[0], run_pure(captured, (x,))[0], lowered.runner(x)[0]) is None
+
+
+@needs_avx512
+def test_zeros_at_a_windows_edge_meet_no_infinity() -> None:
+    conv = nn.Conv2d(16, 16, 3, stride=2, groups=16)
+    x = torch.randn(1, 16, 8, 8)
+    x[0, :, 2, 2] = torch.inf
+    model = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), conv)
+    _, program = _program(model, x)
+    (work,) = [w for w in analyse(program).works if w.op.endswith("conv") or "conv2d" in w.op]
+    lowered = lower(program, plan={work.node.name: "llvm.depthwise-last"})
+    torch.testing.assert_close(lowered.runner(x)[0], model(x), equal_nan=True)

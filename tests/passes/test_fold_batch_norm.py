@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from graphwright.capture import capture
+from graphwright.manager import Pipeline
 from graphwright.passes.canonicalize import Canonicalize
 from graphwright.passes.fold_batch_norm import FoldBatchNorm
 from graphwright.passes.fold_padding import FoldPadding
@@ -249,10 +251,49 @@ def test_padding_of_one_two_and_three_axes_for_several_readers(captured, run, op
         assert ops(after) == [f"conv{n}d"]
 
 
+def test_golden_padding_of_one_side(captured, run, body):
+    f = lambda s, x: F.conv2d(F.pad(x, (0, 1, 0, 1)), s.u, stride=2, groups=3)
+    after, result = run(captured(f, torch.randn(1, 3, 6, 6), u=torch.randn(3, 1, 3, 3)), FoldPadding())
+    assert body(after) == (
+        "conv2d_default: f32[1, 3, 3, 3] = aten.conv2d(input_0, u_padded, None, [2, 2], [1, 1], [1, 1], 3)  # conv2d, pad\n"
+        "return (conv2d_default)"
+    )
+    assert result.changes == [("pad", "pad folded into conv2d")]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_padding_of_a_depthwise_convolution(data):
+    small = st.integers(1, 3)
+    kernel, stride, step = ((data.draw(small), data.draw(small)) for _ in range(3))
+    own, pad = data.draw(st.integers(0, 2)), [data.draw(st.integers(0, 3)) for _ in range(data.draw(st.sampled_from([2, 4])))]
+    weight = torch.randn(2, 1, *kernel)
+
+    class Padded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(weight)
+
+        def forward(self, x):
+            return F.conv2d(F.pad(x, pad), self.weight, None, stride, own, step, 2)
+
+    model, x = Padded().eval(), torch.randn(1, 2, 9, 8)
+    program = capture(model, (x,)).program
+    after, _ = Pipeline((FoldPadding(),), strict=True).run(program)
+    torch.testing.assert_close(after.graph_module(x)[0], model(x))
+
+
 @pytest.mark.parametrize(
     ("f", "reason"),
     [
-        (lambda s, x: F.conv2d(F.pad(x, (0, 1)), s.w), "it pads one side more than the other: 0 and 1"),
+        (
+            lambda s, x: F.conv2d(F.pad(x, (0, 1)), s.w),
+            "it pads one side more than the other: 0 and 1; conv2d multiplies more than each channel by itself",
+        ),
+        (
+            lambda s, x: F.conv2d(F.pad(x, (0, 1)), s.u, dilation=2, groups=3),
+            "it pads one side more than the other: 0 and 1; no whole number of steps in the window of conv2d",
+        ),
         (lambda s, x: F.conv2d(F.pad(x, (1, 1), value=1.0), s.w), "it pads with 1.0, not with zeros"),
         (
             lambda s, x: F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), s.w),
@@ -268,7 +309,8 @@ def test_padding_of_one_two_and_three_axes_for_several_readers(captured, run, op
     ],
 )
 def test_padding_that_stays(f, reason, captured, run):
-    program = captured(f, torch.randn(1, 3, 6, 6), w=torch.randn(4, 3, 3, 3), v=torch.randn(4, 5, 3, 3))
+    weights = {"w": torch.randn(4, 3, 3, 3), "v": torch.randn(4, 5, 3, 3), "u": torch.randn(3, 1, 3, 3)}
+    program = captured(f, torch.randn(1, 3, 6, 6), **weights)
     _, result = run(program, FoldPadding())
     assert not result.modified and [r for _, r in result.refusals] == [reason]
 
