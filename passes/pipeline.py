@@ -26,6 +26,7 @@ from graphwright.passes.raise_attention import RaiseAttention
 from graphwright.passes.raise_linear import RaiseLinear
 from graphwright.passes.raise_norms import RaiseNorms
 from graphwright.passes.registered import Broken, Order, Registry, instance_of
+from graphwright.passes.select_early import SelectEarly
 from graphwright.passes.simplify_masks import SimplifyMasks
 from graphwright.passes.simplify_parts import SimplifyParts
 
@@ -44,6 +45,7 @@ DEFAULT: tuple[Pass, ...] = (
     FoldBatchNorm(),         # before activations are drawn in: a norm behind an activation cannot be folded
     FoldShift(),             # the same for biases that stand apart and images' means, past the factors that go next
     FoldScale(),             # layer scale, scaled queries, pixels over 255
+    SelectEarly(),           # once norms are folded, a mean may find its convolution; before ops become ours
     Layout(),                # transposes that cancel would stand between a linear and its residual add
     MergeHeads(),            # once transposes have met: attention hands its result to a linear
     FuseEpilogue(),          # every matrix op in one form, with what follows it
