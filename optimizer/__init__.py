@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from graphwright.errors import (
     CalibrationError,
     CaptureError,
+    CheckError,
     CoverageError,
     GraphwrightError,
     InputError,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from graphwright.decode.decoder import Decoder, Generation
     from graphwright.explaining import explain
     from graphwright.ir import Program
+    from graphwright.kernel import Kernel, Sample
+    from graphwright.kernel_registry import register_kernel
     from graphwright.manager import Pass, PassResult, Pipeline
     from graphwright.numerics import Exact, Lossy
     from graphwright.ops import op, register_op
@@ -53,19 +56,24 @@ _HOMES = {
     "Pipeline": "manager", "Exact": "numerics", "Lossy": "numerics", "op": "ops", "Optimized": "optimized",
     "bisect": "bisecting", "load_repro": "repro", "Repro": "repro", "default_recipe": "passes.pipeline", "register_pass": "passes.pipeline",
     "Quantize": "passes.quantize", "explain": "explaining", "compare": "comparing", "Comparison": "report", "Explanation": "report", "Report": "report", "RewritePass": "rewrite", "Goal": "search", "Output": "structure",
-    "register_op": "ops",
+    "register_op": "ops", "register_kernel": "kernel_registry", "Kernel": "kernel", "Sample": "kernel",
 }  # fmt: skip
 
 __all__ = [
-    "Calibration", "CalibrationError", "CaptureError", "Comparison", "CoverageError", "Decoder", "Exact", "Explanation", "Generation", "Goal", "GraphwrightError", "InputError",
-    "InternalError", "LoadError", "Lossy", "Optimized", "Output", "Pass", "PassError", "PassResult", "Pipeline", "Program",
-    "Quantize", "RecipeError", "Report", "Repro", "RewritePass", "SaveError", "SiteError", "UnsupportedError", "__version__", "bisect", "compare",
-    "default_recipe", "explain", "load", "load_repro", "op", "optimize", "optimize_decoder",
-    "register_op", "register_pass",
+    "Calibration", "CalibrationError", "CaptureError", "CheckError", "Comparison", "CoverageError", "Decoder", "Exact",
+    "Explanation", "Generation", "Goal", "GraphwrightError", "InputError", "InternalError", "Kernel", "LoadError",
+    "Lossy", "Optimized", "Output", "Pass", "PassError", "PassResult", "Pipeline", "Program", "Quantize", "RecipeError",
+    "Report", "Repro", "RewritePass", "Sample", "SaveError", "SiteError", "UnsupportedError", "__version__", "bisect",
+    "compare", "default_recipe", "explain", "load", "load_repro", "op", "optimize", "optimize_decoder",
+    "register_kernel", "register_op", "register_pass",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name == "testing":  # a module of its own; whoever asks for it wants what is in it
+        from importlib import import_module
+
+        return import_module("graphwright.testing")
     if name not in _HOMES:
         raise AttributeError(f"module 'graphwright' has no attribute {name!r}")
     from importlib import import_module

@@ -48,6 +48,10 @@ class PassError(GraphwrightError):
     """A pass broke the program: the message names the pass, its predecessors and the first bad node."""
 
 
+class CheckError(GraphwrightError, AssertionError):
+    """A pass or kernel of one's own does not keep what it promises (``gw.testing``)."""
+
+
 class UnsupportedError(GraphwrightError):
     """An operation that an optimized model does not offer; the hint says what to do instead."""
 

@@ -49,6 +49,8 @@ class Kernel:
         samples: gives the samples.
         tolerance: ``(float, quantized)``: relative RMS error allowed against the float64 oracle beyond the fp64 rule,
             and by how many steps integer outputs may differ (a value on a rounding boundary may go either way).
+        precision: ``"f32"`` (exact up to rounding), ``"bf16"`` or ``"int8"``: which recipes may choose a registered kernel.
+        name: tells a registered kernel from others of its backend for the same op; the op's own name by default.
     """
 
     op: str
@@ -59,3 +61,10 @@ class Kernel:
     cost: Callable[..., Cost]
     samples: Callable[[], Iterator[Sample]]
     tolerance: tuple[float, int] = (0.0, 1)
+    precision: str = "f32"
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        """The candidate's name: stable, since saved files hold it."""
+        return f"{self.backend}.{self.name or self.op.split('.')[1]}"

@@ -14,12 +14,12 @@ from graphwright import store
 from graphwright.capture import Capture, Guard
 from graphwright.errors import LoadError
 from graphwright.ir import Program, op_name
+from graphwright.kernel_registry import RESERVED, registered
 from graphwright.kernels import ahead
 from graphwright.lower import Lowered, lower, regions
 from graphwright.optimized import Optimized, Variant
 from graphwright.report import Report
 from graphwright.search import Built
-from graphwright.store import foreign
 from graphwright.structure import Output
 
 
@@ -34,8 +34,6 @@ def archive_of(fast: Optimized) -> store.Archive:
     attributes = {k: _plain(v) for k, v in fast._attributes.items()}
     meta = {"report": fast.report.to_dict(), "attributes": {k: v for k, v in attributes.items() if v is not None},
             "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
-    if needs := foreign.needs(v.program for v in variants):
-        meta["needs"] = needs
     return store.Archive(variants, meta)
 
 
@@ -45,6 +43,7 @@ def restore(path: str | Path) -> Any:
     if "report" not in archive.meta:
         raise LoadError(f"{path} holds no optimized model", hint="It is a fault cut out by gw.bisect: gw.load_repro(path) reads it." if "repro" in archive.meta else None)
     ahead.start(*_wanted(archive))
+    _register(archive)
     if "decoder" in archive.meta:
         from graphwright.decode.storing import restored
 
@@ -71,6 +70,15 @@ def _wanted(archive: store.Archive) -> tuple[set[str], bool]:
     ours = [(n, kernel) for n, kernel in plans if kernel.startswith("llvm.")]
     names = {op_name(n.target) for n, _ in ours} | {a for n, _ in ours for a in n.args if isinstance(a, str)}
     return names, any("int8" in kernel or kernel.endswith("-q") for _, kernel in ours)
+
+
+def _register(archive: store.Archive) -> None:
+    """Load installed plug-ins where a plan names a kernel that is not Graphwright's and not registered yet."""
+    named = {kernel for v in archive.variants for kernel in v.plan["kernels"].values() if kernel.partition(".")[0] not in RESERVED}
+    if named - {k.label for k in registered()}:
+        from graphwright.passes.pipeline import load_plugins
+
+        load_plugins()
 
 
 def _lowered(program: Program, kernels: dict[str, str], saved: list[dict[str, Any]]) -> Lowered:

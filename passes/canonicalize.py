@@ -64,6 +64,7 @@ class Canonicalize(Pass):
                 result.refuse(site_of(node), new)
                 continue
             if self.refused(result, node):
+                _take_back(program, new, known)
                 continue
             made = new.op == "call_function" and new not in known
             what = f"is {op_name(new.target)} of {root(new).name}" if made else "dropped"
@@ -107,6 +108,15 @@ def mul(program: Program, node: fx.Node) -> fx.Node | str | None:
     if node.kwargs.get("rounding_mode") is not None:
         return None
     return identity(program, node, node.args[0]) if is_number(other) and other == 1 else None
+
+
+def _take_back(program: Program, new: fx.Node, known: set[fx.Node]) -> None:
+    """Erase what a rule has put in for a node that is to stay."""
+    if new.op == "call_function" and new not in known and not new.users:
+        inputs = new.all_input_nodes
+        program.graph.erase_node(new)
+        for x in inputs:
+            _take_back(program, x, known)
 
 
 def identity(program: Program, node: fx.Node, x: Any) -> fx.Node | str | None:

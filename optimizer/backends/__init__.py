@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from graphwright.backends import aten, llvm, llvm_f32, llvm_int8, onednn
+from graphwright.backends import aten, llvm, llvm_f32, llvm_int8, onednn, registered
 from graphwright.backends.base import Candidate, Work
 
-BACKENDS = (onednn, llvm, llvm_f32, llvm_int8, aten)
+BACKENDS = (onednn, llvm, llvm_f32, llvm_int8, registered, aten)
 
 
 def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:

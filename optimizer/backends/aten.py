@@ -52,8 +52,9 @@ def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
     floats = [isinstance(work.val(k), Tensor) and work.val(k).dtype == torch.float32 for k in range(len(work.reads))]
     view, shares = work.has(VIEW), may_share(work)
     # ops that merely look at their input are not worth a stopwatch
-    timed = (not view or work.op in COPIES) and not isinstance(work.out, (torch.SymInt, int, bool, tuple, list))
-    yield Candidate("aten.native", (NATIVE,) * len(work.reads), (NATIVE,), "f32", call, aliases=shares or not timed, timed=timed)
+    several = isinstance(work.out, (tuple, list))
+    timed = (not view or work.op in COPIES) and not (several and view) and not isinstance(work.out, (torch.SymInt, int, bool))
+    yield Candidate("aten.native", (NATIVE,) * len(work.reads), (NATIVE,), "f32", call, aliases=shares or several or not timed, timed=timed)
     last = _last_needs(work)
     if last is not None:
         yield Candidate("aten.last", last, (NATIVE_LAST,), "f32", call, aliases=shares)

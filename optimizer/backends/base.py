@@ -171,6 +171,8 @@ class Candidate:
         timed: False: too cheap to time; costs nothing.
         floor_db: what its result must reach against the op's own reference, where one of the two rounds and the other
             does not; None: what its precision is held to.
+        foreign: it was registered from outside: times and verdicts on it are not kept on disk, since its code may change, and
+            what it does to its arguments is watched.
     """
 
     name: str
@@ -182,10 +184,15 @@ class Candidate:
     aliases: bool = False
     timed: bool = True
     floor_db: float | None = None
+    foreign: bool = False
 
     @property
     def backend(self) -> str:
         return self.name.partition(".")[0]
+
+
+class Refused(Exception):
+    """A registered kernel can't serve a work; the message is its reason."""
 
 
 def is_static(value: Any) -> bool:
@@ -265,6 +272,7 @@ __all__ = [
     "Q",
     "QParams",
     "Read",
+    "Refused",
     "Slot",
     "Work",
     "args_by_name",

@@ -17,6 +17,7 @@ from graphwright.backends.base import (
     Candidate,
     Format,
     QParams,
+    Refused,
     Work,
     channels_last,
     hint,
@@ -55,11 +56,11 @@ class Stopwatch:
             return [0.0] * len(options)
         base = signature(work)
         keys = [self._key(base, c.name) for c in options]
-        found = [self._recall(key) if c.timed else 0.0 for key, c in zip(keys, options, strict=True)]
+        found = [(self._known.get(key) if c.foreign else self._recall(key)) if c.timed else 0.0 for key, c in zip(keys, options, strict=True)]
         if None in found:
             # all of them anew: times are only comparable when they were taken in turns
             for k, value in self._race(work, options).items():
-                found[k] = self._keep(keys[k], value)
+                found[k] = self._keep(keys[k], value, kept=not options[k].foreign)
         return [x if x is not None else 0.0 for x in found]
 
     def _race(self, work: Work, options: Sequence[Candidate]) -> dict[int, float | str]:
@@ -79,6 +80,8 @@ class Stopwatch:
                 if problem:
                     found[k] = f"wrong result: {problem}"
                     del calls[k]
+            except Refused as why:
+                found[k] = f"refused: {why}"
             except Exception as error:  # a kernel may refuse a shape in any way it likes; the reason is kept for explain  # noqa: BLE001
                 found[k] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else 'no message'}"
                 calls.pop(k, None)
@@ -136,9 +139,10 @@ class Stopwatch:
                 self._known[key] = stored if isinstance(stored, str) else float(stored)
         return self._known.get(key)
 
-    def _keep(self, key: str, value: float | str) -> float | str:
+    def _keep(self, key: str, value: float | str, kept: bool = True) -> float | str:
         self._known[key] = value
-        self._cache.put(key, value)
+        if kept:
+            self._cache.put(key, value)
         return value
 
 
@@ -184,7 +188,13 @@ def check(work: Work, candidate: Candidate, call: Callable[..., Any], inputs: Se
     for x, form, params in zip(inputs, candidate.needs, work.read_qparams, strict=True):
         held = conversion(NATIVE, form, params, x.dim())(x) if isinstance(x, Tensor) and form != NATIVE else x
         forms.append(held.clone() if isinstance(held, Tensor) else held)
+    before = [x.clone() if isinstance(x, Tensor) else x for x in forms] if candidate.foreign else []
     result = call(*forms)
+    if candidate.foreign and (problem := _misbehaves(before, forms, result, wanted)):
+        return problem
+    if candidate.foreign and isinstance(wanted, (tuple, list)):
+        pairs = [(g, w) for g, w in zip(result, wanted, strict=True) if isinstance(w, Tensor)]
+        return next((p for g, w in pairs if (p := check(work, candidate, lambda *_, g=g: g, inputs, w))), None)
     results = (result,) if len(candidate.gives) == 1 else result
     for got, form in zip(results, candidate.gives, strict=True):
         if not isinstance(wanted, Tensor):
@@ -201,6 +211,22 @@ def check(work: Work, candidate: Candidate, call: Callable[..., Any], inputs: Se
             problem = None if reached >= floor else f"{reached:.0f} dB against the reference, {floor:.0f} are asked"
         if problem:
             return problem
+    return None
+
+
+def _misbehaves(before: Sequence[Any], after: Sequence[Any], result: Any, wanted: Any) -> str | None:
+    """None, or what a kernel from outside did that none may: write into an argument, give another type than the op."""
+    for k, (was, now) in enumerate(zip(before, after, strict=True)):
+        if isinstance(was, Tensor) and not torch.equal(was.nan_to_num(), now.nan_to_num()):
+            return f"it wrote into its argument {k}"
+    several = isinstance(wanted, (tuple, list))
+    if several and not (isinstance(result, (tuple, list)) and len(result) == len(wanted)):
+        return f"{len(result) if isinstance(result, (tuple, list)) else 1} results instead of {len(wanted)}"
+    for got, want in zip(result, wanted, strict=True) if several else ((result, wanted),):
+        if isinstance(want, Tensor) and not isinstance(got, Tensor):
+            return f"a {type(got).__name__} instead of a tensor"
+        if isinstance(want, Tensor) and got.dtype != want.dtype:
+            return f"{got.dtype} instead of {want.dtype}"
     return None
 
 

@@ -234,7 +234,7 @@ def _axes(axes: Any, target: OpOverload | None, where: str) -> Any:
 
 
 def example(row: OpRow, args: Iterable[Any]) -> tuple[list[Any], Any]:
-    """Fake arguments like these, and what the op's shape rule gives on them."""
+    """Fake arguments like these (in schema order), and what the op's shape rule gives on them."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     def faked(x: Any) -> Any:
@@ -244,5 +244,7 @@ def example(row: OpRow, args: Iterable[Any]) -> tuple[list[Any], Any]:
 
     mode = FakeTensorMode()
     given = [faked(a) for a in args]
+    schema = row.overload._schema.arguments
+    named = {a.name: v for a, v in zip(schema, given, strict=False) if a.kwarg_only}
     with mode, torch.no_grad():
-        return given, row.overload(*given)
+        return given, row.overload(*[v for a, v in zip(schema, given, strict=False) if not a.kwarg_only], **named)

@@ -115,6 +115,8 @@ def _race(row: SiteRow) -> Iterator[tuple[str, str]]:
 
 
 def _lead(row: SiteRow) -> str:
+    if row.reason and row.reason.startswith("not faster"):
+        return "  runs: with the fastest of each, the whole was not faster"
     ahead = gain(row)
     if not ahead:
         return "  taken"

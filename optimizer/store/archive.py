@@ -81,7 +81,9 @@ def save(path: str | os.PathLike[str], archive: Archive) -> None:
         }
         for v in archive.variants
     ]
-    body = dumps({"meta": to_json(archive.meta, "meta"), "variants": variants, "runs": index(runs)})
+    needs = foreign.needs(v.program for v in archive.variants)
+    meta = {**archive.meta, "needs": needs} if needs else archive.meta
+    body = dumps({"meta": to_json(meta, "meta"), "variants": variants, "runs": index(runs)})
     seal = f"{SCHEMA} {hashlib.sha256(body.encode()).hexdigest()} {body}"
     if 2 * len(seal) > _MAX_HEADER:
         raise SaveError(f"the description of the graph takes {len(body) / 2**20:.0f} MiB, more than a file may hold")

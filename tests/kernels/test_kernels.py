@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
 from graphwright import kernels, ops
 from graphwright.kernel import Kernel, Sample
-from graphwright.microbench import disagreement
+from graphwright.testing import check_kernel
 
 CPU = [(k, s) for found in kernels.load().values() for k in found if k.device == "cpu" for s in k.samples()]
 
@@ -28,18 +27,4 @@ def test_there_are_kernels_for_every_lowered_op() -> None:
 @pytest.mark.parametrize(("pair", "threads"), [(p, t) for p in CPU for t in ((2,) if p[1].bench else (1, 2))], ids=_name)
 def test_kernel_against_reference(pair: tuple[Kernel, Sample], threads: int) -> None:
     kernel, sample = pair
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        assert disagreement(kernel, sample) is None
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_cost_is_plausible() -> None:
-    for kernel, sample in CPU:
-        if not sample.bench:
-            args = sample.args(torch.Generator().manual_seed(0))
-            cost = kernel.cost(*args)
-            least = sum(t.numel() * t.element_size() for t in args if isinstance(t, torch.Tensor) and t.ndim)
-            assert cost.flops >= 0 and cost.bytes >= min(1, least), (kernel.op, sample.name)
+    assert check_kernel(kernel, samples=[sample], threads=(threads,)) == 1
