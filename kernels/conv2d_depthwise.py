@@ -27,15 +27,16 @@ from graphwright.kernels.vector import LANES, fma, larger, load_f, smaller, spla
 
 #: Activations that are bounds on the sum.
 _BOUNDS = {"none": (-float("inf"), float("inf")), "relu": (0.0, float("inf"))}
+TAPS, DENSE = np.int64(0), False
 _ZERO, _FOUR, _ONE = np.int64(0), np.int64(4), np.int64(1)
 
 # -- the kernel ------------------------------------------------------------------------------------------------------
 
 
-@device
-def four(x, step, line, tap, w, channels, first, last, taps, bias, to, low, high):
+def four(x, stride, line, tap, w, channels, first, last, taps, bias, to, low, high):
     """Four neighbouring windows over all channels: addresses, steps in bytes, the window's rows from ``first`` to ``last``."""
     apart()
+    step = tap if DENSE else stride
     bottom, top, row = splat_f(low), splat_f(high), channels * 4
     for block in range(0, channels, 16):
         c = min(block, channels - 16) * 4  # the last block may begin within the one before
@@ -43,7 +44,7 @@ def four(x, step, line, tap, w, channels, first, last, taps, bias, to, low, high
         a1, a2, a3 = a0, a0, a0
         for k in range(first, last):
             source, factor = x + k * line + c, w + k * taps * row + c
-            for _ in range(taps):
+            for _ in range(TAPS if TAPS > 0 else taps):
                 f = load_f(factor)
                 a0 = fma(load_f(source), f, a0)
                 a1 = fma(load_f(source + step), f, a1)
@@ -55,6 +56,16 @@ def four(x, step, line, tap, w, channels, first, last, taps, bias, to, low, high
         store_f(smaller(top, larger(bottom, a1)), to + row + c)
         store_f(smaller(top, larger(bottom, a2)), to + row * 2 + c)
         store_f(smaller(top, larger(bottom, a3)), to + row * 3 + c)
+
+
+#: The same with the length of a window's rows put in (0: any), so that LLVM unrolls them, and with steps of one pixel, so that
+#: what neighbouring windows share is loaded once.
+four_any = device(specialized(four, "four_any", TAPS=np.int64(0), DENSE=False))
+four_of_3 = device(specialized(four, "four_of_3", TAPS=np.int64(3), DENSE=False))
+four_of_5 = device(specialized(four, "four_of_5", TAPS=np.int64(5), DENSE=False))
+dense_of_3 = device(specialized(four, "dense_of_3", TAPS=np.int64(3), DENSE=True))
+dense_of_5 = device(specialized(four, "dense_of_5", TAPS=np.int64(5), DENSE=True))
+dense_of_7 = device(specialized(four, "dense_of_7", TAPS=np.int64(7), DENSE=True))
 
 
 @device
@@ -100,7 +111,18 @@ def _depthwise(params):  # device code, with ``activate`` put in by ``specialize
             x = j * across - p[16]
             count = _ONE
             if j >= inner and j + 4 <= outer:
-                four(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
+                if taps == 3 and step == tap:
+                    dense_of_3(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
+                elif taps == 5 and step == tap:
+                    dense_of_5(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
+                elif taps == 7 and step == tap:
+                    dense_of_7(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
+                elif taps == 3:
+                    four_of_3(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
+                elif taps == 5:
+                    four_of_5(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
+                else:
+                    four_any(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
                 count = _FOUR
             else:
                 left = begin(x, broad)
