@@ -15,6 +15,7 @@ from torch import Tensor
 from graphwright.backends import llvm
 from graphwright.backends.base import NATIVE, NATIVE_LAST, Q_LAST, Candidate, Format, Q, QParams, Work
 from graphwright.backends.onednn import Matrix, matrix
+from graphwright.backends.packs import packed
 from graphwright.ops.axes import same
 
 _BYTES = (torch.uint8, torch.int8)
@@ -88,12 +89,13 @@ def _build_linear(m: Matrix, q: QParams | None, out: QParams | None) -> Callable
     from graphwright.kernels.linear_int8 import apply, pack
 
     assert m.int_weight is not None
-    packed = pack(m.int_weight.values, m.int_weight.scales, m.bias)
+    weight = m.int_weight
+    ready = packed(lambda: pack(weight.values, weight.scales, m.bias), "llvm int8", weight.values, weight.scales, m.bias)
     scale, zero = (1.0, 0) if q is None else (q.scale, q.zero_point)
     x, other, name, scalars, grid = m.x, m.other, m.activation, m.scalars, _grid(out)
     if other is None:
-        return lambda *r: apply(r[x], scale, zero, packed, None, name, scalars, *grid)
-    return lambda *r: apply(r[x], scale, zero, packed, r[other], name, scalars, *grid)
+        return lambda *r: apply(r[x], scale, zero, ready, None, name, scalars, *grid)
+    return lambda *r: apply(r[x], scale, zero, ready, r[other], name, scalars, *grid)
 
 
 def _weight_only(work: Work, m: Matrix) -> Iterator[Candidate]:
@@ -105,9 +107,10 @@ def _weight_only(work: Work, m: Matrix) -> Iterator[Candidate]:
 
     def build() -> Callable[..., Tensor]:
         assert m.int_weight is not None
-        packed = pack(m.int_weight.values, m.int_weight.scales, m.bias)
+        weight = m.int_weight
+        ready = packed(lambda: pack(weight.values, weight.scales, m.bias), "llvm w8", weight.values, weight.scales, m.bias)
         x, other, name, scalars = m.x, m.other, m.activation, m.scalars
-        return lambda *r: apply(r[x], packed, None if other is None else r[other], name, scalars)
+        return lambda *r: apply(r[x], ready, None if other is None else r[other], name, scalars)
 
     yield Candidate("llvm.w8", (NATIVE,) * len(work.reads), (NATIVE,), "int8", build, floor_db=90.0)
 

@@ -27,6 +27,7 @@ from graphwright.backends.base import (
     Work,
     hint,
 )  # fmt: skip
+from graphwright.backends.packs import packed
 from graphwright.measure import machine
 from graphwright.ops.fused import activate
 
@@ -195,7 +196,8 @@ def _float_linear(work: Work, m: Matrix, allowed: frozenset[str]) -> Iterator[Ca
 
 
 def _build_float_linear(work: Work, m: Matrix, dtype: torch.dtype) -> Callable[..., Tensor]:
-    weight = torch.ops.mkldnn._reorder_linear_weight(m.weight.detach().to(dtype).contiguous(), _batch(work, m))
+    # the number of rows only steers which blocked layout oneDNN picks
+    weight = packed(lambda: torch.ops.mkldnn._reorder_linear_weight(m.weight.detach().to(dtype).contiguous(), _batch(work, m)), f"onednn {dtype}", m.weight)
     bias = None if m.bias is None else m.bias.to(dtype)
     x, other = m.x, m.other
     if other is None:
@@ -277,20 +279,21 @@ def _build_split_linear(work: Work, m: Matrix, q: QParams, out: QParams, finish:
 def _build_int8_linear(work: Work, m: Matrix, q: QParams, scale: float, zero: int, dtype: torch.dtype) -> Callable[..., Tensor]:
     assert m.int_weight is not None
     # the shape only steers which blocked layout oneDNN picks
-    packed = torch.ops.onednn.qlinear_prepack(m.int_weight.values.detach().contiguous(), [_batch(work, m), m.weight.shape[1]])
+    values = m.int_weight.values
+    prepacked = packed(lambda: torch.ops.onednn.qlinear_prepack(values.detach().contiguous(), [_batch(work, m), m.weight.shape[1]]), "onednn int8", values)
     scales, zeros = _channel_scales(m)
     x, other, bias, xs, xz = m.x, m.other, m.bias, q.scale, q.zero_point
     if other is not None:
         call, unary = torch.ops.onednn.qlinear_pointwise.binary, m.activation
-        return lambda *r: call(r[x], xs, xz, packed, scales, zeros, r[other].contiguous(), bias, scale, zero, dtype, 1.0, 0,
+        return lambda *r: call(r[x], xs, xz, prepacked, scales, zeros, r[other].contiguous(), bias, scale, zero, dtype, 1.0, 0,
                                "add", 1.0, unary, [], "")  # fmt: skip
     fused = m.activation in _QLINEAR_POST
     name, algorithm = _POST[m.activation] if fused else ("none", "")
     post_scalars: list[float | None] = list(m.scalars) if fused else []
     call, finish = torch.ops.onednn.qlinear_pointwise.default, _finish(m, fused)
     if fused:
-        return lambda *r: call(r[x], xs, xz, packed, scales, zeros, bias, scale, zero, dtype, name, post_scalars, algorithm)
-    return lambda *r: finish(call(r[x], xs, xz, packed, scales, zeros, bias, 1.0, 0, torch.float32, "none", [], ""))
+        return lambda *r: call(r[x], xs, xz, prepacked, scales, zeros, bias, scale, zero, dtype, name, post_scalars, algorithm)
+    return lambda *r: finish(call(r[x], xs, xz, prepacked, scales, zeros, bias, 1.0, 0, torch.float32, "none", [], ""))
 
 
 def _int8_conv(work: Work, m: Matrix) -> Iterator[Candidate]:

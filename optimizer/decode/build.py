@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from graphwright import search
 from graphwright.api import Job, _attributes
+from graphwright.backends.packs import shared
 from graphwright.calibrate import Calibration
 from graphwright.capture.rehearse import untouched
 from graphwright.decode import race
@@ -80,7 +81,7 @@ def optimize_decoder(
     if isinstance(calibration, Iterable) and not isinstance(calibration, (list, tuple)):
         calibration = list(calibration)
     calls = Calls(model, convention, traits)
-    with WORKING, torch.random.fork_rng(devices=[]):
+    with WORKING, torch.random.fork_rng(devices=[]), shared():
         torch.manual_seed(seed)
         shelf = Shelf()
         first, second = calls.prefill(given), calls.step(given)

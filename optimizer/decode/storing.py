@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from graphwright import store
+from graphwright.backends.packs import shared
 from graphwright.decode.decoder import Decoder, Traits
 from graphwright.decode.report import DecoderReport
 from graphwright.errors import LoadError
@@ -26,6 +27,8 @@ def save(decoder: Decoder, path: str | Path) -> None:
         "report": halves[0].meta["report"], "step report": halves[1].meta["report"],
         "attributes": halves[0].meta["attributes"], "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
+    if needs := {k: v for half in halves for k, v in half.meta.get("needs", {}).items()}:
+        meta["needs"] = needs
     store.save(path, store.Archive([v for half in halves for v in half.variants], meta))
     decoder.report.file_bytes = Path(path).stat().st_size
 
@@ -48,8 +51,11 @@ def restored(archive: store.Archive) -> Decoder:
     traits = from_plain(Traits, said.get("traits"), "traits")
     if traits.cache not in ("dynamic", "static") or (traits.cache == "static" and not traits.max_length):
         raise LoadError(f"the file has a cache of kind {traits.cache!r}", hint="Save the decoder again.")
-    prefill = rebuilt(archive.variants[: said["prefill"]], meta)
-    step = rebuilt(archive.variants[said["prefill"] :], {**meta, "report": meta.get("step report")})
+    parts = (archive.variants[: said["prefill"]], meta), (archive.variants[said["prefill"] :], {**meta, "report": meta.get("step report")})
+    with shared():  # as when they were made; what was captured later packs its own
+        prefill, step = (rebuilt(variants[-1:], about) for variants, about in parts)
+    for fast, (variants, about) in zip((prefill, step), parts, strict=True):
+        fast._variants[:0] = rebuilt(variants[:-1], about)._variants
     whole = {**(said.get("report") or {}), "prefill": meta["report"], "step": meta.get("step report")}
     report = DecoderReport.from_dict(whole)
     report.prefill, report.step = prefill.report, step.report

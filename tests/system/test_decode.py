@@ -182,6 +182,35 @@ def test_both_programs_hold_their_weights_once(recipe, gpt2, decoder):
         assert out.shape[0] == 2 and out.shape[1] > 8
 
 
+def closure_values(built):
+    """What the kernels of a build hold on to: packed weights by their address, and bytes."""
+    found = {}
+
+    def look(value, depth):
+        if isinstance(value, torch.Tensor) and value.is_mkldnn:
+            found[id(value)] = value.numel() * value.element_size()
+        elif type(value).__name__ == "Packed":
+            found[id(value)] = value.weight.nbytes
+        elif callable(value) and getattr(value, "__closure__", None) and depth:
+            for cell in value.__closure__:
+                look(cell.cell_contents, depth - 1)
+
+    for step in built.lowered.runner.steps:
+        look(step.call, 3)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["decoder", pytest.param("w8", marks=pytest.mark.slow)])
+def test_packed_forms_are_held_once_where_both_programs_chose_the_same_kernel(kind, request, gpt2, tmp_path):
+    made = request.getfixturevalue(kind) if kind == "decoder" else gw.optimize_decoder(gpt2, prompt(), kind)
+    made.save(tmp_path / "model.gw")
+    for one in (made, gw.load(tmp_path / "model.gw")):
+        prefill, step = (half.fast._first().built for half in (one._prefill, one._step))
+        same = {n for n, k in prefill.lowered.plan.items() if step.lowered.plan.get(n) == k and (k.startswith(("onednn", "llvm.w8", "llvm.int8")))}
+        first, second = closure_values(prefill), closure_values(step)
+        assert not same or first.keys() & second.keys(), (same, first, second)
+
+
 @pytest.mark.slow
 def test_int8_is_calibrated_with_prompts(gpt2):
     batches = [prompt(2, 8, k, seed=k) for k in range(4)]
