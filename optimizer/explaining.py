@@ -121,7 +121,7 @@ class _Story:
 
 def row_of(work: Work, allowed: frozenset[str]) -> OpRow:
     """One op with the kernels that could do it; none is built."""
-    names = tuple(c.name for c in backends.candidates(work, allowed) if c.name != "aten.native" and c.timed)
+    names = tuple(c.name for c in backends.offered(work, allowed) if c.name != "aten.native" and c.timed)
     opaque = isinstance(work.target, torch._ops.OpOverload) and work.row is None
     trace = work.node.meta.get("trace")
     return OpRow(sites_of(work.node) or (work.node.name,), work.op, describe(work.out), str(trace) if trace else None, opaque, names,

@@ -263,7 +263,7 @@ def _row(choice: Choice, ms: float | None, share: float | None, unchanged: str |
     return SiteRow(
         tuple(node.meta.get("sites") or (node.name,)), work.op, decision, choice.name, choice.name.partition(".")[0],
         describe(node.meta.get("val")), tuple(Option(o.name, o.ms, o.problem) for o in choice.options), ms, share,
-        node.meta.get("sqnr_db"), work_done and work_done.flops, work_done and work_done.bytes, unchanged or reason, node.meta.get("trace"),
+        node.meta.get("bf16_db" if choice.precision == "bf16" else "sqnr_db"), work_done and work_done.flops, work_done and work_done.bytes, unchanged or reason, node.meta.get("trace"),
     )  # fmt: skip
 
 

@@ -143,7 +143,9 @@ def within_budget(built: Built, passes: Sequence[Pass], attempt: Callable[[Seque
     if lost <= max_drop:
         return built, log
     spots = lossy_passes(passes)
-    ranked = sorted((n.meta["sqnr_db"], site_of(n)) for n in built.program.nodes if "sqnr_db" in n.meta)
+    errors = {n: n.meta["sqnr_db"] for n in built.program.nodes if "sqnr_db" in n.meta}
+    errors |= {c.work.node: c.work.node.meta["bf16_db"] for c in built.lowered.choices if c.precision == "bf16" and "bf16_db" in c.work.node.meta}
+    ranked = sorted((db, site_of(n)) for n, db in errors.items())
     for count in dict.fromkeys(-(-len(ranked) // share) for share in (16, 8, 4, 2)):
         worst = [site for _, site in ranked[:count]]
         if not worst or time.perf_counter() > deadline:

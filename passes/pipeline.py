@@ -56,7 +56,7 @@ DEFAULT: tuple[Pass, ...] = (
 #: What a recipe adds to the default pipeline, and its line in the list of recipes.
 RECIPES: dict[str, tuple[tuple[Pass, ...], str]] = {
     "default": ((), "same numbers up to float rounding"),
-    "bf16": ((AllowBf16(),), "bfloat16 where it measures faster"),
+    "bf16": ((AllowBf16(),), "bfloat16 where it measures faster and errs little, site by site"),
     "int8": ((Quantize(),), "int8 weights and activations, ranges from calibration data"),
     "int8-dynamic": ((Quantize(mode="dynamic"),), "int8 weights and activations, ranges computed at run time"),
     "w8": ((Quantize(mode="weight-only", embeddings=True),), "int8 weights alone, embedding tables among them"),

@@ -22,6 +22,11 @@ def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
                 yield candidate
 
 
+def offered(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
+    """The candidates for a work, without those in bfloat16 where its error was measured and found too large."""
+    return (c for c in candidates(work, allowed) if c.precision != "bf16" or work.node.meta.get("bf16", True))
+
+
 def reasons() -> dict[str, str]:
     """Backends that can't serve on this machine, and why."""
     found = {b.__name__.rpartition(".")[2]: b.reason() for b in BACKENDS}

@@ -93,7 +93,8 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
     allowed = frozenset(allowed) | {"f32"}
     analysis = analyse(program)
     release()
-    options = [list(backends.candidates(w, allowed)) for w in analysis.works]
+    offers = backends.candidates if plan is not None else backends.offered  # a plan has been chosen already
+    options = [list(offers(w, allowed)) for w in analysis.works]
     notes = [f"{name}: {why}" for name, why in backends.reasons().items()]
     if plan is not None:
         return _from_plan(analysis, options, plan, notes)
