@@ -93,9 +93,9 @@ def _round(program: Program, left_out: set[fx.Node], result: PassResult) -> list
     _prune(plans, views)
     changed: set[fx.Node] = set()
     moved: list[fx.Node] = []
-    for region in _regions(plans, views):
-        entries = {n for m in region for n in m.all_input_nodes if n in views and n not in plans}
-        if not _worth(region, entries, views) or any(e in changed or e.args[0] in changed for e in entries):
+    regions = [(r, {n for m in r for n in m.all_input_nodes if n in views and n not in plans}) for r in _regions(plans, views)]
+    for region, entries in regions:  # known before the first of them moves: what it joins may be where another starts
+        if any(e._erased for e in entries) or not _worth(region, entries, views) or any(e in changed or e.args[0] in changed for e in entries):
             continue
         moved += _move(program, region, entries, plans, views, result)
         changed.update(region, *(m.users for m in region))

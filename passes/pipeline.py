@@ -20,6 +20,7 @@ from graphwright.passes.fuse_epilogue import FuseEpilogue
 from graphwright.passes.layout import Layout
 from graphwright.passes.merge_heads import MergeHeads
 from graphwright.passes.merge_linears import MergeLinears
+from graphwright.passes.merge_products import MergeProducts
 from graphwright.passes.quantize import Quantize
 from graphwright.passes.raise_activations import RaiseActivations
 from graphwright.passes.raise_attention import RaiseAttention
@@ -45,6 +46,7 @@ DEFAULT: tuple[Pass, ...] = (
     FoldBatchNorm(),         # before activations are drawn in: a norm behind an activation cannot be folded
     FoldShift(),             # the same for biases that stand apart and images' means, past the factors that go next
     FoldScale(),             # layer scale, scaled queries, pixels over 255
+    MergeProducts(),         # once factors and norms between two products are gone
     SelectEarly(),           # once norms are folded, a mean may find its convolution; before ops become ours
     Layout(),                # transposes that cancel would stand between a linear and its residual add
     MergeHeads(),            # once transposes have met: attention hands its result to a linear

@@ -60,6 +60,20 @@ def test_where_it_moves_and_where_not(f, left, captured, run, ops):
     assert [o.is_contiguous() for o in after(X)] >= [o.is_contiguous() for o in program(X)]
 
 
+def test_regions_that_follow_each_other(captured, run, ops):
+    """Where one ends another starts: they move one after the other."""
+    turn = (0, 3, 2, 1)
+
+    def f(s, x):
+        y = x.permute(turn).sin().permute(turn).cos().permute(turn) * s.g
+        return y.permute(0, 2, 1, 3)
+
+    program = captured(f, X, g=torch.rand(4, 1))
+    after, _ = run(program, Layout())
+    assert sorted(ops(after)) == ["cos", "mul", "permute", "sin"]
+    assert torch.equal(after(X)[0], program(X)[0])
+
+
 def test_sizes_that_vary(captured, run, ops):
     def f(s, x):
         y = x.permute(0, 2, 3, 1)
