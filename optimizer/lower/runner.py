@@ -176,7 +176,8 @@ def emit(analysis: Analysis, chosen: Sequence[tuple[Candidate, Callable[..., Any
 
     Args:
         fused: regions that run as one call, in the place of what was chosen for their works.
-        apart: every view stays a step of its own, so that each work's step reads what the work reads.
+        apart: every view stays a step of its own, so that each work's step reads what the work reads, and elementwise ops leave
+            what they read as it is.
 
     Raises:
         InternalError: a form is read that nothing gives and nothing converts to.
@@ -218,7 +219,7 @@ class _Emitter:
         returned = {o.slot for o in outputs if isinstance(o, Register)}
         self.steps = self.steps if apart else collapse(self.steps, returned)
         self._protect(returned)
-        self.steps = reuse(self.steps, self.borrowed, returned)
+        self.steps = self.steps if apart else reuse(self.steps, self.borrowed, returned)
         self._free(returned)
         return Runner(program, self.steps, self.count, inputs, buffers, outputs)
 
