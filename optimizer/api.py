@@ -127,6 +127,7 @@ class Job:
                 self._tuned(model, variant) if variant.built is not None else self._tuned_pieces(model, variant, leaves)
             if self.goal.time_budget:
                 self._with_regions(model, variant, start + self.goal.time_budget)
+            self.economize(variant)
             assert self.result is not None
             self.result.__dict__["_report"] = make_report(self, model, variant, leaves, start)
         release()
@@ -139,13 +140,15 @@ class Job:
             return self.first(model, args, kwargs)
         dynamic = self.dynamic if self.dynamic is not None or not again else "auto"
         try:
-            return self._variant(model, args, kwargs, dynamic)[0]
+            variant = self._variant(model, args, kwargs, dynamic)[0]
         except CalibrationError as error:
             wider = self._sizes_of_both(model, args, kwargs)
             if wider is None:
                 raise CoverageError(f"this call's inputs need calibration data of their own: {error}",
                                     hint="Optimize again, with batches that have these sizes.") from error  # fmt: skip
-        return self._variant(model, args, kwargs, wider)[0]
+            variant = self._variant(model, args, kwargs, wider)[0]
+        self.economize(variant)
+        return variant
 
     def _sizes_of_both(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, dict[int, str]] | None:
         """For ``capture(dynamic=...)``: the sizes in which a call and the calibration data differ; None where they don't fit at all."""
@@ -236,6 +239,12 @@ class Job:
             if lost > self.goal.max_drop:
                 _install(variant, before)
                 variant.capture.notes.append(f"regions compiled by Inductor are left out: score drops by {lost:.4g}, budget {self.goal.max_drop:.4g}")
+
+    def economize(self, variant: Variant) -> None:
+        """Lower the peak of memory where the goal limits it."""
+        if self.goal.memory_mb is not None:
+            parts = variant.parts if variant.built is None else [variant.built]
+            _install(variant, [search.economized(b, self.goal.memory_mb, self.say) for b in parts])
 
     def scores(self, model: nn.Module, variant: Variant) -> tuple[float, float] | None:
         """The user's figure for the original and for the result; None without ``evaluate``."""

@@ -57,6 +57,7 @@ def make_report(job: Job, model: nn.Module, variant: Variant, leaves: Sequence[T
             if report.optimized.minimum >= report.original.minimum:  # a loss is not believed on one race: others may have used the machine
                 report.original, report.optimized = interleaved([original, result], rounds=25, budget_s=2.0)
         if _declined(job, variant, report):
+            job.economize(variant)
             with variant.preserved(leaves):
                 got = _answer(result, job.seed)
             with variant.preserved(leaves):

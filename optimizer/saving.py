@@ -16,7 +16,7 @@ from graphwright.errors import LoadError
 from graphwright.ir import Program, op_name
 from graphwright.kernel_registry import RESERVED, registered
 from graphwright.kernels import ahead
-from graphwright.lower import Lowered, lower, regions
+from graphwright.lower import Lowered, economy, lower, regions
 from graphwright.optimized import Optimized, Variant
 from graphwright.report import Report
 from graphwright.search import Built
@@ -29,7 +29,7 @@ def archive_of(fast: Optimized) -> store.Archive:
     for v in fast._variants:
         assert v.built is not None
         shapes = [[list(map(int, x.shape)), str(x.dtype)] for x in (v.built.captured.example or ())]
-        plan = {"kernels": v.built.lowered.plan, "regions": v.built.lowered.regions, "unchanged": v.built.unchanged}
+        plan = {"kernels": v.built.lowered.plan, "regions": v.built.lowered.regions, "sequence": v.built.lowered.sequence, "unchanged": v.built.unchanged}
         variants.append(store.Variant(v.built.running, plan, shapes))
     attributes = {k: _plain(v) for k, v in fast._attributes.items()}
     meta = {"report": fast.report.to_dict(), "attributes": {k: v for k, v in attributes.items() if v is not None},
@@ -56,7 +56,7 @@ def rebuilt(variants: Sequence[store.Variant], meta: Mapping[str, Any]) -> Optim
     fast = Optimized(None, None, {k: _object(v) for k, v in meta.get("attributes", {}).items()})
     report = Report.from_dict(meta["report"])
     for v in variants:
-        lowered = _lowered(v.program, v.plan["kernels"], v.plan.get("regions", []))
+        lowered = _lowered(v.program, v.plan["kernels"], v.plan.get("regions", []), v.plan.get("sequence"))
         report.warnings.extend(n for n in lowered.notes if n not in report.warnings)
         built = Built(v.program, v.program, [], lowered, unchanged=v.plan["unchanged"])
         fast._variants.append(Variant(v.program.signature.inputs, Capture(v.program), built, Guard(v.program)))
@@ -81,9 +81,9 @@ def _register(archive: store.Archive) -> None:
         load_plugins()
 
 
-def _lowered(program: Program, kernels: dict[str, str], saved: list[dict[str, Any]]) -> Lowered:
+def _lowered(program: Program, kernels: dict[str, str], saved: list[dict[str, Any]], sequence: list[int] | None) -> Lowered:
     """The program under a plan: nothing is timed."""
-    return regions.restored(lower(program, allowed=("f32", "bf16", "int8"), plan=kernels), saved)
+    return economy.restored(regions.restored(lower(program, allowed=("f32", "bf16", "int8"), plan=kernels), saved), sequence)
 
 
 def twin(fast: Optimized) -> Optimized:
@@ -95,7 +95,7 @@ def twin(fast: Optimized) -> Optimized:
         built = v.built
         if built is not None:
             program = _own(built.running)
-            lowered = _lowered(program, built.lowered.plan, built.lowered.regions)
+            lowered = _lowered(program, built.lowered.plan, built.lowered.regions, built.lowered.sequence)
             built = Built(program, program, built.records, lowered, built.seconds, built.unchanged)
         other._variants.append(Variant(v.spec, v.capture, built, v.guard, v.pieces))
     other.__dict__["_report"] = copy.deepcopy(fast._report)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from graphwright.errors import InputError
 from graphwright.ir import Program, op_name, site_of
-from graphwright.lower import Lowered, lower, regions
+from graphwright.lower import Lowered, economy, lower, regions
 from graphwright.manager import Pass, PassRecord, Pipeline
 
 Say = Callable[[str], None]
@@ -23,7 +23,8 @@ class Goal:
         max_drop: how much ``evaluate`` may lose, in its own unit (0.01: one point where accuracy is in [0, 1]).
         latency_ms, speedup: at most this long, at least this much faster than the original, on the example inputs.
         size_mb: tensors at most this large. When it is given, a result that is smaller is kept even if it is not faster.
-        memory_mb: peak memory of one run at most this: tensors beyond the resident weights, in MiB, as measured.
+        memory_mb: peak memory of one run at most this: tensors beyond the resident weights, in MiB, as measured. Where it is more,
+            steps are put into another order, and cheap ones run again where holding their results takes too much.
         time_budget: seconds for optimizing; a search gives its best so far when they are over. What is left of them after
             kernels were chosen goes into compiling chains of ops by Inductor, where a C++ compiler is at hand; without a
             budget nothing is compiled by it.
@@ -104,6 +105,13 @@ def with_regions(built: Built, deadline: float, say: Say) -> Built:
     start = time.perf_counter()
     lowered = regions.compiled(built.lowered, built.captured.example or (), deadline, say)
     return dataclasses.replace(built, lowered=lowered, seconds={**built.seconds, "regions": time.perf_counter() - start})
+
+
+def economized(built: Built, limit_mb: float, say: Say) -> Built:
+    """The build with a lower peak of memory, where its own is above the limit and one is found."""
+    start = time.perf_counter()
+    lowered = economy.economize(built.lowered, built.captured.example or (), limit_mb, say)
+    return dataclasses.replace(built, lowered=lowered, seconds={**built.seconds, "memory": time.perf_counter() - start})
 
 
 def revert(built: Built, why: str) -> Built:

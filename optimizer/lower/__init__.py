@@ -68,6 +68,7 @@ class Lowered:
         notes: what could not be used on this machine, and anything else worth a line.
         regions: chains that run as one, as plain data for a saved file: see ``graphwright.lower.regions``.
         fused: the same regions as they run.
+        sequence: the order of the steps where it is not the program's: see ``graphwright.lower.arrange``.
     """
 
     runner: Runner
@@ -79,6 +80,7 @@ class Lowered:
     notes: list[str] = field(default_factory=list)
     regions: list[dict[str, Any]] = field(default_factory=list)
     fused: list[Fused] = field(default_factory=list)
+    sequence: list[int] = field(default_factory=list)
 
 
 def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mapping[str, str] | None = None,

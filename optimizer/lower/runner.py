@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from graphwright.backends.base import NATIVE, Candidate, Format, Read, Work
 from graphwright.errors import InternalError
 from graphwright.ir import Program
+from graphwright.lower.arrange import arranged, freed, protected
 from graphwright.lower.conversions import conversion, possible
 from graphwright.lower.graph import Analysis, Region, schedule
 from graphwright.lower.inplace import reuse
@@ -35,6 +36,7 @@ class Step:
         shares: registers in whose memory the results may lie.
         resident: the results may lie in memory that outlives the call, a constant's.
         clobbers: the register whose memory the call overwrites, and in which its result may lie.
+        origin: its place among the steps in program order; -1 of a copy that was put in.
     """
 
     call: Callable[..., Any]
@@ -47,6 +49,7 @@ class Step:
     shares: tuple[int, ...] = ()
     resident: bool = False
     clobbers: int | None = None
+    origin: int = -1
 
 
 class Runner(nn.Module):
@@ -58,6 +61,7 @@ class Runner(nn.Module):
         self.program = program
         self.steps = tuple(steps)
         self._registers, self._inputs, self._buffers, self._outputs = registers, tuple(inputs), tuple(buffers), tuple(outputs)
+        self.base: Base | None = None
         self._poison = os.environ.get("GRAPHWRIGHT_POISON") == "1"
         self._code = [(s.call, s.reads, s.writes[0] if len(s.writes) == 1 else s.writes, s.frees) for s in steps]
 
@@ -154,6 +158,43 @@ class Register:
     slot: int
 
 
+@dataclass(frozen=True, eq=False)
+class Base:
+    """What a runner is put together from: steps in program order, each register written once.
+
+    Attributes:
+        shared: registers that may share memory with another, an input or a buffer.
+        returned: registers of results.
+    """
+
+    program: Program
+    steps: tuple[Step, ...]
+    count: int
+    inputs: tuple[int, ...]
+    buffers: tuple[tuple[int, str], ...]
+    outputs: tuple[int | Any, ...]
+    shared: frozenset[int]
+
+    @property
+    def returned(self) -> set[int]:
+        return {o.slot for o in self.outputs if isinstance(o, Register)}
+
+
+def settle(base: Base, sequence: Sequence[int] | None = None, *, apart: bool = False) -> Runner:
+    """The steps in an order, copies where one would overwrite what is still read, and registers freed after their last reader.
+
+    Args:
+        sequence: positions among ``base.steps``, see ``graphwright.lower.arrange``; program order by default.
+        apart: no step writes over what it reads, unless it must.
+    """
+    steps, count, shared = arranged(base, sequence)
+    steps, count = protected(steps, count, shared, base.returned)
+    steps = steps if apart else reuse(steps, shared, base.returned)
+    runner = Runner(base.program, freed(steps, base.returned), count, base.inputs, base.buffers, base.outputs)
+    runner.base = base
+    return runner
+
+
 @dataclass(frozen=True)
 class Fused:
     """A region that runs as one call.
@@ -171,18 +212,19 @@ class Fused:
 
 
 def emit(analysis: Analysis, chosen: Sequence[tuple[Candidate, Callable[..., Any]]], fused: Sequence[Fused] = (), *,
-         apart: bool = False) -> Runner:  # fmt: skip
+          apart: bool = False, sequence: Sequence[int] | None = None) -> Runner:  # fmt: skip
     """Put the chosen implementations in program order, conversions just before their first reader.
 
     Args:
         fused: regions that run as one call, in the place of what was chosen for their works.
         apart: every view stays a step of its own, so that each work's step reads what the work reads, and elementwise ops leave
             what they read as it is.
+        sequence: see ``settle``.
 
     Raises:
         InternalError: a form is read that nothing gives and nothing converts to.
     """
-    return _Emitter(analysis, chosen, fused).run(apart)
+    return settle(_Emitter(analysis, chosen, fused).run(apart), sequence, apart=apart)
 
 
 class _Emitter:
@@ -196,7 +238,7 @@ class _Emitter:
         self.steps: list[Step] = []
         self.borrowed: set[int] = set()  # registers that may share memory with another, an input or a buffer
 
-    def run(self, apart: bool) -> Runner:
+    def run(self, apart: bool) -> Base:
         program = self.analysis.program
         inputs = [self._new(n, NATIVE) for n in program.placeholders]
         buffers = [(self._new(n, NATIVE), str(n.target)) for n in program.graph.nodes
@@ -218,10 +260,8 @@ class _Emitter:
         outputs = [Register(self._form(o.value, NATIVE)) if isinstance(o, Read) else o for o in self.analysis.outputs]
         returned = {o.slot for o in outputs if isinstance(o, Register)}
         self.steps = self.steps if apart else collapse(self.steps, returned)
-        self._protect(returned)
-        self.steps = self.steps if apart else reuse(self.steps, self.borrowed, returned)
-        self._free(returned)
-        return Runner(program, self.steps, self.count, inputs, buffers, outputs)
+        steps = tuple(replace(step, origin=k) for k, step in enumerate(self.steps))
+        return Base(program, steps, self.count, tuple(inputs), tuple(buffers), tuple(outputs), frozenset(self.borrowed))
 
     def _region(self, fused: Fused) -> None:
         region = fused.region
@@ -259,25 +299,3 @@ class _Emitter:
         site = (value.meta.get("sites") or (value.name,))[0]
         self.steps.append(Step(call, (read,), (slot,), (), site, f"convert {source}→{form}", shares=shares))
         return slot
-
-    def _protect(self, outputs: set[int]) -> None:
-        """Give a step that overwrites a register a copy of it where somebody else still looks at it."""
-        safe: list[Step] = []
-        last = {slot: k for k, s in enumerate(self.steps) for slot in s.reads}
-        for index, step in enumerate(self.steps):
-            slot = step.clobbers
-            if slot is not None and (slot in self.borrowed or slot in outputs or last.get(slot, -1) > index):
-                fresh, self.count = self.count, self.count + 1
-                safe.append(Step(torch.clone, (slot,), (fresh,), (), step.site, "copy"))
-                step = replace(step, reads=tuple(fresh if r == slot else r for r in step.reads), clobbers=fresh)
-            safe.append(step)
-        self.steps = safe
-
-    def _free(self, outputs: set[int]) -> None:
-        last: dict[int, int] = {}
-        for k, step in enumerate(self.steps):
-            for slot in (*step.reads, *step.writes):
-                last[slot] = k
-        for slot, k in last.items():
-            if slot not in outputs:
-                self.steps[k].frees += (slot,)
