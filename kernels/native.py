@@ -135,7 +135,14 @@ class Native:
 def _file(body: Callable[[int], None]) -> Path | None:
     """Where a compiled kernel is kept; None where none can be."""
     folder = cache_folder()
-    return None if folder is None else disk.place(folder, f"{body.__module__.rpartition('.')[2]}.{body.__name__}")
+    return None if folder is None else disk.place(folder, f"{body.__module__.rpartition('.')[2]}.{body.__name__}{_foreign(body)}")
+
+
+def _foreign(body: Callable[[int], None]) -> str:
+    """Nothing for our own kernels, whose sources name the folder; for another package's, a digest of the file it stands in."""
+    if body.__module__.startswith(f"{__package__}."):
+        return ""
+    return "-" + hashlib.sha256(body.__module__.encode() + b"\n" + Path(body.__code__.co_filename).read_bytes()).hexdigest()[:16]
 
 
 def _compile(body: Callable[[int], None]) -> tuple[Any, int]:

@@ -179,7 +179,7 @@ class RewritePass(Pass):
         return None
 
     def replace(self, op: Builder, *wilds: Any) -> Any:
-        """What stands there afterwards: a node."""
+        """What stands there afterwards: a node. A wildcard that not every alternative binds has a default."""
         raise InternalError(f"{type(self).__name__} has no replacement")
 
     def run(self, program: Program) -> PassResult:
@@ -200,7 +200,7 @@ class RewritePass(Pass):
                 continue
             match = matches[reasons.index(None)]
             with program.graph.inserting_before(match.root):
-                new = self.replace(Builder(program, match), *(match.bound[n] for n in wanted))
+                new = self.replace(Builder(program, match), **{n: match.bound[n] for n in wanted if n in match.bound})
             was = describe_ops(match)
             program.replace(match.root, new)
             for inner in match.nodes[1:]:
