@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graphwright.api import arguments
+from graphwright.api import arguments, feed_pieces, reached
 from graphwright.calibrate import Calibration, collect
 from graphwright.capture import capture
 from graphwright.checkup import FLOOR_DB, unquantized
@@ -18,7 +18,7 @@ from graphwright.errors import GraphwrightError, InputError
 from graphwright.ir import Program, site_of, sites_of
 from graphwright.lower import Lowered, lower
 from graphwright.lower.runner import emit
-from graphwright.manager import Pass, PassResult, check_patterns
+from graphwright.manager import Pass, PassResult, check_patterns, narrowed
 from graphwright.numerics import Lossy, run_pure, sqnr_db
 from graphwright.optimized import WORKING, Optimized
 from graphwright.passes.bisection import Attempt, Check, Culprit, attempt, first_bad, smallest, wide_values
@@ -47,7 +47,8 @@ def bisect(
     own, by halves, until the first that is off is found.
 
     Args:
-        model: a model, or a ``Program`` (whose own example is used where no inputs are given).
+        model: a model, or a ``Program`` (whose own example is used where no inputs are given). Of a model that can't be captured
+            whole, its captured pieces are gone through in turn.
         example_inputs: a tensor, a tuple (positional) or a dict (keyword), as for ``optimize``.
         recipe: a name, a pass, or a sequence of them.
         check: takes a program; gives None where it is well, or what is wrong with it. It takes the place of the numbers, and
@@ -59,48 +60,56 @@ def bisect(
         None where nothing is broken.
 
     Raises:
-        InputError: the model can't be captured whole, the program is broken before any pass, or there is neither check nor example.
+        InputError: nothing of the model can be captured, a program is broken before any pass, or there is neither check nor example.
     """
     passes = resolve(recipe)
     with WORKING, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        program = _captured(model, example_inputs)
-        check_patterns(passes, program)
-        if calibration is not None:
-            program.calibration = collect(calibration, program.signature.inputs, program)
-        elif not program.calibration and program.example is not None:
-            program.calibration = (program.example,)
-        found, after = first_bad(program, passes, check)
-        if found is not None:
-            return replace(found, repro=_of_pass(found, passes[found.index]))
-        if check is not None or not kernels or after.example is None:
-            return None
-        return _kernel(after, len(passes), precisions(passes))
+        programs = _captured(model, example_inputs, calibration)
+        check_patterns(passes, *programs)
+        for program in programs:
+            if not program.calibration and program.example is not None:
+                program.calibration = (program.example,)
+            mine = passes if len(programs) == 1 else narrowed(passes, program)
+            found, after = first_bad(program, mine, check)
+            if found is not None:
+                whole = [p.name for p in passes].index(found.name) if len(programs) > 1 else found.index
+                return replace(found, index=whole, repro=_of_pass(found, mine[found.index]))
+            if check is None and kernels and after.example is not None:
+                off = _kernel(after, len(passes), precisions(passes))
+                if off is not None:
+                    return off
+    return None
 
 
-def _captured(model: Any, example_inputs: Any) -> Program:
-    if isinstance(model, Program) and example_inputs is None:
-        return model
+def _captured(model: Any, example_inputs: Any, calibration: Any) -> list[Program]:
+    """The model as a program or, where it can't be captured whole, the pieces that the example reaches; with example and data."""
     if isinstance(model, Optimized):
         raise InputError("this is a result, and its passes are done", where="bisect(model=...)", hint="Pass the original model and the recipe.")
     if not isinstance(model, nn.Module):
         raise InputError(f"model is a {type(model).__name__}, an nn.Module is wanted", where="bisect(model=...)")
-    if example_inputs is None:
+    if example_inputs is None and not isinstance(model, Program):
         raise InputError(
             "example_inputs are missing", where="bisect", hint="Pass them as for optimize: a tensor, a tuple or a dict."
         )
-    args, kwargs = arguments(example_inputs)
-    leaves = tuple(x.detach() for x in flatten_call(args, kwargs)[0])
     if isinstance(model, Program):
         program = model.copy()
     else:
+        args, kwargs = arguments(example_inputs)
+        leaves, spec = flatten_call(args, kwargs)
         found = capture(model, args, kwargs)
         if found.program is None:
-            raise InputError(f"the model could not be captured as a whole: {'; '.join(map(str, found.regions[:3]))}", where="bisect",
-                             hint="Bisect the submodules that were captured: gw.explain names them.")  # fmt: skip
+            feed_pieces(found, spec, leaves, calibration)
+            programs = [slot.program for slot in reached(found)]
+            if not programs:
+                raise InputError(f"nothing of the model could be captured: {'; '.join(map(str, found.regions[:3]))}", where="bisect")
+            return programs
         program = found.program
-    program.example = leaves
-    return program
+    if example_inputs is not None:
+        program.example = tuple(x.detach() for x in flatten_call(*arguments(example_inputs))[0])
+    if calibration is not None:
+        program.calibration = collect(calibration, program.signature.inputs, program)
+    return [program]
 
 
 # -- a pass's fault, cut out -----------------------------------------------------------------------------------------

@@ -382,13 +382,27 @@ def test_a_saved_model_is_no_repro(tmp_path):
         gw.load_repro(tmp_path / "net.gw")
 
 
-def test_a_model_in_pieces_says_so(x):
+def test_a_model_in_pieces_is_gone_through_piece_by_piece(net, x, tmp_path):
     class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.net = nn.Linear(16, 16), net
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.net(y * 2 if y.sum().item() > 0 else y)["y"]
+
+    model = Branching().eval()
+    assert gw.bisect(model, x, ["canonicalize", Square(wrong=("-",))]) is None
+    found = gw.bisect(model, x, ["canonicalize", Square(wrong=("net.blocks.3",), exclude=("net.blocks.5.*",))])
+    assert (found.index, found.site) == (1, "net.blocks.3.mul") and _saved(found, tmp_path).replay().reproduced
+
+    class Nothing(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x * 2 if x.sum().item() > 0 else x
 
-    with pytest.raises(gw.InputError, match=r"could not be captured as a whole: .*values of tensors"):
-        gw.bisect(Branching(), x)
+    with pytest.raises(gw.InputError, match=r"nothing of the model could be captured: .*values of tensors"):
+        gw.bisect(Nothing(), x)
 
 
 def test_sizes_buffers_and_several_outputs(tmp_path):
