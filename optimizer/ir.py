@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -107,6 +108,8 @@ class Program(nn.Module):
         #: flat example inputs, and batches of flat calibration inputs, for passes and checks; never saved
         self.example: tuple[torch.Tensor, ...] | None = None
         self.calibration: Sequence[tuple[torch.Tensor, ...]] = ()
+        #: the report of the result that runs it, for its picture; never copied or saved
+        self.measured: Any = None
 
     # -- running -----------------------------------------------------------------------------------------------
 
@@ -369,10 +372,7 @@ class Program(nn.Module):
         return self.code()
 
     def code(self) -> str:
-        """The program as Python that runs: ``exec(program.code(), names)``, then ``names["forward"](program.tensors(), *leaves)``.
-
-        See ``graphwright.source.code``.
-        """
+        """Python that runs: ``exec(program.code(), names)``, then ``names["forward"](program.tensors(), *leaves)``; see ``source.code``."""
         return source.code(self)
 
     def text(self) -> str:
@@ -387,3 +387,13 @@ class Program(nn.Module):
         from graphwright.difference import diff
 
         return diff(self.settled(), other.settled())
+
+    def to_svg(self, path: str | os.PathLike[str] | None = None, *, every_op: bool | None = None) -> str:
+        """The graph as an SVG picture, also written to ``path``: coloured by time where a result runs it, repeated blocks drawn once.
+
+        ``every_op``: a box per kernel, its ops in it, or, False, per module; by default whichever is legible. ``SaveError`` where
+        the file cannot be written.
+        """
+        from graphwright.drawing.svg import of_program
+
+        return of_program(self.settled(), self.measured, every_op, path)

@@ -194,7 +194,9 @@ class Optimized(nn.Module):
         if built is None:
             raise InputError("the model was not captured as one program", where="Optimized.program",
                              hint="report.regions names what stands in the way.")  # fmt: skip
-        return built.running.settled()
+        program = built.running.settled()
+        program.measured = self._report
+        return program
 
     @property
     def captured(self) -> Program:

@@ -15,7 +15,6 @@ from graphwright.checkup import Call, shapes
 from graphwright.cost import Cost, cost
 from graphwright.errors import InputError
 from graphwright.ir import Program, describe, sites_of
-from graphwright.lower.graph import Region
 from graphwright.lower.runner import Runner, Step
 from graphwright.measure import Timing
 from graphwright.report.profile import Event, Part, Profile, Round, Span
@@ -182,7 +181,8 @@ def _sizes(program: Program, leaves: Sequence[Tensor]) -> dict[str, int]:
 
 
 def _part(built: Built, step: Step, sizes: dict[str, int], args: Sequence[Any], result: Any) -> Part:
-    works = [c.work for c in built.lowered.choices if c.fused and c.name == step.name] or ([step.work] if step.work is not None else [])
+    region = next((f.region for f in built.lowered.fused if f.name == step.name), None)
+    works = region.works if region is not None else [step.work] if step.work is not None else []
     moved = _bytes(args) + _bytes(result)
     if not works:  # a conversion or a copy
         return Part(step.site, (step.site,), "convert", step.name, bytes=moved or None)
@@ -190,9 +190,8 @@ def _part(built: Built, step: Step, sizes: dict[str, int], args: Sequence[Any], 
     ops = ", ".join(dict.fromkeys(w.op for w in works))
     each = [cost(w.node, sizes) for w in works]
     flops = sum(c.flops for c in each)
-    if len(works) > 1:
-        last = Region.of(built.lowered.analysis, works).writes
-        return Part(step.site, sites, ops, step.name, ", ".join(describe(n.meta["val"]) for n in last), flops or None, moved or None)
+    if region is not None:  # which of its numbers go through memory is the compiler's affair
+        return Part(step.site, sites, ops, step.name, ", ".join(describe(n.meta["val"]) for n in region.writes), flops or None, moved or None)
     (work,) = works
     return Part(step.site, sites, ops, step.name, describe(work.out), flops or None, _held(step, each[0], args, result) or None)
 

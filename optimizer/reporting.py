@@ -194,7 +194,7 @@ def _fill(report: Report, variant: Variant, leaves: Sequence[Tensor]) -> None:
     report.passes, report.seconds = built.records, dict(built.seconds)
     report.notes.extend(built.lowered.notes)
     report.log.extend(f"whole assignment {label!r}: {t.minimum:.3g} ms" for label, t in built.lowered.variants)
-    report.graph = Picture.of(built.running)
+    report.graph = Picture.of(built.running, built.lowered.serving())
     report.warnings.extend(f"pass {r.name} was {r.undone}" for r in built.records if r.undone)
     report.sites = site_rows(built, leaves)
     report.planned = arena.figures(built.lowered.runner, leaves)

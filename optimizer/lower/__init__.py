@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphwright import backends
 from graphwright.backends.base import Candidate, Work
@@ -81,6 +81,26 @@ class Lowered:
     regions: list[dict[str, Any]] = field(default_factory=list)
     fused: list[Fused] = field(default_factory=list)
     sequence: list[int] = field(default_factory=list)
+
+
+    def serving(self) -> dict[str, str]:
+        """Nodes that one step serves, by name, several or more for each: the name of the node that the step is called by."""
+        own = {s.work.node for s in self.runner.steps if s.work is not None}
+        leader: dict[fx.Node, fx.Node] = {w.node: f.region.head.node for f in self.fused for w in f.region.works}
+        for work in self.analysis.works:
+            if work.node not in own and work.node not in leader and len(work.node.users) == 1:  # a view that its reader looks through
+                leader[work.node] = next(iter(work.node.users))
+        leader.update(self.analysis.absorbed)
+
+        def root(node: fx.Node) -> fx.Node:
+            while leader.get(node, node) is not node:
+                node = leader[node]
+            return node
+
+        groups: dict[fx.Node, list[fx.Node]] = {}
+        for node in (*self.analysis.program.placeholders, *self.analysis.program.nodes):
+            groups.setdefault(root(node), []).append(node)
+        return {n.name: first.name for first, nodes in groups.items() if len(nodes) > 1 for n in nodes}
 
 
 def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mapping[str, str] | None = None,

@@ -35,6 +35,7 @@ class Analysis:
         qparams: values that have a quantized form.
         outputs: what the program returns, in order: a read, or a constant value.
         dequantized: constants that the program holds as integers, as floats, by node.
+        absorbed: quantize and dequantize nodes that are no works, and the node whose kernel does what they say.
     """
 
     program: Program
@@ -42,6 +43,7 @@ class Analysis:
     qparams: dict[fx.Node, QParams]
     outputs: list[Read | Any]
     dequantized: dict[fx.Node, Tensor] = field(default_factory=dict)
+    absorbed: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def let_go(self) -> None:
         """Drop the float copies of integer constants: an implementation that needs one holds it, and works know shape and dtype."""
@@ -170,7 +172,8 @@ class _Analyser:
                 self._weight(node)
         works = [self._work(n) for n in self.program.nodes if n not in self.absorbed and n not in self.weights]
         outputs = [self._read(a) if isinstance(a, fx.Node) else a for a in self.program.output.args[0]]
-        return Analysis(self.program, works, self.qparams, outputs, self.materialised)
+        absorbed = {**self.absorbed, **{n: next(iter(n.users)) for n in self.weights if n.users}}
+        return Analysis(self.program, works, self.qparams, outputs, self.materialised, absorbed)
 
     def _quantize(self, node: fx.Node) -> None:
         """Absorb a quantize whose readers all dequantize with its own parameters."""

@@ -118,7 +118,7 @@ class Runner(nn.Module):
                 see(step, begin, end, args, result)
                 for slot, value in zip((writes,), (result,), strict=True) if type(writes) is int else zip(writes, result, strict=True):
                     registers[slot] = value
-                args = result = None  # held no longer than forward holds them
+                args = result = value = None  # held no longer than forward holds them
                 for slot in frees:
                     registers[slot] = None
             begin = clock()

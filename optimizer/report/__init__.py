@@ -5,10 +5,10 @@ report.to_html("report.html")       # one file, no network
 explain(report, "encoder.layer.0.*")
 """
 
+from graphwright.drawing.picture import Picture
 from graphwright.report.comparison import Comparison
 from graphwright.report.explain import explain
 from graphwright.report.explanation import Explanation
 from graphwright.report.model import Accuracy, Option, Region, Report, SiteRow
-from graphwright.report.picture import Picture
 
 __all__ = ["Accuracy", "Comparison", "Explanation", "Option", "Picture", "Region", "Report", "SiteRow", "explain"]

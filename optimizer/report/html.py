@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from graphwright.drawing.svg import DETAILED, STYLE, VARIABLES, css_class, every_op, overview
 from graphwright.report.comparison import Comparison
 from graphwright.report.comparison_html import section as comparison_section
-from graphwright.report.drawing import DETAILED, css_class, every_op, overview
 from graphwright.report.model import Report, SiteRow
 from graphwright.report.words import (
     figures,
@@ -21,10 +21,6 @@ from graphwright.report.words import (
 )
 
 _STYLE = """
-:root{color-scheme:light dark;--bg:#fff;--fg:#1c2330;--soft:#5d6778;--line:#dde2ea;--panel:#f6f8fb;--int8:#1a9c6b;
---bf16:#2f7fd6;--f32:#8a94a6;--asis:#d29a1c;--simulated:#c94f6d;--good:#14784f;--weak:#a36a00}
-@media(prefers-color-scheme:dark){:root{--bg:#12161d;--fg:#e3e8f0;--soft:#98a3b5;--line:#2c3441;--panel:#1a202a;
---int8:#34c48c;--bf16:#5aa4f0;--f32:#7d889b;--asis:#dca93a;--simulated:#e3718d;--good:#45cf98;--weak:#e0a73c}}
 *{box-sizing:border-box}
 body{margin:0 auto;max-width:1180px;padding:28px 22px 60px;background:var(--bg);color:var(--fg);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}h1{font-size:24px;margin:0 0 2px}
@@ -51,15 +47,7 @@ margin-left:8px}.meter i{display:block;height:8px;background:var(--f32)}.meter i
 color:#fff}.shares span{padding:2px 8px;overflow:hidden;white-space:nowrap;background:var(--f32)}
 .shares span:nth-child(1){background:#3b6ea8}.shares span:nth-child(2){background:#2c8f7b}
 .shares span:nth-child(3){background:#8b6fb3}.shares span:nth-child(4){background:#b0783a}
-svg.graph text{font:12px system-ui,"DejaVu Sans",sans-serif;text-anchor:middle;fill:var(--fg)}
-svg.graph text.small{font-size:10.5px;fill:var(--soft)}
-svg.graph .edge{fill:none;stroke:var(--soft);stroke-width:1.1;opacity:.6}
-svg.graph .box rect{fill:var(--bg);stroke:var(--f32);stroke-width:1.4}svg.graph .box.int8 rect{stroke:var(--int8)}
-svg.graph .box.bf16 rect{stroke:var(--bf16)}svg.graph .box.asis rect{stroke:var(--asis)}
-svg.graph .box.simulated rect{stroke:var(--simulated)}svg.graph .box.ends rect{stroke:var(--line);fill:var(--panel)}
-svg.graph .box rect.bar{stroke:none;fill:var(--f32)}svg.graph .box rect.bar.int8{fill:var(--int8)}
-svg.graph .box rect.bar.bf16{fill:var(--bf16)}svg.graph .box rect.bar.asis{fill:var(--asis)}
-svg.graph .box rect.bar.simulated{fill:var(--simulated)}summary{cursor:pointer;color:var(--soft);margin:8px 0}
+summary{cursor:pointer;color:var(--soft);margin:8px 0}
 ul{margin:4px 0;padding-left:20px}@media print{.scroll{max-height:none}}
 """
 
@@ -91,7 +79,7 @@ def document(title: str, body: str) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{_e(title)}</title><style>{_STYLE}</style></head>"
+        f"<title>{_e(title)}</title><style>{VARIABLES}{STYLE}{_STYLE}</style></head>"
         f"<body>{body}</body></html>\n"
     )
 
@@ -150,25 +138,15 @@ def _shares(report: Report) -> str:
 def _pictures(report: Report) -> str:
     if report.graph is None or not report.graph.dots:
         return ""
-    legend = " ".join(
-        f'<span class="tag {c}">{w}</span>'
-        for c, w in (
-            ("int8", "int8"),
-            ("bf16", "bf16"),
-            ("f32", "f32"),
-            ("asis", "left as it was"),
-            ("simulated", "simulated"),
-        )
-    )
     whole = every_op(report.graph, report.sites)
     more = (
-        f"<details><summary>Every op ({len(report.graph.dots)})</summary>"
+        f"<details><summary>Every kernel and its ops ({len(report.graph.dots)})</summary>"
         f"<div class='scroll center'>{whole}</div></details>"
         if whole
         else f"<p class=soft>{len(report.graph.dots)} ops are too many for a picture of each (at most {DETAILED}).</p>"
     )
     return (
-        f"<h2>The program</h2><p class=soft>A box per module; its bar is its time. Hover for details. {legend}</p>"
+        "<h2>The program</h2><p class=soft>A box per module, filled by its time. Hover for sites and kernels.</p>"
         f"<div class='scroll center'>{overview(report.graph, report.sites)}</div>{more}"
     )
 

@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from graphwright.drawing.picture import Picture
 from graphwright.errors import LoadError, SaveError
 from graphwright.lower.arena import Figures
 from graphwright.manager import PassRecord
 from graphwright.measure import Timing
-from graphwright.report.picture import Picture
 from graphwright.report.plain import from_plain, to_plain
 
 if TYPE_CHECKING:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from graphwright.drawing.words import clip, short, show_ms, show_share
+
 if TYPE_CHECKING:
     from graphwright.manager import PassRecord
     from graphwright.report.model import Report, SiteRow
 
 
-def show_ms(ms: float | None) -> str:
-    if ms is None:
-        return ""
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
+__all__ = ["clip", "figures", "gain", "pass_cells", "quantized_words", "short", "show_bytes", "show_db", "show_ms", "show_share"]
 
 
 def show_bytes(count: float | None) -> str:
@@ -30,10 +29,6 @@ def show_db(db: float | None) -> str:
     if db is None:
         return ""
     return "equal" if db == math.inf else "lost" if not math.isfinite(db) else f"{db:.1f}"
-
-
-def show_share(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"
 
 
 def figures(report: Report) -> list[tuple[str, str, str, str]]:
@@ -109,20 +104,3 @@ def gain(row: SiteRow) -> str:
     chosen = next((o.ms for o in row.options if o.name == row.kernel and o.ms), None)
     other = row.runner_up
     return f"{other.ms / chosen:.1f}x" if chosen and other is not None and other.ms else ""
-
-
-def short(site: str, width: int) -> str:
-    """A site in at most ``width`` columns still told from its neighbours: ``e.l.0.attention.output.dense``."""
-    parts = site.split(".")
-    for k, part in enumerate(parts[:-1]):
-        if len(".".join(parts)) <= width:
-            break
-        if not part.isdigit():
-            parts[k] = part[:1]
-    return clip(".".join(parts), width)
-
-
-def clip(text: str, width: int) -> str:
-    """``text`` with its middle left out where it is too long."""
-    tail = (width - 1) // 2
-    return text if len(text) <= width else text[: max(width - 1 - tail, 0)] + "…" + text[len(text) - tail :]

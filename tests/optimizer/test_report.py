@@ -16,13 +16,13 @@ from rich.console import Console
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from graphwright.drawing.layout import arrange
+from graphwright.drawing.picture import Dot
 from graphwright.errors import LoadError, SaveError, SiteError
 from graphwright.ir import Program, Signature
 from graphwright.manager import PassRecord, PassResult
 from graphwright.measure import Timing
 from graphwright.report import Accuracy, Option, Picture, Region, Report, SiteRow, explain
-from graphwright.report.layout import arrange
-from graphwright.report.picture import Dot
 
 
 def bert(layers: int = 12) -> Report:

@@ -13,7 +13,7 @@ FOLDERS = {"optimizer": "graphwright", "passes": "graphwright.passes", "kernels"
 #: Modules by floor; a package stands for what is in it.
 FLOORS = [
     ["errors"],
-    ["difference", "ir", "inference", "invariants", "nodes", "ops", "outline", "output", "snapshot", "source", "structure"],
+    ["difference", "drawing", "ir", "inference", "invariants", "nodes", "ops", "outline", "output", "snapshot", "source", "structure"],
     ["rewrite", "manager", "kernel", "kernel_registry", "cost", "measure", "memory", "numerics", "cache", "calibrate", "cut"],
     ["capture", "kernels"],
     ["passes"],

@@ -14,21 +14,26 @@ _SWEEPS = 6
 
 @dataclass
 class Layout:
-    """Centres of boxes and the points that each edge runs through, in pixels; ``width`` and ``height`` of it all."""
+    """Centres of boxes and the points that each edge runs through, in pixels; ``width`` and ``height`` of it all.
+
+    ``reach`` says, for the height of a layer's centres, how far its boxes reach above and below.
+    """
 
     centres: list[tuple[float, float]]
     routes: dict[tuple[int, int], list[tuple[float, float]]]
     width: float
     height: float
+    reach: dict[float, float]
 
 
 def arrange(
-    widths: Sequence[float], height: float, edges: Sequence[tuple[int, int]], gap: float = 18.0, rise: float = 26.0
+    widths: Sequence[float], heights: float | Sequence[float], edges: Sequence[tuple[int, int]], gap: float = 18.0, rise: float = 26.0
 ) -> Layout:
     """Place boxes.
 
     Args:
-        widths: of each box; all are ``height`` high.
+        widths: of each box.
+        heights: of each box, or one for all.
         edges: ``(from, to)`` with ``from < to``: the boxes come in topological order.
         gap, rise: least space between neighbours, and between layers.
     """
@@ -60,10 +65,18 @@ def arrange(
     x = _columns(layers, sizes, above, below, gap)
     left = min((x[k] - sizes[k] / 2 for k in range(len(sizes))), default=0.0)
     right = max((x[k] + sizes[k] / 2 for k in range(len(sizes))), default=0.0)
-    y = {k: d * (height + rise) + height / 2 for d, layer in enumerate(layers) for k in layer}
+    each = [heights] * count if isinstance(heights, (int, float)) else heights
+    y: dict[int, float] = {}
+    reach: dict[float, float] = {}
+    top = 0.0
+    for layer in layers:
+        tall = max((each[k] for k in layer if k < count), default=0.0)
+        y.update(dict.fromkeys(layer, top + tall / 2))
+        reach[top + tall / 2] = tall / 2
+        top += tall + rise
     centres = [(x[k] - left, y[k]) for k in range(count)]
     routes = {e: [(x[k] - left, y[k]) for k in chain] for e, chain in chains.items()}
-    return Layout(centres, routes, right - left, len(layers) * (height + rise) - rise)
+    return Layout(centres, routes, right - left, top - rise, reach)
 
 
 def _order(layers: list[list[int]], above: dict[int, list[int]], below: dict[int, list[int]]) -> None:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from graphwright.ir import describe, op_name, site_of, walk_nodes
+from graphwright.nodes import describe, op_name, site_of, walk_nodes
 
 if TYPE_CHECKING:
     from graphwright.ir import Program
 
 #: Boxes that fit into one picture.
 READABLE = 64
+_TOO_FEW = 8
 
 
 @dataclass(frozen=True)
 class Dot:
-    """One node of the graph; ``site`` is its first site, or its name."""
+    """One node of the graph.
+
+    Attributes:
+        site: its first site, or its name.
+        step: equal for nodes that one kernel serves; empty where a node has one for itself, or none is known.
+    """
 
     name: str
     site: str
     op: str
     shape: str
+    step: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,9 @@ class Picture:
     edges: list[tuple[int, int]]
 
     @classmethod
-    def of(cls, program: Program) -> Picture:
+    def of(cls, program: Program, steps: Mapping[str, str] | None = None) -> Picture:
+        """The picture of a program; ``steps``: by node name, see ``Dot.step``."""
+        steps = steps or {}
         dots: list[Dot] = []
         edges: list[tuple[int, int]] = []
         place: dict[object, int] = {}
@@ -47,7 +57,9 @@ class Picture:
             at = place[node] = len(dots)
             edges += sorted({(place[n], at) for n in walk_nodes((node.args, node.kwargs)) if n in place})
             if node.op == "call_function":
-                dots.append(Dot(node.name, site_of(node), op_name(node.target), describe(node.meta.get("val"))))
+                source = next((n for n in node.all_input_nodes if n in place and n.op != "placeholder"), None)
+                site = dots[place[source]].site if source is not None and not node.meta.get("sites") else site_of(node)  # a part goes with its whole
+                dots.append(Dot(node.name, site, op_name(node.target), describe(node.meta.get("val")), steps.get(node.name, "")))
             else:
                 kind = "input" if node.op == "placeholder" else "output"
                 dots.append(Dot(node.name, node.name, kind, describe(node.meta["val"]) if kind == "input" else ""))
@@ -59,16 +71,16 @@ class Picture:
         Returns:
             ``(label, positions in dots)`` per box, in graph order, and edges between boxes, always forwards.
         """
-        boxes = self._runs(0)
+        boxes = finer = self._runs(0)
         for depth in range(1, 12):
             finer = self._runs(depth)
             if len(finer) > readable:
                 break
             boxes = finer
-        if len(boxes) > readable:  # hardly any structure in the names: equal parts
-            size = -(-len(self.dots) // readable)
-            parts = [list(range(k, min(k + size, len(self.dots)))) for k in range(0, len(self.dots), size)]
-            boxes = [(f"{self.dots[p[0]].site} …", p) for p in parts]
+        if len(boxes) > readable or (len(boxes) < _TOO_FEW <= len(finer)):  # hardly any structure in the names: neighbours together
+            size = -(-len(finer) // readable)
+            parts = [finer[k : k + size] for k in range(0, len(finer), size)]
+            boxes = [(p[0][0] + (" …" if len(p) > 1 else ""), [k for _, members in p for k in members]) for p in parts]
         where = {dot: k for k, (_, members) in enumerate(boxes) for dot in members}
         return boxes, sorted({(where[a], where[b]) for a, b in self.edges if where[a] != where[b]})
 
