@@ -71,9 +71,9 @@ def funnel(c: Any) -> Counter[str]:
 
 
 def state_space(c: Any) -> Counter[str]:
-    """Mamba: one norm and one residual add a layer; softplus of the time steps."""
+    """Mamba: one norm and one residual add a layer; silu follows a slice, softplus a product with its weight on the left."""
     n = depth(c)
-    return several(norms=n + 1, raised_norms=n + 1, residuals=n, activations=n)
+    return several(norms=n + 1, raised_norms=n + 1, residuals=n)
 
 
 def _pair(encoders: int, decoders: int, outside: int) -> Counter[str]:
@@ -187,6 +187,11 @@ def wav2vec2(c: Any) -> Counter[str]:
     return layers(depth(c)) + several(norms=3, activations=len(c.conv_dim) - 1)
 
 
+def wavlm(c: Any) -> Counter[str]:
+    """As Wav2Vec2, but attention is that of ``torch.nn.functional``, time before batch: its heads and its linear are turned round."""
+    return wav2vec2(c) - several(heads=depth(c), residuals=depth(c))
+
+
 def clip(c: Any) -> Counter[str]:
     """Two encoders; the images' has norms before and after, the text's after."""
     n = c.text_config.num_hidden_layers + c.vision_config.num_hidden_layers
@@ -194,6 +199,6 @@ def clip(c: Any) -> Counter[str]:
 
 
 def siglip(c: Any) -> Counter[str]:
-    """Two encoders, a norm after each; the images' ends in attention from one learned query, with a feed-forward part."""
+    """Two encoders, a norm after each; the images' ends in attention of ``torch.nn.functional`` from one learned query, and a feed-forward part."""
     n = c.text_config.num_hidden_layers + c.vision_config.num_hidden_layers
-    return layers(n) + several(norms=3, attention=1, activations=1, residuals=1)
+    return layers(n) + several(norms=3, attention=1, raised_attention=1, activations=1, residuals=1)

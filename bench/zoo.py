@@ -243,7 +243,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     # audio
     Architecture("wav2vec2", "audio", "Wav2Vec2Model", "Wav2Vec2Config", WAV2VEC, wave, E.wav2vec2),
     Architecture("hubert", "audio", "HubertModel", "HubertConfig", WAV2VEC, wave, E.wav2vec2),
-    Architecture("wavlm", "audio", "WavLMModel", "WavLMConfig", WAV2VEC, wave, E.wav2vec2),
+    Architecture("wavlm", "audio", "WavLMModel", "WavLMConfig", WAV2VEC, wave, E.wavlm),
     Architecture("ast", "audio", "ASTModel", "ASTConfig",
                  {**SMALL, "max_length": 40, "num_mel_bins": 16, "patch_size": 8, "frequency_stride": 8, "time_stride": 8},
                  lambda c: {"input_values": torch.randn(2, 40, 16)}, E.encoder(pooler=False)),

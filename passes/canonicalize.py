@@ -234,6 +234,14 @@ def single(program: Program, node: fx.Node) -> fx.Node | str | None:
     return identity(program, node, parts[0]) if isinstance(parts, (list, tuple)) and len(parts) == 1 else None
 
 
+def shaped_like(program: Program, node: fx.Node) -> fx.Node | None:
+    """``reshape_as`` with sizes that are known: the tensor that told them is no operand."""
+    sizes = list(val(node).shape)
+    if not all(isinstance(n, int) for n in sizes):
+        return None
+    return program.call(aten.reshape.default, node.args[0], sizes, like=node)
+
+
 def fresh(rule: Rule) -> Rule:
     """A rule for ops that give memory of their own: what leaves the program must not share it with anything else."""
 
@@ -261,6 +269,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("aten.mul", "aten.div", "aten.pow"), fresh(mul)),
     **dict.fromkeys(_CASTS, fresh(cast)),
     **dict.fromkeys(RESHAPES, reshape),
+    **dict.fromkeys(("aten.reshape_as", "aten.view_as"), shaped_like),
     **dict.fromkeys(("aten.expand", "aten.slice", "aten.narrow"), unchanged),
     **dict.fromkeys(("aten.alias", "aten.detach", "aten.lift_fresh"), alias),
     **dict.fromkeys(_TRANSPOSES, transpose),

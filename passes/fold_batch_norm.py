@@ -16,9 +16,10 @@ from torch import Tensor, fx
 
 from graphwright.ir import Program, arg, op_name, site_of, sites_of
 from graphwright.manager import Pass, PassResult
+from graphwright.passes import _absorb as absorb
 from graphwright.passes import _affine as affine
 from graphwright.passes import _trial as trial
-from graphwright.passes._nodes import is_op, only_user, readers, sweep
+from graphwright.passes._nodes import RESHAPES, is_op, only_user, rank, readers, renew, same_kind, same_layout, sweep
 
 #: Cancellation (see ``_affine.cancels``) that is certain to keep the exact rule, and that without an example is refused.
 SAFE, TOO_MUCH = 4.0, 64.0
@@ -33,6 +34,13 @@ class Norm:
     mean: Tensor
     spread: Tensor
     tensors: list[fx.Node]
+
+
+def _behind_views(x: fx.Node) -> fx.Node | None:
+    """The contraction whose result ``x`` is under another shape, if it is."""
+    while is_op(x, *RESHAPES, "aten.permute"):
+        x = x.args[0]  # type: ignore[assignment]
+    return x if affine.is_contraction(x) else None
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,10 @@ class FoldBatchNorm(Pass):
     def _fold(self, program: Program, node: fx.Node, norm: Norm, doubtful: list[Any], result: PassResult) -> str | None:
         product = node.args[0]
         if not affine.is_contraction(product):
-            return self._fold_before(program, node, norm, result)
+            behind = _behind_views(product)
+            if behind is None:
+                return self._fold_before(program, node, norm, result)
+            return self._fold_through(program, node, behind, norm, result)
         if reason := affine.fits(program, product, node):
             return reason
         if affine.channel_axis(product) != 1:
@@ -75,6 +86,35 @@ class FoldBatchNorm(Pass):
         if grown > TOO_MUCH:
             return f"what the folded bias takes away is {grown:.0f} times what is left, and there is no example to measure the error on"
         self._install(program, node, product, norm, folded, result)
+        return None
+
+    def _fold_through(self, program: Program, node: fx.Node, product: fx.Node, norm: Norm, result: PassResult) -> str | None:
+        """Fold past the views between a contraction and its norm, where the norm takes little away."""
+        view: fx.Node = node.args[0]  # type: ignore[assignment]
+        bias = arg(product, "bias")
+        constant = program.constant(bias) if bias is not None else None
+        if bias is not None and (constant is None or constant.shape != norm.mean.shape):
+            return "its bias is no number per channel of the norm"
+        mean = norm.mean if constant is None else norm.mean - constant.detach().double()
+        if affine.cancels(norm.scale, mean, norm.spread) > SAFE:
+            return "the folded bias would take away most of what is left"
+        shape = [1, -1] + [1] * (rank(node) - 2)
+        plan = absorb.Plan()
+        reason = absorb.pull(program, view, node, norm.scale.reshape(shape), norm.shift.reshape(shape), plan)
+        if reason:
+            return reason
+        plan.carry_out(program, norm.tensors, sites_of(node), "folded")
+        result.change(site_of(node), f"batch norm folded into {op_name(product.target).split('.')[1]} {site_of(product)}, past views")
+        node.replace_all_uses_with(view)
+        moved = not same_layout(view, node)
+        program.graph.erase_node(node)
+        if moved:
+            renew(program, [view])
+        before: fx.Node = view.args[0]  # type: ignore[assignment]
+        for back in list(view.users):  # the shape was changed for the norm alone
+            if is_op(view, *RESHAPES) and is_op(back, *RESHAPES) and same_kind(back, before) and same_layout(back, before):
+                back.replace_all_uses_with(before)
+                program.graph.erase_node(back)
         return None
 
     def _install(

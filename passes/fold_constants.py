@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -53,6 +54,9 @@ class FoldConstants(Pass):
         results: list[fx.Node] = []
         for node in reversed(list(known)):  # what is left to be computed makes its inputs results in their turn
             if all(user in known for user in node.users):
+                continue
+            if not isinstance(known[node], Tensor):
+                del known[node]  # several results, one of which is to be left alone
                 continue
             if reason := self._too_large(node, _family(node)):
                 result.refuse(site_of(node), reason)
@@ -128,8 +132,11 @@ def _store(program: Program, node: fx.Node, family: set[fx.Node], value: Tensor,
 def constants_of(
     program: Program, node: fx.Node, known: Mapping[fx.Node, Tensor] = MappingProxyType({})
 ) -> dict[fx.Node, Tensor] | None:
-    """The tensors behind the inputs of an op that gives one tensor; None where an input is neither constant nor ``known``."""
-    if not isinstance(node.target, OpOverload) or not isinstance(val(node), Tensor):
+    """The tensors behind the inputs of an op that gives tensors; None where an input is neither constant nor ``known``."""
+    if node.target is operator.getitem:
+        return {node.args[0]: known[node.args[0]]} if node.args[0] in known else None  # type: ignore[index,dict-item]
+    given = val(node) if isinstance(val(node), (tuple, list)) else [val(node)]
+    if not isinstance(node.target, OpOverload) or not given or not all(isinstance(v, Tensor) for v in given):
         return None
     found: dict[fx.Node, Tensor] = {}
     for n in walk_nodes((node.args, node.kwargs)):

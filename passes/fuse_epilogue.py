@@ -2,7 +2,8 @@
 
 After this pass each is ``graphwright.conv`` or ``graphwright.linear``, whose epilogue (residual add, then activation)
 is an argument: rooms further on see one spelling. Only additions of the output's own shape are drawn in, and of two
-contractions that an addition joins, the later one takes it, since by then the other's result is there.
+contractions that an addition joins, the later one takes it, since by then the other's result is there; what is added to their
+sum goes to the earlier one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,20 @@ from graphwright.ir import Program, arg, args_by_name, op_name, site_of, sites_o
 from graphwright.manager import Pass, PassResult
 from graphwright.ops.fused import activation_of
 from graphwright.passes import _affine as affine
-from graphwright.passes._nodes import is_op, is_tensor, only_user, rank, readers, same_kind, same_shape, sweep, val
+from graphwright.passes._nodes import (
+    RESHAPES,
+    is_op,
+    is_tensor,
+    only_user,
+    rank,
+    readers,
+    renew,
+    same_kind,
+    same_layout,
+    same_shape,
+    sweep,
+    val,
+)
 
 OURS = ("graphwright.conv", "graphwright.linear")
 
@@ -62,13 +76,55 @@ class FuseEpilogue(Pass):
         if not is_tensor(other):
             return None
         if _waits(other, add, node):
-            return None  # the later one takes it, when its turn comes
+            return self._early(program, node, add, result)  # the later one takes it, when its turn comes
         if reason := _no_residual(node, add, other):
             result.refuse(site_of(add), reason)
             return None
         if self.refused(result, add):
             return None
         return _redo(program, node, add, "residual add", result, other=other)
+
+    def _early(self, program: Program, node: fx.Node, add: fx.Node, result: PassResult) -> fx.Node | None:
+        """``(node + later) + r``, as parallel attention and feed-forward parts have it: ``node`` takes ``r``."""
+        outer = only_user(add)
+        if outer is None or not is_op(outer, "aten.add") or only_user(node) is not add:
+            return None
+        r = outer.args[1] if outer.args[0] is add else outer.args[0]
+        if not is_tensor(r) or not r < node or not same_kind(r, node) or not same_kind(outer, node) or outer.kwargs.get("alpha", 1) != 1:
+            return None
+        if is_op(r, *OURS) and only_user(r) is outer:
+            return None  # it may take the sum itself
+        if self.refused(result, outer):
+            return None
+        given = {**args_by_name(node), "other": r}
+        with program.graph.inserting_before(node):
+            new = program.call(node.target, *given.values(), like=node)  # type: ignore[arg-type]
+        program.replace(node, new)
+        result.change(site_of(outer), f"residual add drawn into {site_of(node)}")
+        outer.replace_all_uses_with(add)
+        program.graph.erase_node(outer)
+        return new
+
+    def _behind_views(self, program: Program, node: fx.Node, result: PassResult) -> None:
+        """An activation that stands behind views: it may as well stand before them."""
+        view, user = node, only_user(node)
+        while user is not None and is_op(user, *RESHAPES, "aten.permute") and user.args[0] is view:
+            view, user = user, only_user(user)
+        if view is node or user is None or not user.args or user.args[0] is not view or not hasattr(user.target, "_schema"):
+            return
+        found = activation_of(user.target, args_by_name(user))
+        if found is None or not same_kind(view, user) or self.refused(result, user):
+            return
+        given = {**args_by_name(node), "activation": found[0], "scalars": list(found[1])}
+        with program.graph.inserting_before(node):
+            new = program.call(node.target, *given.values(), like=node, sites=[*sites_of(node), *sites_of(user)])  # type: ignore[arg-type]
+        result.change(site_of(user), f"{found[0]} drawn into {site_of(node)}, past views")
+        program.replace(node, new)
+        moved = not same_layout(view, user)
+        user.replace_all_uses_with(view)
+        program.graph.erase_node(user)
+        if moved:
+            renew(program, [view])
 
     def _activation(self, program: Program, node: fx.Node, result: PassResult) -> None:
         found = None
@@ -77,9 +133,11 @@ class FuseEpilogue(Pass):
                 found = activation_of(user.target, args_by_name(user))
                 if found:
                     break
-        if found is None or arg(node, "activation") != "none":
+        if arg(node, "activation") != "none":
             return
-        if only_user(node) is not user:
+        if found is None:
+            self._behind_views(program, node, result)
+        elif only_user(node) is not user:
             result.refuse(site_of(user), f"{site_of(node)} is read by {readers(node, [user]) or 'it twice'} too")
         elif not same_kind(node, user):
             result.refuse(site_of(user), "it changes dtype or shape")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,15 +39,16 @@ class MergeLinears(Pass):
             x = given.get("x", given.get("input"))
             key = (x, node.target, given.get("activation"), tuple(given.get("scalars", ())))
             groups.setdefault(key, []).append(node)
+        shared = _repeated(program, groups.values())
         for nodes in groups.values():
             if len(nodes) > 1:
-                fit = [n for n in nodes if not self._left_out(program, n, result)]
+                fit = [n for n in nodes if not self._left_out(program, n, result, shared)]
                 for start in range(0, len(fit), self.most):
                     self._merge(program, fit[start : start + self.most], result)
         sweep(program, result)
         return result
 
-    def _left_out(self, program: Program, node: fx.Node, result: PassResult) -> bool:
+    def _left_out(self, program: Program, node: fx.Node, result: PassResult, shared: set[fx.Node]) -> bool:
         if self.refused(result, node):
             return True
         weight, bias = program.constant(arg(node, "weight")), arg(node, "bias")
@@ -55,7 +57,7 @@ class MergeLinears(Pass):
             reason = "its weight or bias is no constant"
         elif args_by_name(node).get("other") is not None:
             reason = "it adds a residual of its own"
-        elif len(arg(node, "weight").users) > 1:
+        elif len(arg(node, "weight").users) > 1 and node not in shared:
             reason = f"its weight {arg(node, 'weight').target} is read elsewhere too: it would be stored twice"
         elif weight.shape[0] >= self.max_columns:
             reason = f"it has {weight.shape[0]} columns and fills the machine by itself"
@@ -77,14 +79,11 @@ class MergeLinears(Pass):
             return
         sizes = [int(w.shape[0]) for w in held]
         given = args_by_name(first)
-        given["weight"] = program.add_tensor(f"{weights[0].target}_merged", torch.cat([w.detach() for w in held]),
-                                             origin=[str(w.target) for w in weights], trainable=trainable(held))  # fmt: skip
+        given["weight"] = _stored(program, f"{weights[0].target}_merged", held, [str(w.target) for w in weights])
         if any(b is not None for b in biases):
             parts = [_bias(program, b, w) for b, w in zip(biases, held, strict=True)]
             names = [str(b.target) for b in biases if b is not None]
-            given["bias"] = program.add_tensor(
-                f"{names[0]}_merged", torch.cat(parts), origin=names, trainable=trainable(held)
-            )
+            given["bias"] = _stored(program, f"{names[0]}_merged", parts, names, like=held)
         sites = [s for n in nodes for s in sites_of(n)]
         with program.graph.inserting_before(first):
             merged = program.call(first.target, *given.values(), sites=sites)  # type: ignore[arg-type]
@@ -96,6 +95,26 @@ class MergeLinears(Pass):
             program.graph.erase_node(node)
         renew(program, parts_out)
         result.change(sites[0], f"{len(nodes)} linears merged: {', '.join(sites)}")
+
+
+def _repeated(program: Program, groups: Iterable[list[fx.Node]]) -> set[fx.Node]:
+    """Linears whose weights are read elsewhere only by groups that read them all in the same order: layers used several times."""
+    found: dict[tuple[Any, ...], list[fx.Node]] = {}
+    for nodes in groups:
+        if len(nodes) > 1:
+            found.setdefault(tuple((arg(n, "weight"), arg(n, "bias")) for n in nodes), []).extend(nodes)
+    return {n for key, nodes in found.items() for n in nodes
+            if len(nodes) > len(key) and all(set(w.users) <= set(nodes) for w, _ in key)}  # fmt: skip
+
+
+def _stored(program: Program, name: str, parts: list[Tensor], origin: list[str], like: list[Tensor] | None = None) -> fx.Node:
+    """The parts one below the other as a constant; one that holds the same already serves again."""
+    value = torch.cat([p.detach() for p in parts])
+    for node in program.graph.find_nodes(op="get_attr", target=name):
+        held = program.constant(node)
+        if held is not None and torch.equal(held, value):
+            return node
+    return program.add_tensor(name, value, origin=origin, trainable=trainable(like or parts))
 
 
 def _part(program: Program, split: fx.Node, k: int, sites: tuple[str, ...]) -> fx.Node:

@@ -24,6 +24,7 @@ from graphwright.passes.merge_products import MergeProducts
 from graphwright.passes.quantize import Quantize
 from graphwright.passes.raise_activations import RaiseActivations
 from graphwright.passes.raise_attention import RaiseAttention
+from graphwright.passes.raise_einsum import RaiseEinsum
 from graphwright.passes.raise_linear import RaiseLinear
 from graphwright.passes.raise_norms import RaiseNorms
 from graphwright.passes.registered import Broken, Order, Registry, instance_of
@@ -34,6 +35,7 @@ from graphwright.passes.simplify_parts import SimplifyParts
 #: What every recipe starts with: the same numbers up to float rounding.
 DEFAULT: tuple[Pass, ...] = (
     Canonicalize(),          # one spelling of everything, nothing that computes nothing: all others rely on it
+    RaiseEinsum(),           # products by their own name: linears and attention are looked for next
     RaiseLinear(),           # before constants are folded: a transposed weight is a linear's weight as it stands
     RaiseAttention(),        # while products and softmax still stand apart; the masks it builds are folded next
     FoldConstants(),         # positions, masks, tables: what follows sees numbers where there were ops

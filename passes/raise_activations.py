@@ -12,7 +12,7 @@ from torch import fx
 
 from graphwright.ir import Program, args_by_name, site_of
 from graphwright.manager import Pass, PassResult
-from graphwright.passes._algebra import affine, close, enclosed, is_polynomial, product, sites_in, uniform
+from graphwright.passes._algebra import affine, close, enclosed, is_polynomial, polynomial, product, sites_in, uniform
 from graphwright.passes._nodes import is_op, is_tensor, sweep, val
 
 aten = torch.ops.aten
@@ -25,7 +25,7 @@ Found = tuple[Any, dict[str, Any], fx.Node, set[fx.Node]]
 
 @dataclass(frozen=True)
 class RaiseActivations(Pass):
-    """Turn written-out gelu (erf and tanh forms), silu, hardswish, hardsigmoid and mish into the op."""
+    """Turn written-out gelu (erf, tanh and sigmoid forms), silu, hardswish, hardsigmoid and mish into the op."""
 
     name = "raise-activations"
 
@@ -44,8 +44,13 @@ class RaiseActivations(Pass):
             elif reason := enclosed(node, cone):
                 result.refuse(site_of(node), f"it spells {name}, but {reason}")
             else:
+                slope = options.pop("slope", 1.0)
                 with program.graph.inserting_before(node):
+                    if slope != 1.0:  # x * sigmoid(a x) is silu(a x) / a, whose factors go into the linears beside it
+                        x = program.call(aten.mul.Tensor, x, slope, sites=sites_in(cone))
                     new = program.call(op, x, sites=sites_in(cone), like=node, **options)
+                    if slope != 1.0:
+                        new = program.call(aten.div.Tensor, new, slope, sites=sites_in(cone), like=node)
                 result.change(site_of(node), f"{len(cone)} ops → {name}")
                 inputs = node.all_input_nodes
                 program.replace(node, new)
@@ -67,6 +72,8 @@ def _spelled(root: fx.Node) -> Iterator[Found]:
         seen = set(cone)
         if close(number, 1) and is_op(gate, "aten.sigmoid") and gate.args[0] is x:
             yield aten.silu.default, {}, x, seen | {gate}
+        elif close(number, 1) and is_op(gate, "aten.sigmoid") and (slope := _slope(gate.args[0], x, seen)):
+            yield aten.silu.default, {"slope": slope}, x, seen | {gate}
         elif close(number, 1) and is_op(gate, "aten.hardsigmoid") and gate.args[0] is x:
             yield aten.hardswish.default, {}, x, seen | {gate}
         elif close(number, 1 / 6) and _relu6_of_x_plus_3(gate, seen) is x:
@@ -75,6 +82,12 @@ def _spelled(root: fx.Node) -> Iterator[Found]:
             yield aten.mish.default, {}, x, seen | {gate, gate.args[0]}  # type: ignore[arg-type]
         else:
             yield from _gelu(x, gate, number, seen)
+
+
+def _slope(scaled: Any, x: fx.Node, cone: set[fx.Node]) -> float | None:
+    """``a`` where ``scaled`` is ``a * x`` with a positive number: quick gelu has 1.702."""
+    found = polynomial(scaled, x, cone)
+    return found[1] if found is not None and set(found) == {1} and found[1] > 0 else None
 
 
 def _gelu(x: fx.Node, gate: fx.Node, number: float, cone: set[fx.Node]) -> Iterator[Found]:

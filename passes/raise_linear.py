@@ -127,10 +127,15 @@ class RaiseLinear(Pass):
         x = flat.args[0]
         inner = val(x).shape
         fits = len(inner) > 0 and same_size(inner[-1], val(flat).shape[-1])
-        if not fits or not same_sizes(val(node).shape, (*inner[:-1], program_out(product))):
+        fits = fits and same_sizes(val(node).shape, (*inner[:-1], program_out(product)))
+        wanted = [*val(node).shape[:-1], val(flat).shape[-1]]
+        whole = rank(flat) == 2 and same_size(val(node).shape[-1], program_out(product))
+        if not fits and not (whole and all(isinstance(n, int) for n in wanted)):
             return None
         if self.refused(result, node):
             return None
+        if not fits:  # rows that were something else before, heads to be merged for one, come in the result's shape at once
+            x = program.call(aten.reshape.default, x, wanted, like=flat)
         return program.call(
             aten.linear.default, x, product.args[1], product.args[2], sites=product.meta["sites"], like=node
         )

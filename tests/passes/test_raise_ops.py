@@ -57,7 +57,8 @@ def test_activations(f, op, captured, run, ops):
 @pytest.mark.parametrize(
     "f",
     [
-        lambda s, x: x * torch.sigmoid(1.702 * x),
+        lambda s, x: x * torch.sigmoid(-1.702 * x),
+        lambda s, x: x * torch.sigmoid(x * x),
         lambda s, x: x * torch.sigmoid(x + 1),
         lambda s, x: 2 * x * torch.sigmoid(x),
         lambda s, x: 0.5 * x * (1 + torch.erf(x / 1.4)),
@@ -71,6 +72,16 @@ def test_activations(f, op, captured, run, ops):
 def test_what_only_looks_like_an_activation(f, captured, run):
     _, result = run(captured(f, X), RaiseActivations())
     assert not result.modified
+
+
+def test_golden_quick_gelu(captured, run, body):
+    after, _ = run(captured(lambda s, x: x * torch.sigmoid(1.702 * x), X), RaiseActivations())
+    assert body(after) == (
+        "mul_tensor_2: f32[2, 3, 8] = aten.mul.Tensor(input_0, 1.702)  # mul, sigmoid, mul#2\n"
+        "silu_default: f32[2, 3, 8] = aten.silu(mul_tensor_2)  # mul, sigmoid, mul#2\n"
+        "div_tensor: f32[2, 3, 8] = aten.div.Tensor(silu_default, 1.702)  # mul, sigmoid, mul#2\n"
+        "return (div_tensor)"
+    )
 
 
 def test_a_gated_activation_keeps_its_gate(captured, run, ops):
