@@ -49,10 +49,11 @@ def decoder(*, rms: bool = False, first: int = 0, **each: int) -> Formula:
 
 
 def soft_capped(c: Any) -> Counter[str]:
-    """Gemma 2: tanh stands between the products of its attention, and a norm before each residual add; tanh on the logits too."""
+    """Gemma 2: tanh stands between the products of its attention, and a norm before each residual add; tanh on the logits too,
+    which their linear can take in where its weight is its own, since it is to be divided by the cap first."""
     n = depth(c)
-    norms = 4 * n + 1
-    return several(norms=norms, raised_norms=norms, merged=n, activations=n + 1, softmax=n)
+    norms, capped = 4 * n + 1, int(not c.tie_word_embeddings)
+    return several(norms=norms, raised_norms=norms, merged=n, activations=n + capped, softmax=n)
 
 
 def mixed_by_fourier(c: Any) -> Counter[str]:
