@@ -163,8 +163,17 @@ def _last_reader(work: Work, m: Matrix) -> bool:
 
 
 def _build_float_conv(work: Work, m: Matrix, dtype: torch.dtype, in_place: bool = False) -> Callable[..., Tensor]:
+    shape = _shape(work, m)
+    if m.rank == 1:  # a picture one row high: what it gives is channels last, and what follows reads it so
+        flat = replace(m, weight=m.weight.unsqueeze(2), stride=(1, *m.stride), padding=(0, *m.padding), dilation=(1, *m.dilation))
+        run, tensors = _build_packed_conv(flat, dtype, in_place, [*shape[:-1], 1, shape[-1]]), (m.x, m.other)
+        return lambda *r: run(*[v.unsqueeze(-2) if k in tensors else v for k, v in enumerate(r)]).squeeze(-2)
+    return _build_packed_conv(m, dtype, in_place, shape)
+
+
+def _build_packed_conv(m: Matrix, dtype: torch.dtype, in_place: bool, shape: list[int]) -> Callable[..., Tensor]:
     weight = torch.ops.mkldnn._reorder_convolution_weight(
-        m.weight.detach().to(dtype).contiguous(), list(m.padding), list(m.stride), list(m.dilation), m.groups, _shape(work, m))  # fmt: skip
+        m.weight.detach().to(dtype).contiguous(), list(m.padding), list(m.stride), list(m.dilation), m.groups, shape)  # fmt: skip
     bias = None if m.bias is None else m.bias.to(dtype)
     pad, stride, dilation, groups, x, other = list(m.padding), list(m.stride), list(m.dilation), m.groups, m.x, m.other
     name, algorithm = _POST.get(m.activation, ("none", ""))

@@ -430,3 +430,29 @@ def test_an_assignment_that_fails_whole_drops_out(monkeypatch):
     lowered = lower(program)
     assert lowered.runner is not broken[0]
     assert any("'broken' does not run: ZeroDivisionError" in n for n in lowered.notes)
+
+
+class Sound(nn.Module):
+    """Convolutions along one axis: steps, groups, dilation, a residual, an activation that oneDNN does not fuse."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv1d(5, 12, 3, stride=2), nn.Conv1d(12, 12, 3, padding=2, dilation=2, groups=4)
+        self.three, self.four = nn.Conv1d(12, 7, 2, bias=False), nn.Conv1d(7, 7, 1)
+
+    def forward(self, x):
+        x = nn.functional.gelu(self.one(x))
+        x = nn.functional.mish(self.three(torch.relu(self.two(x) + x)))
+        return self.four(x) + x
+
+
+def test_convolutions_along_one_axis_are_packed():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 41)
+    captured = capture(Sound().eval(), (x,)).program
+    captured.example = (x,)
+    program, _ = Pipeline(resolve("default")).run(captured)
+    convs = [w for w in analyse(program).works if w.op == "graphwright.conv"]
+    lowered = lower(program, plan={w.node.name: "onednn.f32" for w in convs})
+    assert len(convs) == 4 == sum(s.name == "onednn.f32" for s in lowered.runner.steps) and not lowered.notes
+    assert Exact().failure(run_double(captured, (x,))[0], run_pure(captured, (x,))[0], lowered.runner(x)[0]) is None
