@@ -31,6 +31,8 @@ def test_no_block_escapes():
 
 def test_python_blocks(here):
     """In order, in one namespace, as a reader would paste them."""
+    from graphwright.kernel_registry import registered, unregister_kernel
+    from graphwright.ops.extend import unregister_op
     from graphwright.passes.pipeline import unregister_pass
 
     code = "\n".join(body for kind, name, body in BLOCKS if kind == "python" and not name)
@@ -39,6 +41,9 @@ def test_python_blocks(here):
         exec(compile(code, "README.md", "exec"), scope)  # noqa: S102
     finally:
         unregister_pass("fuse-squared-relu")
+        unregister_op("mylib.softsign")
+        for kernel in list(registered("mylib.softsign")):
+            unregister_kernel(kernel)
     assert (here / "small.gw").exists()
     assert scope["again"](scope["x"]).shape == (8, 10)
 
