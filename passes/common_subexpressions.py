@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import fx
 
+from graphwright import ops
 from graphwright.ir import Program, op_name, site_of
 from graphwright.manager import Pass, PassResult
-from graphwright.passes._nodes import escapes, is_random, sweep
+from graphwright.passes._nodes import escapes, is_random, is_tensor, same_kind, same_layout, sweep
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class CommonSubexpressions(Pass):
         for node in program.nodes:
             if is_random(node):
                 continue
-            first = seen.setdefault((node.target, _key(node.args), _key(dict(node.kwargs))), node)
+            first = seen.setdefault((node.target, _arguments(node), _key(dict(node.kwargs))), node)
             if first is node or self.refused(result, node):
                 continue
             if escapes(program, node) and escapes(program, first):
@@ -36,6 +37,15 @@ class CommonSubexpressions(Pass):
             program.replace(node, first)
         sweep(program, result)
         return result
+
+
+def _arguments(node: fx.Node) -> Any:
+    """The positional arguments; in one order where their order makes no difference."""
+    key, row = _key(node.args), ops.row(node.target)
+    swaps = row is not None and ops.COMMUTATIVE in row.traits and node.kwargs.get("alpha", 1) == 1 and len(node.args) == 2
+    if swaps and all(is_tensor(a) and same_kind(a, node) and same_layout(a, node) for a in node.args):  # type: ignore[arg-type]
+        return key[0], tuple(sorted(key[1], key=lambda n: n.name))
+    return key
 
 
 def _key(value: Any) -> Any:

@@ -29,6 +29,7 @@ from graphwright.passes.raise_linear import RaiseLinear
 from graphwright.passes.raise_norms import RaiseNorms
 from graphwright.passes.registered import Broken, Order, Registry, instance_of
 from graphwright.passes.select_early import SelectEarly
+from graphwright.passes.simplify_arithmetic import SimplifyArithmetic
 from graphwright.passes.simplify_masks import SimplifyMasks
 from graphwright.passes.simplify_parts import SimplifyParts
 
@@ -43,6 +44,7 @@ DEFAULT: tuple[Pass, ...] = (
     SimplifyParts(),         # before anything asks who reads a value: a concatenation that is taken apart is no reader
     RaiseActivations(),      # gelu in eight ops becomes one that an epilogue can take in
     RaiseNorms(),            # RMS norm in six ops becomes one
+    SimplifyArithmetic(),    # after everything that reads arithmetic as people write it
     SimplifyMasks(),         # needs masks as constants
     FoldPadding(),           # a convolution that pads by itself, before batch norm asks whether it pads
     FoldBatchNorm(),         # before activations are drawn in: a norm behind an activation cannot be folded

@@ -129,6 +129,15 @@ def test_golden_common(captured, run, body):
     assert ("exp#2", "aten.exp shared with exp") in result.changes
 
 
+def test_the_order_of_a_sum_makes_no_difference(captured, run, ops):
+    def f(s, x):
+        y = x.exp()
+        return (x + y) * (y + x), x - y, y - x, torch.add(x, y, alpha=2), torch.add(y, x, alpha=2)
+
+    after, _ = run(captured(f, X), CommonSubexpressions())
+    assert ops(after) == ["exp", "add", "mul", "sub", "sub", "add", "add"]
+
+
 def test_zero_and_minus_zero_are_two_numbers(captured, run, ops):
     after, _result = run(captured(lambda self, x: (x.exp() - 0.0) / (x.exp() - -0.0), X), CommonSubexpressions())
     assert ops(after).count("sub") == 2 and ops(after).count("exp") == 1
