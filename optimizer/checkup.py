@@ -14,6 +14,7 @@ from graphwright import store
 from graphwright.errors import InputError, InternalError
 from graphwright.measure import Timing, interleaved
 from graphwright.numerics import Exact, Lossy, run_double, run_pure, sqnr_db
+from graphwright.optimized import Optimized
 from graphwright.saving import restore
 from graphwright.structure import flatten_call
 
@@ -89,6 +90,17 @@ def drawn(path: Path, seed: int = 0) -> list[Call]:
     return found
 
 
+def one(result: Any) -> Optimized:
+    """A result with all of its programs; a decoder's, prefill and step, as the programs of one."""
+    if isinstance(result, Optimized):
+        return result
+    halves = [half.fast for half in (result._prefill, result._step)]
+    both = Optimized(None, None)
+    both.__dict__["_variants"] = [v for fast in halves for v in fast._variants]
+    both.__dict__["_report"] = halves[0].report
+    return both
+
+
 def verify(path: Path, original: nn.Module | None = None, inputs: Any = None, seed: int = 0) -> Iterator[Check]:
     """Check a saved result: the file, its graphs, its kernels against them, and against the original where it is given.
 
@@ -100,7 +112,7 @@ def verify(path: Path, original: nn.Module | None = None, inputs: Any = None, se
         LoadError: the file is truncated, altered, foreign or of an unknown version.
         InputError: the result can't run on `inputs`.
     """
-    fast = restore(path)
+    fast = one(restore(path))
     size = path.stat().st_size / 1e6
     yield Check(
         "file", f"{size:.2f} MB, checksums hold, {len(fast._variants)} program{'s' * (len(fast._variants) != 1)}"

@@ -275,10 +275,14 @@ def inspect(
             console.print(variant.program.text(), markup=False, highlight=False, soft_wrap=True)
         return
     meta = store.peek(file)
-    report = Report.from_dict(meta.get("report"))
+    report: Any = Report.from_dict(meta.get("report"))
     if sites:
         console.print(story(report, sites), markup=False, highlight=False)
         return
+    if "decoder" in meta:
+        from graphwright.decode.storing import told
+
+        report = told(meta)
     console.print(report.text(full=True, width=console.width) if full else report, markup=False, highlight=False)
     console.print(
         f"\n{file}: {file.stat().st_size / 1e6:.2f} MB, written with torch {meta.get('torch')}, "

@@ -235,7 +235,13 @@ class Decoder(nn.Module):
         except AttributeError:
             if name.startswith("_") or "_prefill" not in self.__dict__:
                 raise
+        if hasattr(Optimized, name):  # a method of results that are called
+            raise AttributeError(f"a decoder has no attribute {name!r}")
         return getattr(self._prefill.fast, name)
+
+    def profile(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered: ``report.step`` has each site's time within a step."""
+        raise UnsupportedError("a decoder is not profiled as a whole", where="profile()", hint="report.prefill and report.step have each site's time.")
 
     def __repr__(self) -> str:
         return f"Decoder({self.report.model}, {self.traits.cache} cache: {self.report.verdict})" if self._report else "Decoder()"

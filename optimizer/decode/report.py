@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +81,11 @@ class DecoderReport:
 
     def __str__(self) -> str:
         return self.text()
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        from rich.text import Text
+
+        yield Text(self.text(width=options.max_width))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""

@@ -56,7 +56,18 @@ def restored(archive: store.Archive) -> Decoder:
         prefill, step = (rebuilt(variants[-1:], about) for variants, about in parts)
     for fast, (variants, about) in zip((prefill, step), parts, strict=True):
         fast._variants[:0] = rebuilt(variants[:-1], about)._variants
-    whole = {**(said.get("report") or {}), "prefill": meta["report"], "step": meta.get("step report")}
-    report = DecoderReport.from_dict(whole)
+    report = told(meta)
     report.prefill, report.step = prefill.report, step.report
     return Decoder(prefill, step, traits, report)
+
+
+def told(meta: dict[str, Any]) -> DecoderReport:
+    """The report in what a file says about itself.
+
+    Raises:
+        LoadError: it is none.
+    """
+    said = meta[KEY].get("report") if isinstance(meta[KEY], dict) else None
+    if not isinstance(said, dict):
+        raise LoadError("the file holds no report of a decoder", hint="Save the decoder again.")
+    return DecoderReport.from_dict({**said, "prefill": meta.get("report"), "step": meta.get("step report")})

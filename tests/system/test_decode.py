@@ -284,6 +284,21 @@ def test_a_loaded_static_decoder_refuses_other_batches(static, gpt2, tmp_path):
         again.generate(prompt(5), 4)
 
 
+def test_the_command_line_takes_a_saved_decoder(decoder, tmp_path):
+    from typer.testing import CliRunner
+
+    from graphwright.cli import app
+
+    file = str(tmp_path / "model.gw")
+    decoder.save(file)
+    for words, said in ((["inspect", file], "tokens/s"), (["inspect", file, "--sites", "*h.0*"], "h.0"), (["verify", file], "2 programs")):
+        out = CliRunner().invoke(app, words)
+        assert out.exit_code == 0 and said in out.output, (words, out.output, out.exception)
+    for words in (["profile", file], ["bench", file]):
+        out = CliRunner().invoke(app, words)
+        assert out.exit_code and "decoder is not" in out.output + str(out.exception), (words, out.output, out.exception)
+
+
 # -- refusals --------------------------------------------------------------------------------------------------------
 
 
