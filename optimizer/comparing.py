@@ -196,6 +196,7 @@ class _Job:
         self.notes: list[str] = []
         self.sites: dict[str, None] = {}
         self.emitted: dict[int, Runner] = {}
+        self.others: dict[str, None] = {}
 
     def run(self, k: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         leaves, spec = flatten_call(args, kwargs)
@@ -251,6 +252,7 @@ class _Job:
             meter = self.outputs.setdefault(path or "output", (describe(a), Meter()))[1]
             if a.shape != b.shape:
                 self._note(f"{path or 'output'} is {describe(b)} instead of {describe(a)}")
+                meter.add(torch.full_like(a, 1, dtype=torch.float64), torch.full_like(a, math.nan, dtype=torch.float64), k)
                 continue
             meter.add(a, b, k)
 
@@ -331,6 +333,10 @@ class _Job:
             return result
 
         runner.step_through(clone_sharing(list(mine)), do)
+        self.others |= dict.fromkeys(truth.others)
+        moved = truth.moved()
+        if moved:
+            self._note(f"the result's state is no longer the original's ({', '.join(moved[:3])}{', …' if len(moved) > 3 else ''}): what reads it differs")
 
     def _spot(self, work: Work, kernel: str, precision: str, note: str, position: int) -> _Spot:
         sites = sites_of(work.node) or (work.node.name,)
@@ -346,6 +352,12 @@ class _Job:
         ]  # fmt: skip
         rows.sort(key=lambda d: (d.as_it_runs.sqnr_db, d.position))
         here = {s for d in rows for s in d.sites}
+        if self.others:
+            some = list(self.others)
+            self._note(f"{len(some)} op{'s give' if len(some) > 1 else ' gives'} by meaning another value than the original's of that site "
+                       f"({', '.join(some[:3])}{', …' if len(some) > 3 else ''}): a pass moved the site, or this is not the model that the result was made from")
+        if self.sites and not here and not self.others:
+            self._note("the result and this model have no site in common: is it the model that the result was made from?")
         outputs = tuple(OutputError(path, shape, m.error(), m.differing, m.count) for path, (shape, m) in self.outputs.items())
         report = self.fast._report
         if any(v.built is not None and v.built.unchanged for v in self.fast._variants):
@@ -362,6 +374,8 @@ class _Truth:
         self.values, self.params = values, lowered.analysis.qparams
         self.env: dict[fx.Node, Any] = dict(zip(program.placeholders, leaves, strict=True))
         state = {m.buffer: original.tensor(m.buffer) for m in original.signature.mutations if m.buffer}  # the result's may have moved on
+        self.others: list[str] = []
+        self._state = {name: (t, program.tensor(name)) for name, t in state.items() if name in program.tensors()}
         self.env |= {n: state.get(str(n.target), program.tensor(str(n.target))) for n in program.graph.nodes if n.op == "get_attr"}
 
     def alone(self, work: Work, candidate: Candidate, step: Step) -> Any:
@@ -390,7 +404,14 @@ class _Truth:
         if not isinstance(value, Tensor) or not isinstance(like, Tensor):
             return None
         found = arranged(value, like)
-        return None if found is not None and self._another(work, found[0], like) else found
+        if found is not None and self._another(work, found[0], like):
+            self.others.append(work.site)
+            return None
+        return found
+
+    def moved(self) -> list[str]:
+        """Buffers that the two hold with other values."""
+        return [name for name, (a, b) in self._state.items() if not torch.equal(a, b)]
 
     def _another(self, work: Work, value: Tensor, given: Tensor) -> bool:
         """Whether the work's op, unquantized, gives something else on the original's values by its very meaning: a pass let

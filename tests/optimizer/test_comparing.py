@@ -197,6 +197,25 @@ def test_a_model_in_pieces_is_compared_piece_by_piece(net):
         assert any("original's own code" in n for n in told.notes)
 
 
+def test_another_model_than_the_result_was_made_from_is_told():
+    torch.manual_seed(0)
+    x = torch.randn(4, 16)
+    fast = gw.optimize(nn.Sequential(nn.Linear(16, 8), nn.ReLU()).eval(), x)
+    told = gw.compare(nn.Sequential(nn.Linear(16, 8), nn.ReLU()).eval(), fast, x)
+    assert told.outputs[0].error.sqnr_db < 20 and any("not the model that the result was made from" in n for n in told.notes)
+    wide = gw.compare(nn.Sequential(nn.Linear(16, 9), nn.ReLU()).eval(), fast, x)
+    assert wide.outputs[0].error.sqnr_db == -math.inf and wide.outputs[0].differing == wide.outputs[0].count == 36
+    assert any("f32[4, 8] instead of f32[4, 9]" in n for n in wide.notes) and json.loads(wide.to_json())
+    assert any("no site in common" in n for n in gw.compare(nn.Linear(16, 8).eval(), fast, x).notes)
+
+
+def test_state_that_moved_on_is_told(net):
+    fast = gw.optimize(net, _images(2)[0])
+    assert not any("state" in n for n in gw.compare(net, fast, _images(2)).notes)
+    fast(_images(2)[0])
+    assert any("state is no longer the original's (calls)" in n for n in gw.compare(net, fast, _images(2)).notes)
+
+
 # -- showing ---------------------------------------------------------------------------------------------------------
 
 
