@@ -16,6 +16,7 @@ from graphwright.passes.fold_constants import FoldConstants
 from graphwright.passes.fold_padding import FoldPadding
 from graphwright.passes.fold_scale import FoldScale
 from graphwright.passes.fold_shift import FoldShift
+from graphwright.passes.fold_uniform import FoldUniform
 from graphwright.passes.fuse_epilogue import FuseEpilogue
 from graphwright.passes.layout import Layout
 from graphwright.passes.merge_heads import MergeHeads
@@ -46,6 +47,7 @@ DEFAULT: tuple[Pass, ...] = (
     RaiseNorms(),            # RMS norm in six ops becomes one
     SimplifyArithmetic(),    # after everything that reads arithmetic as people write it
     SimplifyMasks(),         # needs masks as constants
+    FoldUniform(),           # masks whose size varies are no constants, and may be of ones all the same
     FoldPadding(),           # a convolution that pads by itself, before batch norm asks whether it pads
     FoldBatchNorm(),         # before activations are drawn in: a norm behind an activation cannot be folded
     FoldShift(),             # the same for biases that stand apart and images' means, past the factors that go next
