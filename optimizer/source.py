@@ -90,6 +90,9 @@ class _Writer:
         yield "import torch"
         if "graphwright" in self.spaces:
             yield "import graphwright.ops  # makes torch know the ops of graphwright"
+        others = sorted(self.spaces - {"aten", "graphwright", "prims", "prim"})
+        if others:
+            yield f"# import what registers the ops of {', '.join(others)} before this runs"
         yield ""
         for space in sorted(self.spaces):
             yield f"{space} = torch.ops.{space}"

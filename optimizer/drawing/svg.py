@@ -41,7 +41,7 @@ VARIABLES = """:root{color-scheme:light dark;--bg:#fff;--fg:#1c2330;--soft:#5d67
 #: How the parts of a picture look.
 STYLE = """svg.graph text{font:12px system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;text-anchor:middle;fill:var(--fg)}
 svg.graph text.small{font-size:10.5px;fill:var(--soft)}svg.graph text.op{font-size:10.5px}svg.graph text.left{text-anchor:start}
-svg.graph text.many{font-size:10.5px;font-weight:600;text-anchor:end}
+svg.graph .t3 text.small,svg.graph .t4 text.small{fill:var(--fg)}svg.graph text.many{font-size:10.5px;font-weight:600;text-anchor:end}
 svg.graph .edge{fill:none;stroke:var(--soft);stroke-width:1.1;opacity:.6}
 svg.graph .box rect,svg.graph .key{fill:var(--bg);stroke:var(--f32);stroke-width:1.4}svg.graph .int8 rect,svg.graph .key.int8{stroke:var(--int8)}
 svg.graph .bf16 rect,svg.graph .key.bf16{stroke:var(--bf16)}svg.graph .asis rect,svg.graph .key.asis{stroke:var(--asis)}

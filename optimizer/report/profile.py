@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import operator
 import os
+import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,7 @@ class Row:
     """A part over all rounds.
 
     Attributes:
-        calls: how often it runs in one call of the model.
+        calls: how often it runs in one call of the model; of parts that are alike: all of them.
         median_ms, min_ms: of all its runs within one call of the model, over the rounds.
         share: of the time of all rounds together.
         gflops_per_s, gbytes_per_s: from the median; None where the cost model knows no figure.
@@ -123,18 +125,32 @@ class Profile:
     @cached_property
     def rows(self) -> tuple[Row, ...]:
         """A row per part that ran, in the order of their first run."""
-        spent: dict[int, list[int]] = {}
-        runs: dict[int, int] = {}
+        return self._rows(list(range(len(self.parts))))
+
+    @cached_property
+    def alike(self) -> tuple[Row, ...]:
+        """``rows`` with those of repeated blocks together: one kernel at ``encoder.layer.*.output.dense``, shapes alike."""
+        return self._rows([(_family(p.site), p.op, p.kernel, p.shape) for p in self.parts])
+
+    def _rows(self, names: Sequence[Any]) -> tuple[Row, ...]:
+        """A row for all parts of one name."""
+        spent: dict[Any, list[int]] = {}
+        runs: dict[Any, Counter[int]] = {}
         for k, each in enumerate(self.rounds):
             for event in each.events:
-                spent.setdefault(event.part, [0] * len(self.rounds))[k] += event.end - event.begin
-                runs[event.part] = runs.get(event.part, 0) + 1
-        return tuple(self._row(p, -(-runs[p] // len(self.rounds)), ns) for p, ns in spent.items())
+                spent.setdefault(names[event.part], [0] * len(self.rounds))[k] += event.end - event.begin
+                runs.setdefault(names[event.part], Counter())[event.part] += 1
+        return tuple(self._row(runs[name], ns) for name, ns in spent.items())
 
-    def _row(self, index: int, calls: int, ns: Sequence[int]) -> Row:
-        part, median = self.parts[index], statistics.median(ns) / 1e6
-        rates = [None if not amount or not median else amount * calls / median / 1e6 for amount in (part.flops, part.bytes)]
-        return Row(part, calls, median, min(ns) / 1e6, sum(ns) / sum(self._whole), rates[0], rates[1])
+    def _row(self, runs: Counter[int], ns: Sequence[int]) -> Row:
+        part, median = self.parts[next(iter(runs))], statistics.median(ns) / 1e6
+        if len(runs) > 1:
+            part = replace(part, site=_family(part.site), sites=tuple(s for p in runs for s in self.parts[p].sites))
+        rates = []
+        for amounts in ([self.parts[p].flops for p in runs], [self.parts[p].bytes for p in runs]):
+            known = sum(a * n for a, n in zip(amounts, runs.values(), strict=True) if a) / len(self.rounds)
+            rates.append(known / median / 1e6 if known and median and all(amounts) else None)
+        return Row(part, -(-sum(runs.values()) // len(self.rounds)), median, min(ns) / 1e6, sum(ns) / sum(self._whole), rates[0], rates[1])
 
     @cached_property
     def _whole(self) -> list[int]:
@@ -175,7 +191,7 @@ class Profile:
         """The profile as plain text.
 
         Args:
-            full: every row, not just those that take the longest.
+            full: every part by itself; else repeated blocks stand together, and only what takes the longest is shown.
             width: columns; those of the terminal by default.
         """
         from graphwright.report.text import plain_text
@@ -192,7 +208,7 @@ class Profile:
         """What rich prints, in order."""
         from rich.text import Text
 
-        rows = sorted(self.rows, key=lambda r: -r.median_ms)
+        rows = sorted(self.rows if full else self.alike, key=lambda r: -r.median_ms)
         shown = rows if full else rows[:_TOP]
         counted = f"{len(self.rounds)} round{'s' * (len(self.rounds) != 1)}, {self.threads} thread{'s' * (self.threads != 1)}"
         yield Text(f"{self.model} on {self.inputs}: {counted}", style="bold")
@@ -264,6 +280,11 @@ class Profile:
                 "pid": self.pid, "tid": self.tid, "args": args}  # fmt: skip
 
 
+def _family(site: str) -> str:
+    """``"layer.*.dense"`` of ``"layer.3.dense"``."""
+    return re.sub(r"(^|\.)\d+(?=[.#]|$)", r"\1*", site)
+
+
 def _table(rows: Sequence[Row], width: int) -> Any:
     from rich import box
     from rich.table import Table
@@ -284,7 +305,7 @@ def _table(rows: Sequence[Row], width: int) -> Any:
     for heading, most in zip(headings, widths, strict=True):
         table.add_column(heading, justify="right", no_wrap=True, min_width=most)
     for r, figures in zip(rows, cells, strict=True):
-        more = f" +{len(r.part.sites) - 1}" if len(r.part.sites) > 1 else ""
+        more = f" +{len(r.part.sites) - 1}" if len(r.part.sites) > 1 and "*" not in r.part.site else ""
         table.add_row(Text(short(r.part.site, sites - len(more)) + more), Text(clip(r.part.kernel, kernels)), *figures)
     return table
 

@@ -62,6 +62,19 @@ def test_bytes_are_those_of_the_dtypes_that_run():
         assert part.bytes < linear.bytes / 2
 
 
+def test_repeated_blocks_stand_together():
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)) for _ in range(6))).eval()
+    found = gw.optimize(net, torch.randn(8, 32), [], goal=gw.Goal(size_mb=1)).profile(torch.randn(8, 32), rounds=3)
+    assert len(found.rows) >= 12 > len(found.alike)
+    assert sum(r.calls for r in found.rows) == sum(r.calls for r in found.alike)
+    assert sum(r.share for r in found.rows) == pytest.approx(sum(r.share for r in found.alike))
+    for row in found.alike:
+        if row.part.flops:
+            assert row.gflops_per_s == pytest.approx(row.part.flops * row.calls / row.median_ms / 1e6)
+    assert "*" in str(found) and "*" not in found.text(full=True)
+
+
 def test_the_table(fast):
     found = fast.profile(torch.randn(2, 3, 12, 12), rounds=3)
     for width in (60, 80, 100, 160):
