@@ -150,6 +150,16 @@ class _Defined:
 _DEFINED: dict[str, _Defined] = {}
 
 
+def _shape(name: str, op: _Defined, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return op.fake(*args, **kwargs)
+    except RuntimeError as error:
+        if op.fake is not op.body:
+            raise
+        raise RuntimeError(f"{error} (in the reference of op {name}, run on tensors without contents for its shapes; "
+                           "where that can't be done, pass fake= to gw.register_op)") from error  # fmt: skip
+
+
 def _define(name: str, body: Callable[..., Any], fake: Callable[..., Any], where: str) -> OpOverload:
     """Define an op, or exchange what it computes where its schema stays."""
     try:
@@ -165,7 +175,7 @@ def _define(name: str, body: Callable[..., Any], fake: Callable[..., Any], where
         if known is not None and known.schema == made.schema:
             known.body, known.fake = body, fake
         else:
-            registry._define(name.replace(".", "::"), run, lambda *args, **kwargs: made.fake(*args, **kwargs))
+            registry._define(name.replace(".", "::"), run, lambda *args, **kwargs: _shape(name, made, args, kwargs))
             _DEFINED[name] = made
     except (ValueError, TypeError, NameError, RuntimeError) as error:
         raise InputError(f"no op can be made of {getattr(body, '__name__', body)!r}: {str(error).strip().splitlines()[0]}", where=where,
@@ -177,15 +187,19 @@ def _define(name: str, body: Callable[..., Any], fake: Callable[..., Any], where
 
 def _complete(target: OpOverload, body: Callable[..., Any], fake: Callable[..., Any] | None) -> None:
     """Let the reference serve for what an existing op lacks: a shape rule, an implementation for the CPU."""
+    from torch._library.custom_ops import OPDEFS
     from torch._library.simple_registry import singleton
 
     name, has = target.name(), torch._C._dispatch_has_kernel_for_dispatch_key
     whole = any(has(name, key) for key in ("CompositeExplicitAutograd", "CompositeImplicitAutograd"))
     if not whole and not has(name, "CPU"):
         torch.library.impl(target._schema.name, "CPU")(body)
-    if fake is None and (whole and has(name, "CompositeImplicitAutograd") or has(name, "Meta")):
-        return
-    if fake is not None or singleton.find(name).fake_impl.kernel is None:
+    made = OPDEFS.get(name.removesuffix(".default"))
+    if made is not None:  # it has a Meta kernel in any case, which fails where nothing was registered for it
+        lacks = made._abstract_fn is None
+    else:
+        lacks = not has(name, "Meta") and not has(name, "CompositeImplicitAutograd") and singleton.find(name).fake_impl.kernel is None
+    if fake is not None or lacks:
         torch.library.register_fake(name.removesuffix(".default"), fake or body, allow_override=True)
 
 

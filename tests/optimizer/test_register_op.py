@@ -16,6 +16,7 @@ from graphwright.errors import InputError, LoadError, RecipeError, SaveError
 from graphwright.manager import Pipeline
 from graphwright.ops import registry
 from graphwright.ops.extend import unregister_op
+from graphwright.passes.common_subexpressions import CommonSubexpressions
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +128,28 @@ def test_an_op_of_another_library_keeps_what_it_has():
     assert ops.row(op.default).reference is reference
 
 
+def test_an_op_of_another_library_without_a_shape_rule_gets_the_reference_for_it():
+    @torch.library.custom_op("gwcustom::twice", mutates_args=())
+    def twice(x: Tensor) -> Tensor:
+        return torch.from_numpy(x.numpy() * 2)
+
+    op = gw.register_op("gwcustom.twice")(lambda x: x * 2)
+    program = captured(type("M", (nn.Module,), {"forward": lambda self, x: op(x)})(), torch.randn(2, 8))
+    assert [n.target for n in program.nodes] == [op.default]
+
+
+def test_a_reference_that_leaves_torch_is_told_about_fake():
+    @gw.register_op("gwtest.outside")
+    def outside(x: Tensor) -> Tensor:
+        """Leaves torch."""
+        return torch.from_numpy(x.numpy() * 2)
+
+    model, x = type("M", (nn.Module,), {"forward": lambda self, x: outside(x) + 1})(), torch.randn(2, 8)
+    fast = gw.optimize(model, x)
+    assert any("pass fake= to gw.register_op" in r.what for r in fast.report.regions)
+    torch.testing.assert_close(fast(x), x * 2 + 1)
+
+
 def test_patterns_match_it_and_put_it_in():
     op = gw.register_op("gwtest.softsign", traits={"elementwise"})(softsign)
 
@@ -153,7 +176,7 @@ def test_patterns_match_it_and_put_it_in():
             return op.relu(op.gwtest.softsign(x))
 
     program = captured(type("M", (nn.Module,), {"forward": lambda self, x: torch.relu(x) / (torch.relu(x).abs() + 1)})(), torch.randn(2, 8))
-    after, records = Pipeline((gw.default_recipe()[4], Written(), Twice()), strict=True).run(program)
+    after, records = Pipeline((CommonSubexpressions(), Written(), Twice()), strict=True).run(program)
     assert [n.target for n in after.nodes] == [op.default, torch.ops.aten.relu.default]
     assert all(r.result.changes for r in records)
 
