@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +20,9 @@ from graphwright.ir import Program, site_of
 from graphwright.memory import release
 from graphwright.numerics import Exact, Lossy, run_double, run_pure
 from graphwright.snapshot import Snapshot
+
+#: A character of patterns that stands for itself: ``[*]``.
+_ESCAPED = re.compile(r"\[([*?\[])\]")
 
 
 @dataclass
@@ -88,8 +93,8 @@ class Pass:
     def selects(self, sites: Iterable[str]) -> bool:
         """Whether this pass may touch a node that stands for these sites."""
         sites = tuple(sites)
-        wanted = not self.include or any(fnmatch.fnmatchcase(s, p) for s in sites for p in patterns(self.include))
-        return wanted and not any(fnmatch.fnmatchcase(s, p) for s in sites for p in patterns(self.exclude))
+        wanted = not self.include or any(map(matcher(patterns(self.include)), sites))
+        return wanted and not any(map(matcher(patterns(self.exclude)), sites))
 
     def refused(self, result: PassResult, node: fx.Node) -> bool:
         """Record a refusal where include / exclude leave ``node`` out; True when they do."""
@@ -116,6 +121,20 @@ class Pass:
 def patterns(value: str | Sequence[str]) -> tuple[str, ...]:
     """Site patterns as a tuple; one string is one pattern."""
     return (value,) if isinstance(value, str) else tuple(value)
+
+
+@functools.lru_cache(maxsize=64)
+def matcher(several: tuple[str, ...]) -> Callable[[str], bool]:
+    """Whether a site matches one of several ``fnmatch`` patterns; thousands of plain or escaped names cost one look-up."""
+    names, wild = set(), []
+    for pattern in several:
+        plain = _ESCAPED.sub("", pattern)
+        if any(c in plain for c in "*?["):
+            wild.append(fnmatch.translate(pattern))
+        else:
+            names.add(_ESCAPED.sub(r"\1", pattern))
+    expression = re.compile("|".join(wild)) if wild else None
+    return lambda site: site in names or (expression is not None and expression.match(site) is not None)
 
 
 def check_patterns(passes: Iterable[Pass], *programs: Program) -> None:

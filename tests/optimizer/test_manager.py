@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from graphwright.capture import capture
 from graphwright.errors import CalibrationError, PassError, SiteError
 from graphwright.ir import Program, set_arg, site_of
-from graphwright.manager import Pass, PassResult, Pipeline, fingerprint
+from graphwright.manager import Pass, PassResult, Pipeline, fingerprint, matcher
 from graphwright.numerics import Lossy
 
 aten = torch.ops.aten
@@ -276,3 +280,9 @@ def test_shapes_that_change_are_failures():
 
     _, (record,) = Pipeline((Drop(),)).run(program())
     assert "(5, 1)" in record.undone
+
+
+@given(st.lists(st.text("ab.*?[]!0#", max_size=6), max_size=4), st.text("ab.*?[]!0#", max_size=6))
+def test_many_patterns_match_as_each_would(several, site):
+    assert matcher(tuple(several))(site) == any(fnmatch.fnmatchcase(site, p) for p in several)
+    assert matcher((*several, glob.escape(site)))(site)
