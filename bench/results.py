@@ -34,6 +34,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import tempfile
@@ -199,6 +200,14 @@ def commit(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+def command(arguments: Sequence[str]) -> str:
+    """The command line, without ``--out`` and ``--plot``: where files were put is no part of what was measured."""
+    places = ("--out", "--plot")
+    kept = [a for k, a in enumerate(arguments)
+            if a not in places and not a.startswith(tuple(f"{p}=" for p in places)) and (not k or arguments[k - 1] not in places)]  # fmt: skip
+    return shlex.join(["python", *kept])
+
+
 def now() -> str:
     """UTC, ISO 8601, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -217,8 +226,13 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def save(record: dict[str, Any], path: Path) -> None:
-    """Write `record` to `path` in one step; a file that is there survives whatever fails."""
+    """Check `record` against the schema and write it to `path`."""
     validate(record)
+    write(record, path)
+
+
+def write(record: dict[str, Any], path: Path) -> None:
+    """Write `record` to `path` in one step; a file that is there survives whatever fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
         try:

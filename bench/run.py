@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import shlex
 import signal
 import sys
 import time
@@ -208,7 +207,7 @@ def run(
         "schema": results.SCHEMA,
         "date": results.now(),
         "commit": results.commit(ROOT),
-        "command": _command(sys.argv),
+        "command": results.command(sys.argv),
         "machine": results.machine(),
         "versions": results.versions(),
         "settings": asdict(settings),
@@ -260,12 +259,6 @@ def _positive(word: str) -> int:
     if (value := int(word)) < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
-
-
-def _command(arguments: Sequence[str]) -> str:
-    """The command line, without ``--out``: where the file was put is no part of what was measured."""
-    kept = [a for k, a in enumerate(arguments) if a != "--out" and not a.startswith("--out=") and (not k or arguments[k - 1] != "--out")]
-    return shlex.join(["python", *kept])
 
 
 def main(words: Sequence[str] | None = None) -> int:
