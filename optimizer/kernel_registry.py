@@ -89,6 +89,11 @@ def registered(*names: str) -> Iterator[Kernel]:
     return (e.kernel for (op, _), e in list(_KERNELS.items()) if not names or op in names)
 
 
+def owner_of(kernel: Kernel) -> str:
+    """The module that registered a kernel."""
+    return _KERNELS[kernel.op, kernel.label].owner
+
+
 def row_of(op: str) -> ops.OpRow | None:
     """The row of an op by its name, with an overload or without."""
     exact = ops.resolve(op)
@@ -169,4 +174,4 @@ def split(row: ops.OpRow, args: list[Any]) -> tuple[list[Any], dict[str, Any]]:
     return list(positional), rest
 
 
-__all__ = ["RESERVED", "least_cost", "register_kernel", "registered", "row_of", "split", "unregister_kernel"]
+__all__ = ["RESERVED", "least_cost", "owner_of", "register_kernel", "registered", "row_of", "split", "unregister_kernel"]

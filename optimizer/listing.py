@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
+from graphwright import ops
 from graphwright.errors import RecipeError, nearest
+from graphwright.kernel_registry import owner_of, registered
 from graphwright.manager import Pass
 from graphwright.passes.pipeline import (
     RECIPES,
@@ -16,6 +18,7 @@ from graphwright.passes.pipeline import (
     default_recipe,
     distributions,
     known_passes,
+    plugin_packages,
     recipes,
     stage_of,
 )  # fmt: skip
@@ -80,11 +83,18 @@ def _stages() -> Any:
 
 
 def _plugins() -> Any:
-    """Passes that installed packages brought, and plug-ins that could not be loaded; None where there are none."""
-    table = _table("Pass of a plug-in", "Package", "State")
+    """What installed packages brought, and plug-ins that could not be loaded; None where there are none."""
+    table = _table("From a plug-in", "Package", "State")
     standard = {p.name for p in default_recipe()}
     for name, package in distributions().items():
         table.add_row(name, package, f"in the default pipeline, stage {stage_of(name)}" if name in standard else "runs where a recipe names it")
+    packages = plugin_packages()
+    for row in ops.rows():
+        if package := packages.get(row.owner.partition(".")[0]):
+            table.add_row(f"op {row.name}", package, row.summary)
+    for kernel in registered():
+        if package := packages.get(owner_of(kernel).partition(".")[0]):
+            table.add_row(f"kernel {kernel.label}", package, f"for {kernel.op}, {kernel.precision}, on {kernel.device}")
     for b in broken_plugins():
         table.add_row(b.name, b.distribution, f"left out, it could not be loaded: {b.reason}")
     return table if table.row_count else None

@@ -137,6 +137,12 @@ def distributions() -> dict[str, str]:
     return {name: a.distribution for name, a in _registry.added.items() if a.distribution}
 
 
+def plugin_packages() -> dict[str, str]:
+    """The installed package, with its version, of every top-level module that a plug-in was loaded from."""
+    load_plugins()
+    return dict(_registry.packages)
+
+
 def broken_plugins() -> tuple[Broken, ...]:
     """Plug-ins that could not be loaded, and why."""
     load_plugins()

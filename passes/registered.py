@@ -180,6 +180,7 @@ class Registry:
         self.taken = frozenset(taken)
         self.added: dict[str, Added] = {}
         self.broken: list[Broken] = []
+        self.packages: dict[str, str] = {}  # of the plug-ins that were loaded: top-level module → distribution
         self._loading: str | None = None
         self._loaded = False
 
@@ -274,7 +275,9 @@ class Registry:
                 if not callable(found):
                     raise RecipeError(f"{point.value} is a {type(found).__name__}; a Pass, a function or a module is wanted")
                 found()
-            self._claim(str(point.value).partition(":")[0].strip(), self._loading)
+            module = str(point.value).partition(":")[0].strip()
+            self._claim(module, self._loading)
+            self.packages[module.partition(".")[0]] = self._loading
         except (Exception, SystemExit) as error:  # noqa: BLE001  whatever it does, it is not the user's affair
             self.added.clear()
             self.added.update(before)

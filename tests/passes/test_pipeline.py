@@ -49,6 +49,7 @@ def clean() -> Iterator[None]:
     registry = pipeline._registry
     registry.added.clear()
     registry.broken.clear()
+    registry.packages.clear()
     registry._loaded = False
 
 
