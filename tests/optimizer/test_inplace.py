@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -93,3 +95,23 @@ def test_open_sizes_are_compared_by_name():
     for n in (6, 3, 1, 9):
         y = torch.randn(n, 8)
         assert torch.equal(runner(y)[0], torch.cos(torch.sin(y) * 2.0))
+
+
+def test_calls_from_several_threads_and_a_call_that_fails_leave_each_other_alone():
+    f = lambda x: torch.relu(torch.cos(torch.sin(x) * 2.0 + 1.0)).neg()
+    runner = runner_of(f, X)
+    inputs = [torch.randn(512, 512) for _ in range(6)]
+
+    def call(x):
+        if x is None:
+            with pytest.raises(RuntimeError):
+                runner(torch.randn(3, 5, 7).to_sparse())  # fails in the middle, or at once
+            return None
+        return [runner(x)[0] for _ in range(5)]
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(call, [*inputs, None, *inputs]))
+    for x, several in zip([*inputs, None, *inputs], answers, strict=True):
+        assert x is None or all(torch.equal(f(x), y) for y in several)
+    outs = [runner(x)[0] for x in inputs]  # results of earlier calls are not written by later ones
+    assert all(torch.equal(f(x), y) for x, y in zip(inputs, outs, strict=True))
