@@ -19,6 +19,7 @@ from graphwright.passes.fold_shift import FoldShift
 from graphwright.passes.fold_uniform import FoldUniform
 from graphwright.passes.fuse_epilogue import FuseEpilogue
 from graphwright.passes.layout import Layout
+from graphwright.passes.merge_convolutions import MergeConvolutions
 from graphwright.passes.merge_heads import MergeHeads
 from graphwright.passes.merge_linears import MergeLinears
 from graphwright.passes.merge_products import MergeProducts
@@ -57,6 +58,7 @@ DEFAULT: tuple[Pass, ...] = (
     Layout(),                # transposes that cancel would stand between a linear and its residual add
     MergeHeads(),            # once transposes have met: attention hands its result to a linear
     FuseEpilogue(),          # every matrix op in one form, with what follows it
+    MergeConvolutions(),     # with the activations that they have by now: branches that differ in it stay apart
     MergeLinears(),          # last, since only linears without an epilogue of their own may be merged
     DeadCode(),              # what the others left behind
 )  # fmt: skip

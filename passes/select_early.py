@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from graphwright import ops
 from graphwright.cost import Cost, cost, number
-from graphwright.ir import Program, arg, args_by_name, op_name, set_arg, site_of
+from graphwright.ir import Program, arg, args_by_name, op_name, set_arg, site_of, walk_nodes
 from graphwright.manager import Pass, PassResult
 from graphwright.passes import _affine as affine
 from graphwright.passes import _trial as trial
@@ -83,28 +84,38 @@ class SelectEarly(Pass):
             return []
         if self.refused(result, last):
             return []
+        made = {n: _again(program, last, n, axes) for n in dict.fromkeys(places)}
         with program.graph.inserting_before(last):
-            made = {n: _again(program, last, n, axes) for n in dict.fromkeys(places)}
             new = program.graph.node_copy(op, lambda n: made.get(n, n))
             new.meta = {k: v for k, v in op.meta.items() if k in ("sites", "trace")}
             if _becomes_stride(last, op, axes):
                 _step(new, last, axes[0], op)
-        new.meta["val"] = program.infer(new)
-        lost = escapes(program, last) and val(last).is_contiguous() and not val(new).is_contiguous()
-        if reason := ("an output would not be contiguous any more" if lost else None) or _not_cheaper(op, last, new, made) or (self._measured(program, last, op, new, inputs) if mean else None):
+            try:
+                new.meta["val"] = program.infer(new)
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                self._undo(program, new, made)
+                result.refuse(site_of(last), f"{site_of(op)} does not take less: {str(error).splitlines()[0]}")
+                return []
+            end = new
+            if is_op(last, "aten.mean") and rank(new) != rank(last):
+                end = program.call(torch.ops.aten.squeeze.dims, new, list(axes), like=last)
+        lost = escapes(program, last) and val(last).is_contiguous() and not val(end).is_contiguous()
+        if reason := ("an output would not be contiguous any more" if lost else None) or _not_cheaper(op, last, new, made) or (self._measured(program, last, op, end, inputs) if mean else None):
+            if end is not new:
+                program.graph.erase_node(end)
             self._undo(program, new, made)
             result.refuse(site_of(last), reason)
             return []
         result.change(site_of(last), f"{op_name(last.target).split('.')[1]} moved before {site_of(op)}")
-        moved.append(new)
-        program.replace(last, new)
+        moved += dict.fromkeys((new, end))
+        program.replace(last, end)
         program.graph.erase_node(op)
-        return [m for m in (*made.values(), *new.users) if is_op(m, *_SELECTIONS, *_MEANS)]
+        return [m for m in (*made.values(), *end.users) if is_op(m, *_SELECTIONS, *_MEANS)]
 
     def _undo(self, program: Program, new: fx.Node, made: dict[fx.Node, fx.Node]) -> None:
         program.graph.erase_node(new)
         for old, m in made.items():
-            if m is not old and not m.users:
+            if m is not old and not m.users and not m._erased:
                 program.graph.erase_node(m)
 
     def _reason(self, program: Program, last: fx.Node, op: fx.Node, axes: Sequence[int]) -> str | None:
@@ -166,7 +177,9 @@ def _places(last: fx.Node, op: fx.Node, axes: Sequence[int]) -> list[fx.Node] | 
     spatial = affine.spatial_axes(op)
     if spatial is not None:
         x, given = op.args[0], args_by_name(op)
-        if list(axes) == [0] and rank(op) == spatial + 2:
+        if is_op(last, "aten.select"):
+            return None  # a convolution needs every axis
+        if list(axes) == [0] and rank(op) == spatial + 2 and is_op(last, "aten.slice"):
             return [x]  # type: ignore[list-item]
         pointwise = is_op(op, *affine.CONVOLUTIONS) and all(k == 1 for k in val(given["weight"]).shape[2:])
         plain = given["padding"] == "valid" or not isinstance(given["padding"], str) and not any(given["padding"])
@@ -196,15 +209,25 @@ def _again(program: Program, last: fx.Node, x: fx.Node, axes: Sequence[int]) -> 
     """``last`` on another value; strides of a convolution's own take the place of a slice's."""
     if _becomes_stride(last, last.args[0], axes):  # type: ignore[arg-type]
         return x
+    given = args_by_name(last)
     if is_op(last, "aten.mean"):
-        return program.call(last.target, x, list(axes), *last.args[2:], like=last, **last.kwargs)  # type: ignore[arg-type]
-    given = list(last.args)
-    given[0] = x
-    new = program.call(last.target, *given, like=last, **last.kwargs)  # type: ignore[arg-type]
-    if is_op(last, *_SELECTIONS):
-        set_arg(new, "dim", axes[0])
-        new.meta["val"] = program.infer(new)
-    return new
+        keep = arg(last, "keepdim") or affine.spatial_axes(last.args[0]) is not None  # type: ignore[arg-type]  # a convolution needs every axis
+        given |= {"dim": list(axes), "keepdim": keep}
+    elif is_op(last, *_SELECTIONS):
+        given["dim"] = axes[0]
+    names = [a.name for a in last.target._schema.arguments if not a.kwarg_only]  # type: ignore[union-attr]
+    args, kwargs = (x, *(given[k] for k in names[1:])), {k: given[k] for k in last.kwargs}
+    for other in x.users:  # its twin may have come this way before
+        if other is not last and other.target is last.target and (other.args, dict(other.kwargs)) == (args, kwargs) and other < last:
+            return other
+    sized = any(n is not x for n in walk_nodes((args, kwargs)))  # by a size that is computed, maybe after x
+    with program.graph.inserting_before(last) if sized else program.graph.inserting_after(_after(program, x)):
+        return program.call(last.target, *args, like=last, **kwargs)  # type: ignore[arg-type]
+
+
+def _after(program: Program, x: fx.Node) -> fx.Node:
+    """Where what reads ``x`` may stand, as early as can be: inputs and constants come first of all."""
+    return x if x.op == "call_function" else next(n for n in reversed(program.graph.nodes) if n.op in ("placeholder", "get_attr"))
 
 
 def _step(new: fx.Node, last: fx.Node, axis: int, op: fx.Node) -> None:

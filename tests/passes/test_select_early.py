@@ -50,10 +50,12 @@ def test_golden(captured, run, body):
         (lambda s, x: F.avg_pool2d(F.conv2d(x, s.k, s.kb), 3, ceil_mode=True), I, ["avg_pool2d", "conv2d"]),
         (lambda s, x: F.adaptive_avg_pool2d(F.conv2d(x, s.k, s.kb), 1), I, ["adaptive_avg_pool2d", "conv2d"]),
         (lambda s, x: F.conv2d(x, s.k, s.kb).mean((2, 3), keepdim=True), I, ["mean", "conv2d"]),
+        (lambda s, x: F.conv2d(x, s.k, s.kb).mean((2, 3)), I, ["mean", "conv2d", "squeeze"]),
+        (lambda s, x: F.conv2d(x, s.k, s.kb).mean(-1), I, ["mean", "conv2d", "squeeze"]),
         (lambda s, x: F.conv2d(x, s.k, s.kb)[:, :, ::2, ::2] + 1, I, ["conv2d", "add"]),
         (lambda s, x: F.conv2d(x, s.k, s.kb, stride=2)[:, :, ::2] + 1, I, ["conv2d", "add"]),
         (lambda s, x: F.conv2d(x, s.k3, padding=1)[:1] + 1, I, ["slice", "conv2d", "add"]),
-        (lambda s, x: (x + F.linear(F.gelu(F.linear(F.layer_norm(x, (8,)), s.w)), s.v))[:, 0], X, ["select", "select", "layer_norm", "linear", "gelu", "linear", "add"]),
+        (lambda s, x: (x + F.linear(F.gelu(F.linear(F.layer_norm(x, (8,)), s.w)), s.v))[:, 0], X, ["select", "layer_norm", "linear", "gelu", "linear", "add"]),
         (lambda s, x: F.linear(x, s.w, s.b)[:, 2:4].exp(), X, ["slice", "linear", "exp"]),
     ],
 )  # fmt: skip
@@ -89,6 +91,10 @@ def test_it_stays(f, x, reason, captured, run):
     "f",
     [
         lambda s, x: F.conv2d(x, s.k3)[:, :, 0],
+        lambda s, x: F.conv2d(x, s.k)[:, :, 0],
+        lambda s, x: F.conv2d(x, s.k)[0],
+        lambda s, x: F.conv2d(x, s.k).mean(1),
+        lambda s, x: F.conv2d(x, s.k).mean((0, 2)),
         lambda s, x: F.linear(x, s.w)[..., 0],
         lambda s, x: F.layer_norm(x, (8,))[..., 0],
         lambda s, x: x.softmax(1)[:, 0],
@@ -100,6 +106,17 @@ def test_what_mixes_its_rows_stays_without_a_word(f, captured, run):
     assert not result.changes
 
 
+def test_twins_are_one_and_move_on(captured, run, ops):
+    """Both readers of the norm want its first row: so does the norm."""
+
+    def f(s, x):
+        y = F.layer_norm(x, (8,))
+        return (F.silu(F.linear(y, s.w)) * F.linear(y, s.w + 1))[:, 0]
+
+    after, _ = run(captured(f, X, **tensors()), SelectEarly())
+    assert ops(after).count("select") == 1 and ops(after).index("select") < ops(after).index("layer_norm")
+
+
 def test_sizes_that_vary(captured, run, ops):
     program = captured(lambda s, x: (F.linear(x, s.w, s.b).relu()[:, -1], F.linear(x, s.w).mean(1)), X, dynamic={"input_0": {0: "batch", 1: "length"}}, **tensors())
     after, _ = run(program, Canonicalize(), SelectEarly())
@@ -108,6 +125,15 @@ def test_sizes_that_vary(captured, run, ops):
         x = torch.randn(shape)
         for a, b in zip(after(x), program(x), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_a_slice_by_a_size_that_is_computed(captured, run):
+    """Its end must stand before it."""
+    program = captured(lambda s, x: F.linear(F.gelu(x), s.w)[:, : x.shape[1] // 4].exp(), X, dynamic={"input_0": {1: "length"}}, **tensors())
+    after, _ = run(program, Canonicalize(), SelectEarly())
+    for length in (4, 16, 40):
+        x = torch.randn(2, length, 8)
+        torch.testing.assert_close(after(x)[0], program(x)[0])
 
 
 def test_left_out_sites_stay(captured, run, ops):
