@@ -82,10 +82,11 @@ def _runs(picture: Picture, members: dict[int, list[int]], depth: int, into: dic
 
 def _form(picture: Picture, dots: Sequence[int], depth: int, into: dict[int, list[int]]) -> tuple[Any, ...]:
     place = {k: n for n, k in enumerate(dots)}
+    steps: dict[str, int] = {}
     found = []
-    for k in dots:
+    for n, k in enumerate(dots):
         dot = picture.dots[k]
         inner = tuple(place.get(a, -1) for a in into[k])
-        step = next((n for n, j in enumerate(dots) if dot.step and picture.dots[j].step == dot.step), -1)
+        step = steps.setdefault(dot.step, n) if dot.step else -1
         found.append((dot.site.split(".")[depth:], dot.op, dot.shape, sorted(inner), step))
     return tuple(map(str, found))
