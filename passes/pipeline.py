@@ -18,6 +18,7 @@ from graphwright.passes.fold_scale import FoldScale
 from graphwright.passes.fold_shift import FoldShift
 from graphwright.passes.fold_uniform import FoldUniform
 from graphwright.passes.fuse_epilogue import FuseEpilogue
+from graphwright.passes.group_queries import GroupQueries
 from graphwright.passes.layout import Layout
 from graphwright.passes.merge_convolutions import MergeConvolutions
 from graphwright.passes.merge_heads import MergeHeads
@@ -57,6 +58,7 @@ DEFAULT: tuple[Pass, ...] = (
     SelectEarly(),           # once norms are folded, a mean may find its convolution; before ops become ours
     Layout(),                # transposes that cancel would stand between a linear and its residual add
     MergeHeads(),            # once transposes have met: attention hands its result to a linear
+    GroupQueries(),          # after both kinds of attention have their final form: neither then copies shared keys
     FuseEpilogue(),          # every matrix op in one form, with what follows it
     MergeConvolutions(),     # with the activations that they have by now: branches that differ in it stay apart
     MergeLinears(),          # last, since only linears without an epilogue of their own may be merged
