@@ -118,9 +118,10 @@ def revert(built: Built, why: str) -> Built:
     """The captured graph, unchanged, op by op; what was noted on the way stays."""
     plain = lower(built.captured, plan={})
     plain.notes[:] = dict.fromkeys([*built.lowered.notes, *plain.notes])
-    raced = {(c.work.site, c.work.op): c.options for c in built.lowered.choices}
-    for choice in plain.choices:  # what was tried and refused there is still worth telling
-        choice.options = raced.get((choice.work.site, choice.work.op), ())
+    raced = {(c.work.site, op): c.options for c in built.lowered.choices for op in (c.work.op, None)}
+    for choice in plain.choices:  # what was tried and refused there, perhaps for what the op had become, is still worth telling
+        others = tuple(o for o in raced.get((choice.work.site, None), ()) if o.name != choice.name)
+        choice.options = raced.get((choice.work.site, choice.work.op), others)
     return Built(built.captured, built.program, built.records, plain, built.seconds, why)
 
 

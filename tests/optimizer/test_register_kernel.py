@@ -157,6 +157,12 @@ def test_a_kernel_for_an_op_of_pytorch_with_keyword_arguments_and_strides():
     assert all(y == (4, 1) for _, y in seen if len(y) == 2)
 
 
+def test_what_was_refused_is_told_also_where_nothing_was_gained():
+    register(lambda *args: args[0], "graphwright.linear", name="linear", supports=lambda *args: "never on a Sunday")
+    fast = gw.optimize(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), torch.randn(1, 4))
+    assert "numpy.linear: refused: never on a Sunday" in fast.explain("0")
+
+
 def test_several_results_are_all_checked():
     @gw.register_op("gwslow.pair", fake=lambda x: [torch.empty_like(x), torch.empty_like(x)])
     def pair(x: Tensor) -> list[Tensor]:
