@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graphwright.backends.aten import COPIES
-from graphwright.backends.base import NATIVE, Candidate, Work
+from graphwright.backends.base import NATIVE, NATIVE_LAST, Candidate, Work
 from graphwright.backends.inductor import Fragment, Run, encode
 from graphwright.lower.graph import Analysis, Region
 from graphwright.ops import CAST, CONTRACTION, ELEMENTWISE, NORM, POOL, QUANT, RANDOM, REDUCTION, SHAPE, SOFTMAX, VIEW
@@ -29,14 +30,21 @@ Chosen = Mapping[Work, tuple[Candidate, Callable[..., Any]]]
 # -- which works -----------------------------------------------------------------------------------------------------
 
 
-def eligible(work: Work, candidate: Candidate) -> bool:
-    """Whether a work may be part of a region: plain float arithmetic or a view, static sizes, native forms."""
-    if candidate.precision != "f32" or candidate.clobbers is not None or {*candidate.needs, *candidate.gives} != {NATIVE}:
+def eligible(work: Work, candidate: Candidate, *, free: bool = False) -> bool:
+    """Whether a work may be part of a region: plain float arithmetic or a view.
+
+    Args:
+        free: sizes may be open and values channels last; else sizes are known and forms native.
+    """
+    if candidate.precision != "f32" or candidate.clobbers is not None or len(candidate.gives) != 1:
         return False
-    if not work.reads or not work.static or work.target is not operator.getitem and not _known(work):
+    if not {*candidate.needs, *candidate.gives} <= ({NATIVE, NATIVE_LAST} if free else {NATIVE}):
+        return False
+    if not work.reads or not (work.static or free) or work.target is not operator.getitem and not _known(work):
         return False
     values = [v for x in (work.out, *(r.value.meta["val"] for r in work.reads)) for v in (x if isinstance(x, (tuple, list)) else [x])]
-    if not all(isinstance(v, Tensor) and v.dtype in _DTYPES and v.device.type == "cpu" and v.numel() for v in [*values, *_constants(work)]):
+    if not all(isinstance(v, Tensor) and v.dtype in _DTYPES and v.device.type == "cpu" and not (work.static and v.numel() == 0)
+               for v in [*values, *_constants(work)]):  # fmt: skip
         return False
     try:
         encode([*work.args, *work.kwargs.values()], lambda value: 0)
@@ -154,29 +162,31 @@ def _constants(work: Work) -> list[Tensor]:
     return found
 
 
-def sound(value: Tensor, strides: Any) -> bool:
-    """Whether a tensor of ``value``'s shape can be made anew with these strides: no overlap, no memory that is mostly gaps."""
-    if not isinstance(strides, (tuple, list)) or len(strides) != value.dim() or not all(type(s) is int for s in strides):
+def sound(shape: Sequence[int], strides: Any) -> bool:
+    """Whether a tensor of this shape can be made anew with these strides: no overlap, no memory that is mostly gaps."""
+    if not isinstance(strides, (tuple, list)) or len(strides) != len(shape) or not all(type(s) is int for s in strides):
         return False
     reach = 0
-    for stride, size in sorted((s, n) for s, n in zip(strides, value.shape, strict=True) if n > 1):
+    for stride, size in sorted((s, n) for s, n in zip(strides, shape, strict=True) if n > 1):
         if stride <= reach:
             return False
         reach += (size - 1) * stride
-    return reach <= _GAPS * value.numel()
+    return reach <= _GAPS * math.prod(shape)
 
 
-def fragment_of(region: Region, strides: Sequence[Sequence[int]]) -> tuple[Fragment, list[Tensor]]:
+def fragment_of(region: Region, strides: Sequence[Sequence[int]],
+                shapes: Sequence[Sequence[int]] | None = None) -> tuple[Fragment, list[Tensor]]:  # fmt: skip
     """The region as data, and the constants that follow its reads among the fragment's inputs.
 
     Args:
-        strides: of ``region.reads``, as the program that runs gives them.
+        strides, shapes: of ``region.reads``, as the program that runs gives them; without shapes those that the program says.
     """
+    shapes = shapes or [n.meta["val"].shape for n in region.reads]
     constants = list({id(c): c for w in region.works for c in _constants(w)}.values())
     number: dict[Any, int] = {node: k for k, node in enumerate(region.reads)}
     number |= {id(c): len(number) + k for k, c in enumerate(constants)}
-    inputs = [(n.meta["val"], tuple(s)) for n, s in zip(region.reads, strides, strict=True)]
-    inputs += [(c, c.stride()) for c in constants]
+    inputs = [(n.meta["val"].dtype, shape, s) for n, shape, s in zip(region.reads, shapes, strides, strict=True)]
+    inputs += [(c.dtype, c.shape, c.stride()) for c in constants]
     steps = []
     for work in region.works:
         places = [number[r.value] for r in work.reads]
@@ -185,7 +195,7 @@ def fragment_of(region: Region, strides: Sequence[Sequence[int]]) -> tuple[Fragm
         op = {"aten.view": "aten.reshape.default", "operator.getitem": "getitem"}.get(work.op, str(work.target))
         steps.append((op, encode(work.args, say), {k: encode(v, say) for k, v in work.kwargs.items()}))
         number[work.node] = len(number)
-    described = tuple((str(v.dtype).removeprefix("torch."), tuple(v.shape), tuple(map(int, s))) for v, s in inputs)
+    described = tuple((str(d).removeprefix("torch."), tuple(map(int, n)), tuple(map(int, s))) for d, n, s in inputs)
     return Fragment(described, tuple(steps), tuple(number[n] for n in region.writes)), constants
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from graphwright.backends import inductor
+from graphwright.backends.base import Format
 from graphwright.backends.inductor import Fragment, FragmentModule, NotCompiled
 from graphwright.errors import InternalError
 from graphwright.kernels.formulas import Unfit
@@ -159,10 +160,10 @@ def _name(group: _Group) -> str:
 
 def _groups(lowered: Lowered, regions: Sequence[Region], example: Sequence[Tensor]) -> tuple[list[_Group], float]:
     """Equal regions together, those that take the longest first; and the time of the whole, in ms."""
-    strides: dict[fx.Node, tuple[int, ...]] = {}  # as they are: kernels may give others than the IR says
+    met: dict[fx.Node, tuple[tuple[int, ...], tuple[int, ...]]] = {}  # as they are: kernels may give others than the IR says
 
     def look(step: Step, args: list[Any]) -> Any:
-        strides.update((value, x.stride()) for value, x in _tensors(step, args))
+        met.update((value, (tuple(x.shape), x.stride())) for value, x in _tensors(step, args))
         return step.call(*args)
 
     runner = emit(lowered.analysis, lowered.chosen, apart=True)
@@ -171,10 +172,12 @@ def _groups(lowered: Lowered, regions: Sequence[Region], example: Sequence[Tenso
     spent = {s.work: ms for s, ms in zip(runner.steps, steps, strict=True) if s.work is not None}
     groups: dict[str, _Group] = {}
     for region in regions:
-        seen = [strides[n] for n in region.reads]
-        if not _sound(region, seen):
+        if not all(n in met for n in region.reads):
+            continue
+        shapes, strides = [met[n][0] for n in region.reads], [met[n][1] for n in region.reads]
+        if not _sound(region, strides, shapes):
             continue  # an expanded input, say: it could not be made anew where another call brings other strides
-        fragment, constants = fragment_of(region, seen)
+        fragment, constants = fragment_of(region, strides, shapes)
         group = groups.setdefault(fragment.text, _Group(fragment, [], [], 0.0))
         group.regions.append(region)
         group.constants.append(constants)
@@ -182,10 +185,12 @@ def _groups(lowered: Lowered, regions: Sequence[Region], example: Sequence[Tenso
     return sorted(groups.values(), key=lambda g: -g.ms), sum(steps)
 
 
-def _sound(region: Region, strides: Any) -> bool:
+def _sound(region: Region, strides: Any, shapes: Any = None) -> bool:
+    """Whether a region reads and gives tensors, of which those that it reads can be made anew with these strides."""
     if not all(isinstance(n.meta["val"], Tensor) for n in (*region.reads, *region.writes)):
         return False
-    return len(strides) == len(region.reads) and all(sound(n.meta["val"], s) for n, s in zip(region.reads, strides, strict=True))
+    shapes = shapes or [n.meta["val"].shape for n in region.reads]
+    return len(shapes) == len(strides) == len(region.reads) and all(sound(n, s) for n, s in zip(shapes, strides, strict=True))
 
 
 def _tensors(step: Step, args: Sequence[Any]) -> Iterator[tuple[fx.Node, Tensor]]:
@@ -221,13 +226,30 @@ def _judged(lowered: Lowered, group: _Group, chosen: Chosen, example: Sequence[T
     if problem:
         return None, f"the code by {who} is not right ({problem}); the chain runs"
     before = [f for f in lowered.fused if set(f.region.works) == set(region.works)]
-    calls = [chain(region, chosen), bind(group.fragment, group.constants[0], run), *(f.call for f in before)]
+    calls = [chain(region, chosen), _call(region, group.fragment, group.constants[0], run, chosen), *(f.call for f in before)]
     plain, fused, *rivals = race(calls, reads)
     best = min(plain, *rivals) if rivals else plain
     if fused > _CLEARLY * best:
         other = "the generated kernel's" if rivals and best < plain else "the chain's"
         return None, f"{fused:.3g} ms through {who} are not clearly below {other} {best:.3g} ms, which stays"
     return _Taken(group, run, maker, fused, plain), f"{fused:.3g} ms through {who}, {plain:.3g} ms op by op"
+
+
+def _call(region: Region, fragment: Fragment, constants: list[Tensor], run: inductor.Run, chosen: Chosen) -> Callable[..., Any]:
+    """A region's function as a step."""
+    if all(w.static for w in region.works):
+        return bind(fragment, constants, run)
+    return spaces.Sized(fragment, constants, chain(region, chosen))
+
+
+def _forms(region: Region, chosen: Chosen) -> tuple[tuple[Format, ...], tuple[Format, ...]]:
+    """The forms in which a region reads and gives its values: those of the kernels that it takes the place of."""
+    needs: dict[fx.Node, Format] = {}
+    for work in region.works:
+        for read, form in zip(work.reads, chosen[work][0].needs, strict=True):
+            needs.setdefault(read.value, form)
+    gives = {w.node: chosen[w][0].gives[0] for w in region.works}
+    return tuple(needs[n] for n in region.reads), tuple(gives[n] for n in region.writes)
 
 
 def check(fragment: Fragment, inputs: Sequence[Tensor], run: inductor.Run) -> str | None:
@@ -251,13 +273,15 @@ def race(calls: Sequence[Callable[..., Any]], reads: Sequence[Tensor]) -> list[f
 def _raced(lowered: Lowered, taken: Sequence[_Taken], example: Sequence[Tensor], say: Callable[[str], None]) -> Lowered:
     """The program with all taken regions if it is faster as a whole; they take the place of those that share a work with them."""
     works = {w for one in taken for region in one.group.regions for w in region.works}
+    chosen = dict(zip(lowered.analysis.works, lowered.chosen, strict=True))
     kept = [(f, entry) for f, entry in zip(lowered.fused, lowered.regions, strict=True) if not works.intersection(f.region.works)]
     fused, saved = [f for f, _ in kept], [entry for _, entry in kept]
     for one in taken:
-        strides = [list(s) for _, _, s in one.group.fragment.inputs]
+        shapes, strides = ([list(r[k]) for r in one.group.fragment.inputs] for k in (1, 2))
         for region, constants in zip(one.group.regions, one.group.constants, strict=True):
-            fused.append(Fused(region, f"{one.maker}.region{len(fused) + 1}", bind(one.group.fragment, constants, one.run), one.maker == "llvm"))
-            saved.append({"nodes": [w.node.name for w in region.works], "strides": strides[: len(region.reads)],
+            call = _call(region, one.group.fragment, constants, one.run, chosen)
+            fused.append(Fused(region, f"{one.maker}.region{len(fused) + 1}", call, one.maker == "llvm", *_forms(region, chosen)))
+            saved.append({"nodes": [w.node.name for w in region.works], "shapes": shapes[: len(region.reads)], "strides": strides[: len(region.reads)],
                           "ms": one.ms, "chain_ms": one.chain_ms, "maker": one.maker})  # fmt: skip
     runner = emit(lowered.analysis, lowered.chosen, fused)
     who = _WORDS[taken[0].maker] if taken[0].maker == "inductor" else "generated kernels"
@@ -296,21 +320,23 @@ def restored(lowered: Lowered, saved: Any) -> Lowered:
             works = [by_name[name] for name in entry["nodes"]]
             cost = float(entry["chain_ms"]) - float(entry["ms"])
             region = Region.of(lowered.analysis, sorted(works, key=lowered.analysis.works.index))
-            if not works or not math.isfinite(cost) or not all(eligible(w, chosen[w][0]) for w in works) or not _sound(region, entry["strides"]):
+            ours, shapes = entry.get("maker") == "llvm", entry.get("shapes")
+            fits = all(eligible(w, chosen[w][0], free=ours) for w in works)
+            if not works or not math.isfinite(cost) or not fits or not _sound(region, entry["strides"], shapes):
                 raise ValueError("its ops or strides may not be those of a region")
-            fragment, constants = fragment_of(region, entry["strides"])
+            fragment, constants = fragment_of(region, entry["strides"], shapes)
             schedule(lowered.analysis, [*(f.region for f in fused), region])
         except (KeyError, TypeError, ValueError, AttributeError, InternalError) as error:
             notes.append(f"a region that the file names does not fit the program ({error}); its ops run one by one")
             continue
-        if entry.get("maker") == "llvm":
+        if ours:
             try:
-                call = bind(fragment, constants, spaces.make(fragment))
+                call = _call(region, fragment, constants, spaces.make(fragment), chosen)
             except Unfit as error:
                 notes.append(f"{region.head.site}: no kernel can be generated for its region here ({error}); its {len(works)} ops run one by one, "
                              f"which took {max(cost, 0.0):.2g} ms longer where it was measured")  # fmt: skip
                 continue
-            fused.append(Fused(region, f"llvm.region{len(fused) + 1}", call, True))
+            fused.append(Fused(region, f"llvm.region{len(fused) + 1}", call, True, *_forms(region, chosen)))
             kept.append(entry)
             continue
         run, why = inductor.open_library(fragment), inductor.reason()

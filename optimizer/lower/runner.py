@@ -201,14 +201,17 @@ class Fused:
 
     Attributes:
         name: ``"inductor.region1"``.
-        call: tensors of ``region.reads``, native, to those of ``region.writes``: one by itself, several in a tuple or list.
+        call: tensors of ``region.reads`` to those of ``region.writes``: one by itself, several in a tuple or list.
         fresh: what it gives shares memory with nothing.
+        needs, gives: the forms of what it reads and gives; all native where there are none.
     """
 
     region: Region
     name: str
     call: Callable[..., Any]
     fresh: bool = False
+    needs: tuple[Format, ...] = ()
+    gives: tuple[Format, ...] = ()
 
 
 def emit(analysis: Analysis, chosen: Sequence[tuple[Candidate, Callable[..., Any]]], fused: Sequence[Fused] = (), *,
@@ -265,8 +268,8 @@ class _Emitter:
 
     def _region(self, fused: Fused) -> None:
         region = fused.region
-        reads = tuple(self._form(value, NATIVE) for value in region.reads)
-        writes = tuple(self._new(value, NATIVE) for value in region.writes)
+        reads = tuple(self._form(value, form) for value, form in zip(region.reads, fused.needs or [NATIVE] * len(region.reads), strict=True))
+        writes = tuple(self._new(value, form) for value, form in zip(region.writes, fused.gives or [NATIVE] * len(region.writes), strict=True))
         if not fused.fresh:
             self.borrowed.update(reads, writes)  # what it gives may be several views of one tensor
         self.steps.append(Step(fused.call, reads, writes, (), region.head.site, fused.name, region.head, () if fused.fresh else reads))

@@ -10,25 +10,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from graphwright.backends.base import Work
+from graphwright.backends.base import Slot, Work
 from graphwright.backends.inductor import Fragment, FragmentModule, Run
-from graphwright.kernels.formulas import REDUCTIONS, ROWS, Unfit
+from graphwright.kernels.formulas import FAMILY, REDUCTIONS, ROWS, Call, Term, Unfit
 from graphwright.kernels.generate import generate
 from graphwright.kernels.generated import Generated
-from graphwright.lower.chains import Chosen, Grouping, eligible
+from graphwright.lower.chains import Chosen, Grouping, eligible, sound
 from graphwright.lower.graph import Analysis, Region
+from graphwright.lower.stopwatch import FLOORS_DB
+from graphwright.numerics import sqnr_db
 from graphwright.ops import VIEW
+from graphwright.ops.axes import same
 
 _GLUED = ("cat", "concat")
+#: Sizes of one region for which kernels are kept.
+_SIZES = 32
 
 
 def find(analysis: Analysis, chosen: Chosen) -> list[Region]:
     """Maximal regions of two ops at least that one generated kernel may serve, with the views that they alone read."""
-    groups = _Spaces(analysis, lambda w: _known(w) and eligible(w, chosen[w][0])).run()
+    groups = _Spaces(analysis, lambda w: _known(w) and eligible(w, chosen[w][0], free=True)).run()
     return [Region.of(analysis, works) for works in _with_looks(analysis, [g for g in groups if len(g) > 1], chosen)]
 
 
@@ -39,7 +45,28 @@ def bare(analysis: Analysis, region: Region) -> Region | None:
 
 
 def _known(work: Work) -> bool:
-    return isinstance(work.out, Tensor) and work.out.dim() > 0 and (_name(work) in ROWS or _name(work) in _GLUED)
+    if not isinstance(work.out, Tensor) or work.out.dim() == 0 or not isinstance(_space(work)[-1], int):
+        return False  # the other sizes may be open
+    if _name(work) in _GLUED:
+        return work.named["dim"] in (-1, work.out.dim() - 1)
+    return _name(work) in ROWS and _computable(work)
+
+
+def _computable(work: Work) -> bool:
+    """Whether there is a formula for this op with these arguments."""
+
+    def term(value: Any) -> Any:
+        if isinstance(value, (Slot, Tensor)):
+            tensor = work.val(value.index) if isinstance(value, Slot) else value
+            return Term("read", FAMILY[tensor.dtype], text="0")
+        return None if isinstance(value, (torch.dtype, torch.device, torch.memory_format, torch.layout)) else value
+
+    try:
+        space, family = _space(work), FAMILY[work.out.dtype]
+        made = ROWS[_name(work)](Call({k: term(v) for k, v in work.named.items()}, family, space[-1], len(space)))
+    except (Unfit, KeyError, AttributeError):
+        return False
+    return made.family == family
 
 
 def _name(work: Work) -> str:
@@ -63,7 +90,7 @@ class _Spaces(Grouping):
     def fits(self, before: int, after: int) -> bool:
         one, other = self.works[before], self.works[after]
         a, b = _space(one), _space(other)
-        if len(a) != len(b) or a[:-1] != b[:-1]:
+        if len(a) != len(b) or not all(same(m, n) for m, n in zip(a[:-1], b[:-1], strict=True)):
             return False
         if _name(other) in _GLUED and a[-1] != b[-1]:
             alone = len(one.node.users) == 1 and len(self._widths(before)) == 1
@@ -86,7 +113,7 @@ def _with_looks(analysis: Analysis, groups: Sequence[list[Work]], chosen: Chosen
         if len(users) != 1 or None in users or work.node in returned or not work.has(VIEW) or _name(work) in _GLUED:
             continue
         sources = [r.value for r in work.reads]
-        if len(sources) == 1 and isinstance(sources[0].meta["val"], Tensor) and sources[0] not in home and eligible(work, chosen[work][0]):
+        if len(sources) == 1 and isinstance(sources[0].meta["val"], Tensor) and sources[0] not in home and eligible(work, chosen[work][0], free=True):
             (k,) = users
             home[work.node] = k
             looks[k].append(work)
@@ -104,11 +131,61 @@ def make(fragment: Fragment) -> Run:
 
 
 @functools.lru_cache(256)
-def _made(text: str) -> Run:
+def _made(text: str) -> Generated:
     fragment = Fragment.of(text)
     with torch.no_grad():
         values = FragmentModule(fragment).trace(fragment.zeros())
     return Generated(generate(fragment.inputs, fragment.steps, fragment.outputs, values))
 
 
-__all__ = ["Unfit", "bare", "find", "make"]
+class Sized:
+    """A region whose sizes are open: a kernel for each that comes, made when it first comes; few texts serve them all.
+
+    Past a number of sizes, and for those that no kernel can be generated for, the ops run one by one.
+    """
+
+    def __init__(self, fragment: Fragment, constants: Sequence[Tensor], plain: Callable[..., Any]):
+        self._fragment, self._constants, self._plain = fragment, tuple(constants), plain
+        self._known: dict[Any, Callable[..., Any]] = {}
+        self._checked: set[str] = set()
+
+    def __call__(self, *reads: Tensor) -> Any:
+        key = tuple([(x.shape, x.stride()) for x in reads])
+        call = self._known.get(key)
+        if call is None:
+            call = self._made(reads)
+            if len(self._known) < _SIZES:
+                self._known[key] = call
+        return call(*reads)
+
+    def _made(self, reads: Sequence[Tensor]) -> Callable[..., Any]:
+        old = self._fragment
+        inputs = tuple((d, tuple(x.shape), x.stride()) for (d, _, _), x in zip(old.inputs, reads, strict=False))
+        if len(self._known) >= _SIZES or not all(sound(shape, strides) and x.numel() for (_, shape, strides), x in zip(inputs, reads, strict=True)):
+            return self._plain
+        try:
+            made = _made(Fragment((*inputs, *old.inputs[len(inputs) :]), old.steps, old.outputs).text)
+        except Unfit:
+            return self._plain
+        constants, single = self._constants, len(old.outputs) == 1
+
+        def call(*reads: Tensor) -> Any:
+            results = made([*reads, *constants])
+            return results[0] if single else results
+
+        if made.source.name not in self._checked:
+            wanted, got = self._plain(*reads), call(*reads)
+            pairs = [(wanted, got)] if single else list(zip(wanted, got, strict=True))
+            if not all(_agree(a, b) for a, b in pairs):
+                return self._plain
+            self._checked.add(made.source.name)
+        return call
+
+
+def _agree(wanted: Tensor, got: Tensor) -> bool:
+    if not wanted.is_floating_point():
+        return torch.equal(wanted, got)
+    return wanted.shape == got.shape and sqnr_db(wanted.nan_to_num(), got.nan_to_num()) >= FLOORS_DB["f32"]
+
+
+__all__ = ["Sized", "Unfit", "bare", "find", "make"]
