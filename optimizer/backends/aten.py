@@ -23,6 +23,7 @@ from graphwright.backends.base import (
     has_layouts,
     hint,
 )  # fmt: skip
+from graphwright.backends.direct import direct, without_defaults
 from graphwright.backends.room import append
 from graphwright.ops import CAST, CONTRACTION, ELEMENTWISE, LAYOUT_FREE, POOL, RANDOM, VIEW
 
@@ -92,9 +93,15 @@ def implementation(work: Work) -> Callable[..., Any]:
         return _reinterpreting(work)
     if work.op == "graphwright.cache_append":
         target = append
-    if work.args and not work.kwargs and all(isinstance(a, Slot) and a.index == k for k, a in enumerate(work.args)):
-        return target
-    fill = filler(work.args, work.kwargs)
+    kwargs = without_defaults(target, work.kwargs)
+    target, count = direct(target), sum(isinstance(a, Slot) for a in work.args)
+    in_order = all(isinstance(a, Slot) and a.index == k for k, a in enumerate(work.args[:count]))
+    if count and count == len(work.reads) and in_order:  # what is read, then constants
+        rest = work.args[count:]
+        if not rest and not kwargs:
+            return target
+        return (lambda *reads: target(*reads, *rest, **kwargs)) if kwargs else (lambda *reads: target(*reads, *rest))
+    fill = filler(work.args, kwargs)
 
     def run(*reads: Any) -> Any:
         args, kwargs = fill(*reads)
