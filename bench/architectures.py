@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import sys
 import time
 import warnings
@@ -32,6 +33,7 @@ from graphwright.capture import capture
 from graphwright.ir import Program, args_by_name
 from graphwright.manager import PassRecord, Pipeline
 from graphwright.numerics import Exact, run_double
+from graphwright.ops.fused import activation_of
 from graphwright.passes.pipeline import default_recipe
 from graphwright.structure import flatten, flatten_call
 
@@ -42,8 +44,8 @@ Records = Sequence[PassRecord]
 # -- counting --------------------------------------------------------------------------------------------------------
 
 
-def _changes(name: str) -> Callable[[Program, Records], int]:
-    return lambda program, records: sum(len(r.result.changes) for r in records if r.name == name)
+def _changes(name: str, saying: str = "") -> Callable[[Program, Records], int]:
+    return lambda program, records: sum(saying in what for r in records if r.name == name for _, what in r.result.changes)
 
 
 def _nodes(*ops: str, where: Callable[[dict[str, Any]], bool] = lambda given: True) -> Callable[[Program, Records], int]:
@@ -53,6 +55,20 @@ def _nodes(*ops: str, where: Callable[[dict[str, Any]], bool] = lambda given: Tr
 def _op(node: fx.Node) -> str:
     schema = getattr(node.target, "_schema", None)
     return schema.name.replace("::", ".") if schema is not None else ""
+
+
+def _gates(program: Program, records: Records) -> int:
+    """Products of a part of something with an activation of its other part."""
+
+    def part(node: Any) -> Any:
+        return node.args[0] if isinstance(node, fx.Node) and node.target is operator.getitem else None
+
+    def active(node: Any) -> Any:
+        known = isinstance(node, fx.Node) and _op(node) and activation_of(node.target, args_by_name(node))
+        return part(node.args[0]) if known else None
+
+    pairs = [tuple(n.args[:2]) for n in program.nodes if _op(n) == "aten.mul"]
+    return sum(any(part(b) is not None and part(b) is active(a) for a, b in (p, p[::-1])) for p in pairs)
 
 
 OURS = ("graphwright.linear", "graphwright.conv")
@@ -68,7 +84,8 @@ FUSIONS: dict[str, tuple[str, Callable[[Program, Records], int]]] = {
     "raised activations": ("activations written out in the model", _changes("raise-activations")),
     "activations": ("activations drawn into a linear or convolution", _nodes(*OURS, where=lambda g: g["activation"] != "none")),
     "residuals": ("residual adds drawn into a linear or convolution", _nodes(*OURS, where=lambda g: g["other"] is not None)),
-    "merged": ("groups of linears merged into one", _changes("merge-linears")),
+    "merged": ("groups of linears merged into one", _changes("merge-linears", "linears merged")),
+    "gates": ("gated feed-forward parts (SwiGLU, GeGLU) over one product", _gates),
     "batch norms": ("batch norms folded", _changes("fold-batch-norm")),
     "softmax": ("softmaxes left by themselves", _nodes("aten.softmax", "aten._softmax")),
 }  # fmt: skip

@@ -38,6 +38,10 @@ def encoder(*, pooler: bool = True, raised_activations: int = 0, **each: int) ->
                       + several(norms=1, activations=int(pooler)))  # fmt: skip
 
 
+#: A gated feed-forward part: gate and up become one more merged linear, its activation a pass over their product.
+GATED = {"merged": 2, "activations": 0, "gates": 1}
+
+
 def decoder(*, rms: bool = False, first: int = 0, **each: int) -> Formula:
     """Layers and a last norm, RMS norms written out; ``first``: norms of the embeddings."""
 
@@ -53,7 +57,7 @@ def soft_capped(c: Any) -> Counter[str]:
     which their linear can take in where its weight is its own, since it is to be divided by the cap first."""
     n = depth(c)
     norms, capped = 4 * n + 1, int(not c.tie_word_embeddings)
-    return several(norms=norms, raised_norms=norms, merged=n, activations=n + capped, softmax=n)
+    return several(norms=norms, raised_norms=norms, merged=2 * n, gates=n, activations=capped, softmax=n)
 
 
 def mixed_by_fourier(c: Any) -> Counter[str]:
@@ -85,8 +89,10 @@ def _pair(encoders: int, decoders: int, outside: int) -> Counter[str]:
 
 def t5(c: Any) -> Counter[str]:
     found = _pair(c.num_layers, c.num_decoder_layers, 2)
-    gated = several(raised_activations=c.num_layers + c.num_decoder_layers) if c.is_gated_act else Counter()
-    return found + gated + several(raised_norms=found["norms"])
+    n = c.num_layers + c.num_decoder_layers
+    if c.is_gated_act:
+        found = found + several(raised_activations=n, merged=n, gates=n) - several(activations=n)
+    return found + several(raised_norms=found["norms"])
 
 
 def bart(outside: int, *, convolutions: int = 0) -> Formula:

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 
 from graphwright.ir import Program, arg, args_by_name, site_of, sites_of
 from graphwright.manager import Pass, PassResult
-from graphwright.passes._nodes import escapes, is_op, renew, sweep, trainable, val
+from graphwright.ops.fused import activation_call
+from graphwright.passes._nodes import escapes, is_op, only_user, renew, same_kind, sweep, trainable, val
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,14 @@ class MergeLinears(Pass):
 
     def run(self, program: Program) -> PassResult:
         result = PassResult()
+        pairs = self._gates(program, result)
         groups: dict[Any, list[fx.Node]] = {}
         for node in program.nodes:
             if not is_op(node, "aten.linear", "graphwright.linear"):
                 continue
             given = args_by_name(node)
             x = given.get("x", given.get("input"))
-            key = (x, node.target, given.get("activation"), tuple(given.get("scalars", ())))
+            key = (x, node.target, given.get("activation"), tuple(given.get("scalars", ())), pairs.get(node))
             groups.setdefault(key, []).append(node)
         shared = _repeated(program, groups.values())
         for nodes in groups.values():
@@ -48,21 +50,37 @@ class MergeLinears(Pass):
         sweep(program, result)
         return result
 
+    def _gates(self, program: Program, result: PassResult) -> dict[fx.Node, fx.Node]:
+        """``activation(gate(x)) * up(x)``: the activation is taken out of the gate's linear again, so that both become one.
+
+        What is left behind the product is one elementwise pass, as it was.
+
+        Returns:
+            The linears of such pairs, and the multiplication of each.
+        """
+        found: dict[fx.Node, fx.Node] = {}
+        for node in program.nodes:
+            if not is_op(node, "aten.mul") or not all(is_op(a, "graphwright.linear") for a in node.args[:2]):
+                continue
+            gate, up = node.args[:2] if arg(node.args[0], "activation") != "none" else node.args[1::-1]
+            fits = arg(gate, "x") is arg(up, "x") and arg(gate, "activation") != "none" and arg(up, "activation") == "none"
+            both = [n for n in (gate, up) if only_user(n) is node and self.selects(sites_of(n)) and _reason(self, program, n) is None]
+            if not fits or len(both) < 2 or not same_kind(gate, up):
+                continue
+            target, options = activation_call(arg(gate, "activation"), arg(gate, "scalars"))
+            given = {**args_by_name(gate), "activation": "none", "scalars": []}
+            with program.graph.inserting_before(gate):
+                plain = program.call(gate.target, *given.values(), like=gate)  # type: ignore[arg-type]
+                active = program.call(target, plain, like=gate, **options)
+            result.change(site_of(gate), f"{arg(gate, 'activation')} taken out, to compute {site_of(up)} with it")
+            program.replace(gate, active)
+            found |= {plain: node, up: node}
+        return found
+
     def _left_out(self, program: Program, node: fx.Node, result: PassResult, shared: set[fx.Node]) -> bool:
         if self.refused(result, node):
             return True
-        weight, bias = program.constant(arg(node, "weight")), arg(node, "bias")
-        reason = None
-        if weight is None or (bias is not None and program.constant(bias) is None):
-            reason = "its weight or bias is no constant"
-        elif args_by_name(node).get("other") is not None:
-            reason = "it adds a residual of its own"
-        elif len(arg(node, "weight").users) > 1 and node not in shared:
-            reason = f"its weight {arg(node, 'weight').target} is read elsewhere too: it would be stored twice"
-        elif weight.shape[0] >= self.max_columns:
-            reason = f"it has {weight.shape[0]} columns and fills the machine by itself"
-        elif escapes(program, node):
-            reason = "it leaves the program, and would share memory with the others"
+        reason = _reason(self, program, node, node in shared)
         if reason:
             result.refuse(site_of(node), reason)
         return reason is not None
@@ -95,6 +113,22 @@ class MergeLinears(Pass):
             program.graph.erase_node(node)
         renew(program, parts_out)
         result.change(sites[0], f"{len(nodes)} linears merged: {', '.join(sites)}")
+
+
+def _reason(limits: MergeLinears, program: Program, node: fx.Node, shared: bool = False) -> str | None:
+    """Why a linear is not to be merged with others, whichever these are."""
+    weight, bias = program.constant(arg(node, "weight")), arg(node, "bias")
+    if weight is None or (bias is not None and program.constant(bias) is None):
+        return "its weight or bias is no constant"
+    if args_by_name(node).get("other") is not None:
+        return "it adds a residual of its own"
+    if len(arg(node, "weight").users) > 1 and not shared:
+        return f"its weight {arg(node, 'weight').target} is read elsewhere too: it would be stored twice"
+    if weight.shape[0] >= limits.max_columns:
+        return f"it has {weight.shape[0]} columns and fills the machine by itself"
+    if escapes(program, node):
+        return "it leaves the program, and would share memory with the others"
+    return None
 
 
 def _repeated(program: Program, groups: Iterable[list[fx.Node]]) -> set[fx.Node]:

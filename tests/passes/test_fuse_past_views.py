@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -140,3 +141,47 @@ def test_parts_of_a_constant_are_constants(captured, run, body):
 
     after, _ = run(captured(f, X, **matrices(2)), FoldConstants())
     assert "chunk" not in body(after) and body(after).count(" = ") == 2
+
+
+def test_golden_gate_and_up_projection_are_one_product(captured, run, body):
+    """SwiGLU: what the epilogue had taken in comes out again, and both parts come of one linear."""
+    after, result = run(captured(lambda s, x: nn.functional.silu(linear(x, s.a)) * linear(x, s.b), X, **matrices(2)), FuseEpilogue(), MergeLinears())
+    assert body(after) == (
+        "linear_default_6: f32[2, 3, 16] = graphwright.linear(input_0, a_merged, None, None, 'none', [])  # linear, silu, linear#2\n"
+        "split_with_sizes_default: (f32[2, 3, 8], f32[2, 3, 8]) = aten.split_with_sizes(linear_default_6, [8, 8], -1)  # linear, silu, linear#2\n"
+        "getitem: f32[2, 3, 8] = operator.getitem(split_with_sizes_default, 0)  # linear, silu\n"
+        "getitem_1: f32[2, 3, 8] = operator.getitem(split_with_sizes_default, 1)  # linear#2\n"
+        "silu_default_1: f32[2, 3, 8] = aten.silu(getitem)  # linear, silu\n"
+        "mul_tensor: f32[2, 3, 8] = aten.mul.Tensor(silu_default_1, getitem_1)  # mul\n"
+        "return (mul_tensor)"
+    )
+    assert result.changes == [("linear", "silu taken out, to compute linear#2 with it"), ("linear", "2 linears merged: linear, silu, linear#2")]
+
+
+def test_gates_are_merged_by_themselves_where_more_reads_their_input(captured, run):
+    """Cohere's: query, key and value read what gate and up read; each kind is one product."""
+
+    def f(s, x):
+        return linear(x, s.c).sin() + linear(x, s.d).cos(), linear(x, s.b) * nn.functional.gelu(linear(x, s.a))
+
+    after, _ = run(captured(f, X, **matrices(4)), FuseEpilogue(), MergeLinears())
+    assert sorted(n for n in after.tensors() if "merged" in n) == ["b_merged", "c_merged"]
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda s, x: nn.functional.silu(linear(x, s.a)) * linear(x.sin(), s.b),  # of two inputs
+        lambda s, x: nn.functional.silu(linear(x, s.a)) * nn.functional.silu(linear(x, s.b)).exp(),  # no product of linears
+        lambda s, x: (lambda u: nn.functional.silu(linear(x, s.a)) * u + u)(linear(x, s.b)),  # noqa: PLC3002  read twice
+        lambda s, x: nn.functional.silu(linear(x, s.a)) * linear(x, s.a.sin()),  # a weight that is computed
+    ],
+)
+def test_gates_that_keep_their_activation(f, captured, run):
+    after, _ = run(captured(f, X, **matrices(2)), FuseEpilogue(), MergeLinears())
+    assert "'silu'" in after.text()
+
+
+def test_wide_gates_stay_apart(captured, run):
+    after, result = run(captured(lambda s, x: nn.functional.silu(linear(x, s.a)) * linear(x, s.b), X, **matrices(2)), FuseEpilogue(), MergeLinears(max_columns=8))
+    assert not result.changes and "'silu'" in after.text()
