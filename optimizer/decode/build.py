@@ -15,7 +15,7 @@ from graphwright.backends.packs import shared
 from graphwright.calibrate import Calibration
 from graphwright.capture.rehearse import untouched
 from graphwright.decode import race
-from graphwright.decode.convention import Convention, Prompt, flat_cache, split_output
+from graphwright.decode.convention import Convention, Prompt, split_output
 from graphwright.decode.decoder import Decoder, Traits
 from graphwright.decode.sharing import Shelf
 from graphwright.errors import CalibrationError, InputError, UnsupportedError
@@ -261,4 +261,4 @@ def _check_names(decoder: Decoder) -> None:
                                where=_WHERE, hint="gw.optimize(model, inputs) serves single calls of such a model.")  # fmt: skip
 
 
-__all__ = ["Calls", "flat_cache", "optimize_decoder"]
+__all__ = ["Calls", "optimize_decoder"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graphwright.errors import InputError, UnsupportedError
-from graphwright.structure import Spec, flatten
+from graphwright.structure import Spec
 
 PAST = "past_key_values"
 _INPUT = re.compile(r"^\[1\]\['(\w+)'\](.*)$")
@@ -195,14 +195,6 @@ class Prompt:
             raise InputError("the prompts are not padded on the left: a row's mask must be zeros, then ones", where=where,
                              hint='Pad on the left (tokenizer.padding_side = "left"): the next token follows the last column.')  # fmt: skip
         return cls(ids, mask, not bool(mask.all()))
-
-
-def flat_cache(past: Any, names: Sequence[str] | None = None) -> tuple[tuple[str, ...], list[Tensor]]:
-    """A cache's tensors and their names, in the order of the names."""
-    leaves, spec = flatten(past, name=PAST)
-    found = dict(zip(spec.paths(), leaves, strict=True))
-    names = tuple(sorted(found)) if names is None else names
-    return tuple(names), [found[n] for n in names]
 
 
 def split_output(output: Any) -> tuple[Tensor, Any]:
