@@ -354,8 +354,10 @@ class _Job:
         here = {s for d in rows for s in d.sites}
         if self.others:
             some = list(self.others)
+            far = any(m.error().sqnr_db < _SAME_DB for _, m in self.outputs.values())
+            why = "a pass moved the site, or this is not the model that the result was made from" if far else "a pass moved the site"
             self._note(f"{len(some)} op{'s give' if len(some) > 1 else ' gives'} by meaning another value than the original's of that site "
-                       f"({', '.join(some[:3])}{', …' if len(some) > 3 else ''}): a pass moved the site, or this is not the model that the result was made from")
+                       f"({', '.join(some[:3])}{', …' if len(some) > 3 else ''}): {why}")
         if self.sites and not here and not self.others:
             self._note("the result and this model have no site in common: is it the model that the result was made from?")
         outputs = tuple(OutputError(path, shape, m.error(), m.differing, m.count) for path, (shape, m) in self.outputs.items())
