@@ -117,7 +117,8 @@ def economized(built: Built, limit_mb: float, say: Say) -> Built:
 def revert(built: Built, why: str) -> Built:
     """The captured graph, unchanged, op by op; what was noted on the way stays."""
     plain = lower(built.captured, plan={})
-    plain.notes[:] = dict.fromkeys([*built.lowered.notes, *plain.notes])
+    kept = [n for n in built.lowered.notes if not n.startswith(economy.NOTE)]  # its peak is another
+    plain.notes[:] = dict.fromkeys([*kept, *plain.notes])
     raced = {(c.work.site, op): c.options for c in built.lowered.choices for op in (c.work.op, None)}
     for choice in plain.choices:  # what was tried and refused there, perhaps for what the op had become, is still worth telling
         others = tuple(o for o in raced.get((choice.work.site, None), ()) if o.name != choice.name)

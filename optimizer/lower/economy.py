@@ -23,7 +23,10 @@ from graphwright.lower.runner import Base, Runner, settle
 from graphwright.memory import peak
 
 #: values made again at the most, steps in a row that one may take, and seconds for looking
-_ROUNDS, _DEPTH, _SECONDS = 200, 4, 20.0
+_ROUNDS, _DEPTH, _SECONDS = 200, 8, 20.0
+
+#: how every note of this module begins that speaks of the peak
+NOTE = "memory goal"
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,16 @@ def economize(lowered: Lowered, example: Sequence[Tensor], limit_mb: float, say:
         search = _Search(base, _measure(lowered.runner, base, example))
         sequence = search.run(int(limit_mb * 2**20))
         if sequence is None:
-            return _noted(lowered, f"memory goal {limit_mb:.3g} MB: no other order of the steps and nothing made again lowers the peak of {before.mb:.3g} MB")
+            return _noted(lowered, f"{NOTE} {limit_mb:.3g} MB: no other order of the steps and nothing made again lowers the peak of {before.mb:.3g} MB")
         runner = settle(base, sequence)
         wanted, got = _answer(lowered.runner, example), _answer(runner, example)
         after = peak(lambda: runner(*example))
     if after is None or after.mb >= before.mb or not all(map(_equal, wanted, got)):
-        return _noted(lowered, f"memory goal {limit_mb:.3g} MB: the peak stays at {before.mb:.3g} MB; the orders that were tried do not lower it when they run")
+        return _noted(lowered, f"{NOTE} {limit_mb:.3g} MB: the peak stays at {before.mb:.3g} MB; the orders that were tried do not lower it when they run")
     again = len(sequence) - len(base.steps)
     how = " and ".join(["another order of the steps"] * search.reordered + [f"{again} steps run again"] * bool(again))
     met = "met" if after.mb <= limit_mb else "not met"
-    return dataclasses.replace(_noted(lowered, f"memory goal {limit_mb:.3g} MB {met}: {how} brings the peak from {before.mb:.3g} to {after.mb:.3g} MB"),
+    return dataclasses.replace(_noted(lowered, f"{NOTE} {limit_mb:.3g} MB {met}: {how} brings the peak from {before.mb:.3g} to {after.mb:.3g} MB"),
                                runner=runner, sequence=sequence)  # fmt: skip
 
 
