@@ -199,6 +199,8 @@ def _float_linear(work: Work, m: Matrix, allowed: frozenset[str]) -> Iterator[Ca
     yield Candidate("onednn.f32", needs, (NATIVE,), "f32", functools.partial(_build_float_linear, work, m, torch.float32))
     if torch.backends.mkl.is_available() and work.static:
         yield Candidate("mkl.f32", needs, (NATIVE,), "f32", functools.partial(_build_mkl_linear, work, m))
+    elif not work.static:  # packed for one number of rows the weight serves no other: as it is it serves all alike
+        yield Candidate("aten.linear", needs, (NATIVE,), "f32", functools.partial(_build_plain_linear, m))
     if "bf16" in allowed:
         yield Candidate("onednn.bf16", _needs(work, m, BF16, BF16), (BF16,), "bf16",
                         functools.partial(_build_float_linear, work, m, torch.bfloat16))  # fmt: skip
@@ -219,6 +221,14 @@ def _build_float_linear(work: Work, m: Matrix, dtype: torch.dtype) -> Callable[.
         return lambda *r: finish(call(r[x], weight, bias, "none", [], ""))
     finish, binary = _finish(m, False), torch.ops.mkldnn._linear_pointwise.binary
     return lambda *r: finish(binary(r[x], r[other].contiguous(), weight, bias, "add"))
+
+
+def _build_plain_linear(m: Matrix) -> Callable[..., Tensor]:
+    call, weight, bias, x, other = torch._C._nn.linear, m.weight.detach(), m.bias, m.x, m.other
+    finish = _finish(m, False)
+    if other is None:
+        return (lambda *r: call(r[x], weight, bias)) if m.activation == "none" else (lambda *r: finish(call(r[x], weight, bias)))
+    return lambda *r: finish(call(r[x], weight, bias).add_(r[other]))
 
 
 def _build_mkl_linear(work: Work, m: Matrix) -> Callable[..., Tensor]:

@@ -47,7 +47,7 @@ class Stopwatch:
         self._cache = JsonCache("timings")
         self._fresh = fresh
         self._known: dict[str, float | str] = {}
-        self._base = json.dumps([machine(), torch.get_num_threads(), self.cold, 2], sort_keys=True)
+        self._base = json.dumps([machine(), torch.get_num_threads(), self.cold, 3], sort_keys=True)
         self.measured = 0
 
     def work(self, work: Work, options: Sequence[Candidate]) -> list[float | str]:
