@@ -12,7 +12,7 @@ from torch import fx
 from graphwright.ir import Program, arg, args_by_name, op_name, set_arg, site_of, sites_of
 from graphwright.manager import Pass, PassResult
 from graphwright.passes import _affine as affine
-from graphwright.passes._nodes import is_op, readers, sweep
+from graphwright.passes._nodes import is_op, readers, same_sizes, sweep, val
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,9 @@ def _widths(node: fx.Node) -> list[tuple[int, int]] | str:
 
 def _reason(program: Program, node: fx.Node, by: Sequence[tuple[int, int]]) -> str | None:
     axes = len(by)
+    rest = val(node).ndim - axes
+    if not same_sizes(val(node).shape[:rest], val(node.args[0]).shape[:rest]):  # torch's own shape rule of pad fixes some sizes that vary
+        return f"it gives {list(val(node).shape)} where what it pads is {list(val(node.args[0]).shape)}: sizes would vary again"
     others = [u for u in node.users if not is_op(u, *affine.CONVOLUTIONS) or arg(u, "input") is not node]
     if others:
         return f"it is read by {readers(node, set(node.users) - set(others))}, no convolution"

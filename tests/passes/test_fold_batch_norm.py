@@ -368,3 +368,16 @@ def test_a_factor_that_is_computed_is_none_of_its_business(captured, run):
         captured(lambda s, x: F.linear(x, s.w) * x[:, :4], torch.randn(2, 8), w=torch.randn(4, 8)), FoldScale()
     )
     assert not result.changes and not result.refusals
+
+
+def test_a_pad_that_fixed_a_size_stays(captured, run, ops):
+    """Torch's shape rule for a pad of a pad gives the example's batch: what reads it was made for that."""
+
+    def f(s, x):
+        y = F.conv2d(F.pad(x, (0, 1, 0, 1)), s.w, stride=2).clamp(0, 6)
+        return F.conv2d(F.pad(y, (1, 1, 1, 1)), s.v)
+
+    program = captured(f, torch.randn(2, 3, 8, 8), dynamic="auto", w=torch.randn(4, 3, 3, 3), v=torch.randn(2, 4, 3, 3))
+    after, _ = run(program, FoldPadding())
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(after(x)[0], program(x)[0])
