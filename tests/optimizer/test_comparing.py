@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import graphwright as gw
 from graphwright.capture.rehearse import untouched
-from graphwright.comparing import Meter, arranged
+from graphwright.meters import Meter, arranged
 from graphwright.numerics import sqnr_db
 
 

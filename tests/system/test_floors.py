@@ -19,7 +19,7 @@ FLOORS = [
     ["passes"],
     ["backends", "lower"],
     ["search", "store", "report"],
-    ["api", "bisecting", "comparing", "explaining", "repro", "optimized", "profiling", "saving", "reporting", "checkup", "cli", "console", "userfile", "listing", "demo", "microbench", "testing", "dynamo", "decode"],
+    ["api", "bisecting", "comparing", "meters", "explaining", "repro", "optimized", "profiling", "saving", "reporting", "checkup", "cli", "console", "userfile", "listing", "demo", "microbench", "testing", "dynamo", "decode"],
 ]  # fmt: skip
 FLOOR = {f"graphwright.{name}": k for k, names in enumerate(FLOORS) for name in names} | {"graphwright": len(FLOORS) - 1}
 
