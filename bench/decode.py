@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import results
-from bench.run import _command, _positive
+from bench.run import _positive
 
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = "graphwright-decode-bench/1"
@@ -205,7 +205,7 @@ def run(names: Sequence[str], peers: Sequence[str], settings: Settings, out: Pat
     for word, known in [(n, entries) for n in names] + [(p, PEERS) for p in peers]:
         if word not in known:
             raise KeyError(f"no {word!r}; known: {', '.join(known)}")
-    record = {"schema": SCHEMA, "date": results.now(), "commit": results.commit(ROOT), "command": _command(sys.argv), "machine": results.machine(),
+    record = {"schema": SCHEMA, "date": results.now(), "commit": results.commit(ROOT), "command": results.command(sys.argv), "machine": results.machine(),
               "versions": results.versions(), "settings": asdict(settings), "models": []}  # fmt: skip
     for name in names:
         record["models"].append(measure(entries[name], peers, settings, say))
