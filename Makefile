@@ -11,13 +11,16 @@ PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
             $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
 MODEL  ?= minilm
 
-.PHONY: demo test quick lint clean
+.PHONY: demo test soak quick lint clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.with-demo
 	$(VENV)/bin/graphwright demo --model $(MODEL)
 
 test: $(VENV)/.with-test
+	$(PY) -m pytest -m "not soak"
+
+soak: $(VENV)/.with-test
 	$(PY) -m pytest -m ""
 
 quick: $(VENV)/.with-test

@@ -49,7 +49,7 @@ def test_what_is_expected_follows_from_the_configuration(name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(a.name, marks=() if a.name in QUICK else pytest.mark.slow) for a in zoo.ARCHITECTURES]
+    "name", [pytest.param(a.name, marks=() if a.name in QUICK else pytest.mark.soak) for a in zoo.ARCHITECTURES]
 )
 def test_every_fusion_fires_as_often_as_the_configuration_says(name):
     found = architectures.survey(zoo.get(name))

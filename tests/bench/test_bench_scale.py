@@ -72,7 +72,7 @@ def optimized(program: Program) -> Program:
 
 
 @pytest.mark.parametrize("form", graphs.FORMS)
-@pytest.mark.parametrize("example", [False, True])
+@pytest.mark.parametrize("example", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_the_default_pipeline(form, example):
     def made(program):
         program.example = program.example if example else None
@@ -81,7 +81,7 @@ def test_the_default_pipeline(form, example):
     assert growth(form, made) < MOST
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("form", graphs.FORMS)
 def test_each_pass(form):
     slow = {}

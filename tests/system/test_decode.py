@@ -93,7 +93,7 @@ def test_a_static_cache_gives_the_same_answers(static, gpt2):
     assert all(isinstance(s, int) for shape in shapes for s in shape) and (2, 2, 31, 16) in shapes
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", [LLAMA, *MORE], ids=lambda f: f[0])
 def test_families(family, cache):
@@ -166,7 +166,7 @@ def storages(*programs):
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for p in programs for t in p.tensors().values()}
 
 
-@pytest.mark.parametrize("recipe", ["default", pytest.param("int8-dynamic", marks=pytest.mark.slow), pytest.param("w8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recipe", ["default", pytest.param("int8-dynamic", marks=pytest.mark.soak), pytest.param("w8", marks=pytest.mark.soak)])
 def test_both_programs_hold_their_weights_once(recipe, gpt2, decoder):
     made = decoder if recipe == "default" else gw.optimize_decoder(gpt2, prompt(), recipe)
     prefill, step = made.programs["prefill"], made.programs["step"]
@@ -200,7 +200,7 @@ def closure_values(built):
     return found
 
 
-@pytest.mark.parametrize("kind", ["decoder", pytest.param("w8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["decoder", pytest.param("w8", marks=pytest.mark.soak)])
 def test_packed_forms_are_held_once_where_both_programs_chose_the_same_kernel(kind, request, gpt2, tmp_path):
     made = request.getfixturevalue(kind) if kind == "decoder" else gw.optimize_decoder(gpt2, prompt(), kind)
     made.save(tmp_path / "model.gw")
@@ -211,7 +211,7 @@ def test_packed_forms_are_held_once_where_both_programs_chose_the_same_kernel(ki
         assert not same or first.keys() & second.keys(), (same, first, second)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_int8_is_calibrated_with_prompts(gpt2):
     batches = [prompt(2, 8, k, seed=k) for k in range(4)]
     made = gw.optimize_decoder(gpt2, prompt(), "int8", calibration=batches)
