@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 from graphwright.errors import SaveError, SiteError, nearest
 from graphwright.report.plain import to_plain
+from graphwright.report.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class OutputError:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """A result against the original, worst first. ``print`` it, index it by a site pattern, or take ``to_json()`` or ``to_html()``.
 
     Attributes:
@@ -120,25 +120,10 @@ class Comparison:
         sites = tuple(d for d in self.sites if not found.isdisjoint(d.sites))
         return replace(self, sites=sites, missing=tuple(s for s in self.missing if s in found), site=pattern)
 
-    def text(self, *, full: bool = False, width: int | None = None) -> str:
-        """As plain text.
-
-        Args:
-            full: every site, not the worst ones.
-            width: columns; those of the terminal by default.
-        """
-        from graphwright.report.comparison_text import blocks
-        from graphwright.report.text import plain_text
-
-        return plain_text(lambda columns: blocks(self, full, columns), width)
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+    def blocks(self, *, full: bool, width: int) -> Iterator[Any]:
         from graphwright.report.comparison_text import blocks
 
-        yield from blocks(self, False, options.max_width)
+        return blocks(self, full, width)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON; ``arises`` among it."""
@@ -146,9 +131,6 @@ class Comparison:
         for row, d in zip(data["sites"], self.sites, strict=True):
             row["arises"] = d.arises
         return data
-
-    def to_json(self, *, indent: int | None = 2) -> str:
-        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """One self-contained page, also written to ``path`` where one is given.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from graphwright.errors import SiteError, nearest
 from graphwright.manager import PassRecord
 from graphwright.report.plain import to_plain
+from graphwright.report.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class OpRow:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Shown):
     """What ``gw.explain`` found. ``print`` it, index it by a site pattern, or take ``to_json()``.
 
     Attributes:
@@ -131,32 +131,14 @@ class Explanation:
 
     # -- showing -----------------------------------------------------------------------------------------------
 
-    def text(self, *, full: bool = False, width: int | None = None) -> str:
-        """As plain text.
-
-        Args:
-            full: every site and every reason, not the first few.
-            width: columns; those of the terminal by default.
-        """
-        from graphwright.report.explanation_text import blocks
-        from graphwright.report.text import plain_text
-
-        return plain_text(lambda columns: blocks(self, full, columns), width)
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+    def blocks(self, *, full: bool, width: int) -> Iterator[Any]:
         from graphwright.report.explanation_text import blocks
 
-        yield from blocks(self, False, options.max_width)
+        return blocks(self, full, width)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON."""
         return to_plain(self)
-
-    def to_json(self, *, indent: int | None = 2) -> str:
-        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
 
 def shown_sites(sites: Sequence[str], full: bool, count: int = 3) -> str:

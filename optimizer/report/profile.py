@@ -17,6 +17,7 @@ from typing import Any
 from graphwright.errors import SaveError
 from graphwright.measure import Timing
 from graphwright.report.plain import to_plain
+from graphwright.report.shown import Shown
 from graphwright.report.words import clip, short, show_bytes, show_ms, show_share
 
 _TOP = 25
@@ -96,7 +97,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Profile:
+class Profile(Shown):
     """A profile of a result on given inputs.
 
     Times are medians over the rounds, each of its own, so that they add up only roughly; shares are of the time of all rounds together,
@@ -186,23 +187,6 @@ class Profile:
         return statistics.median(map(operator.sub, self._whole, self._programs)) / 1e6
 
     # -- showing -----------------------------------------------------------------------------------------------
-
-    def text(self, *, full: bool = False, width: int | None = None) -> str:
-        """The profile as plain text.
-
-        Args:
-            full: every part by itself; else repeated blocks stand together, and only what takes the longest is shown.
-            width: columns; those of the terminal by default.
-        """
-        from graphwright.report.text import plain_text
-
-        return plain_text(lambda columns: self.blocks(full=full, width=columns), width)
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
-        yield from self.blocks(full=False, width=options.max_width)
 
     def blocks(self, *, full: bool, width: int) -> Iterator[Any]:
         """What rich prints, in order."""
