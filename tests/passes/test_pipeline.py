@@ -355,7 +355,7 @@ LEFT = {
     "bert": {"layer_norm", "linear", "attention", "add"},
     "t5": {"rms_norm", "linear", "attention"},
     "gpt2": {"layer_norm", "linear", "attention", "scaled_dot_product_attention", "add"},
-    "llama": {"rms_norm", "linear", "attention", "mul", "add", "cat", "neg", "cos", "sin"},
+    "llama": {"rms_norm", "linear", "attention", "silu", "mul", "add", "cat", "neg", "cos", "sin"},  # one product for gate and up
     "vit": {"layer_norm", "linear", "conv", "attention", "cat", "add"},
     "resnet": {"conv", "max_pool2d", "adaptive_avg_pool2d"},
     "convnext": {"conv", "linear", "layer_norm", "add", "mean"},
