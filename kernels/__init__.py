@@ -14,9 +14,14 @@ __all__ = ["load", "warm"]
 
 @functools.cache
 def load() -> dict[str, list[Kernel]]:
-    """Every kernel, by the op it computes. A file takes part by defining ``KERNEL`` or ``KERNELS``."""
+    """Every kernel, by the op it computes. A file takes part by defining ``KERNEL`` or ``KERNELS``.
+
+    Those in ``gpu/`` come along where there is something to run them on.
+    """
     from importlib import import_module
     from pathlib import Path
+
+    from graphwright.kernels import gpu
 
     found: dict[str, list[Kernel]] = {}
     for file in sorted(Path(__file__).parent.glob("*.py")):
@@ -25,6 +30,9 @@ def load() -> dict[str, list[Kernel]]:
         module = import_module(f"graphwright.kernels.{file.stem}")
         for kernel in (*getattr(module, "KERNELS", ()), *filter(None, [getattr(module, "KERNEL", None)])):
             found.setdefault(kernel.op, []).append(kernel)
+    if gpu.wanted():
+        for family in gpu.families().values():
+            found.setdefault(family.op, []).append(family.kernel())
     return found
 
 
