@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from graphwright.kernels.gpu.launch import Family
 
+# Triton's default is about to change: multiply and add in one instruction, as the record of machine code has it.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 #: Files of this folder that hold no kernel.
-_SHARED = {"__init__", "ahead", "interpret", "language", "launch", "tuning"}
+_SHARED = {"__init__", "ahead", "interpret", "language", "launch", "machine", "tuning"}
 
 
 def interpreting() -> bool:
