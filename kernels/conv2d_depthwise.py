@@ -10,7 +10,8 @@ Bound by memory: x is read once from it, k times from the L2 cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,12 +198,17 @@ class Convolution:
         return out
 
 
-def run(
+def run(*args: Any) -> Tensor:
+    """See ``graphwright.ops.lowered.conv2d_depthwise``."""
+    return ready(*args)()
+
+
+def ready(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
     activation: str, scalars: Sequence[float],
-) -> Tensor:  # fmt: skip
-    """See ``graphwright.ops.lowered.conv2d_depthwise``."""
-    return Convolution(pack(weight, bias), weight.shape[2:], stride, padding, dilation, activation, scalars)(x)
+) -> Callable[[], Tensor]:  # fmt: skip
+    """See ``Kernel.ready``."""
+    return functools.partial(Convolution(pack(weight, bias), weight.shape[2:], stride, padding, dilation, activation, scalars), x)
 
 
 def supports(
@@ -270,4 +276,4 @@ def samples() -> Iterator[Sample]:
     yield make("1x16x6x6 of zeros", 1, 16, 6, 6, zeros=3)
 
 
-KERNEL = Kernel("graphwright.conv2d_depthwise", "cpu", "llvm", run, supports, cost, samples)
+KERNEL = Kernel("graphwright.conv2d_depthwise", "cpu", "llvm", run, supports, cost, samples, ready=ready)

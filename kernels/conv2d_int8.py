@@ -12,7 +12,8 @@ Bound by arithmetic; by memory (the weight, once) for small pictures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,16 +229,22 @@ _SIMPLE = Native(specialized(_conv, "conv2d_int8_simple", activate=simple), _SLO
 _SMOOTH = Native(specialized(_conv, "conv2d_int8_smooth", activate=smooth), _SLOTS)
 
 
-def run(
+def run(*args: Any) -> Tensor:
+    """See ``graphwright.ops.lowered.conv2d_int8``."""
+    return ready(*args)()
+
+
+def ready(
     x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, weight_scales: Tensor, bias: Tensor | None,
     stride: Sequence[int], padding: Sequence[int], other: Tensor | None, other_scale: float, other_zero_point: int,
     activation: str, scalars: Sequence[float], scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None,
-) -> Tensor:  # fmt: skip
-    """See ``graphwright.ops.lowered.conv2d_int8``."""
-    return Convolution(
+) -> Callable[[], Tensor]:  # fmt: skip
+    """See ``Kernel.ready``."""
+    made = Convolution(
         pack(weight, weight_scales, bias), x_scale, x_zero_point, stride, padding, other_scale, other_zero_point, activation, scalars,
         scale, zero_point, low, high, dtype, other is not None,
-    )(x, other)  # fmt: skip
+    )  # fmt: skip
+    return functools.partial(made, x, other)
 
 
 class Convolution:
@@ -388,4 +395,4 @@ def samples() -> Iterator[Sample]:
     yield make("0x4x5x5", 0, 4, 5, 5, 16, (3, 3))
 
 
-KERNEL = Kernel("graphwright.conv2d_int8", "cpu", "llvm", run, supports, cost, samples, tolerance=(1e-5, 1))
+KERNEL = Kernel("graphwright.conv2d_int8", "cpu", "llvm", run, supports, cost, samples, tolerance=(1e-5, 1), ready=ready)

@@ -17,8 +17,9 @@ past, each part of it brought while the one before is multiplied. Bound by arith
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -340,11 +341,16 @@ class Convolution:
         return activated(y if other is None else y + other, self.activation, self.scalars)
 
 
-def run(
-    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], other: Tensor | None, activation: str, scalars: Sequence[float],
-) -> Tensor:  # fmt: skip
+def run(*args: Any) -> Tensor:
     """See ``graphwright.ops.lowered.conv2d_winograd``."""
-    return Convolution(pack(weight, bias), padding, activation, scalars)(x, other)
+    return ready(*args)()
+
+
+def ready(
+    x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int], other: Tensor | None, activation: str, scalars: Sequence[float],
+) -> Callable[[], Tensor]:  # fmt: skip
+    """See ``Kernel.ready``."""
+    return functools.partial(Convolution(pack(weight, bias), padding, activation, scalars), x, other)
 
 
 def supports(
@@ -412,4 +418,4 @@ def samples() -> Iterator[Sample]:
     yield make("0x4x5x5 to 16", 0, 4, 5, 5, 16)
 
 
-KERNEL = Kernel("graphwright.conv2d_winograd", "cpu", "llvm", run, supports, cost, samples)
+KERNEL = Kernel("graphwright.conv2d_winograd", "cpu", "llvm", run, supports, cost, samples, ready=ready)

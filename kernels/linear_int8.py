@@ -10,7 +10,8 @@ arithmetic; by memory (the weight, once) for few rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -283,4 +284,9 @@ def samples() -> Iterator[Sample]:
 
 
 # A row's numbers may fall to either side of a rounding boundary, where float32 and float64 differ.
-KERNEL = Kernel("graphwright.linear_int8", "cpu", "llvm", run, supports, cost, samples, tolerance=(1e-3, 1))
+def ready(x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, *rest: Any) -> Callable[[], Tensor]:
+    """See ``Kernel.ready``."""
+    return functools.partial(apply, x, x_scale, x_zero_point, pack(weight, weight_scales, bias), *rest)
+
+
+KERNEL = Kernel("graphwright.linear_int8", "cpu", "llvm", run, supports, cost, samples, tolerance=(1e-3, 1), ready=ready)

@@ -9,7 +9,8 @@ A tile holds up to 4 rows times 64 columns of sums in registers, widening each w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,4 +207,9 @@ def samples() -> Iterator[Sample]:
     yield make("0x8x16", (0,), 8, 16)
 
 
-KERNEL = Kernel("graphwright.linear_w8", "cpu", "llvm", run, supports, cost, samples)
+def ready(x: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, *rest: Any) -> Callable[[], Tensor]:
+    """See ``Kernel.ready``."""
+    return functools.partial(apply, x, pack(weight, weight_scales, bias), *rest)
+
+
+KERNEL = Kernel("graphwright.linear_w8", "cpu", "llvm", run, supports, cost, samples, ready=ready)

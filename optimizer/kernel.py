@@ -51,6 +51,8 @@ class Kernel:
             and by how many steps integer outputs may differ (a value on a rounding boundary may go either way).
         precision: ``"f32"`` (exact up to rounding), ``"bf16"`` or ``"int8"``: which recipes may choose a registered kernel.
         name: tells a registered kernel from others of its backend for the same op; the op's own name by default.
+        ready: takes the same arguments, packs what is constant among them (weights) and gives the call that is left: how a model
+            runs it, and what the microbenchmark times. None: ``run`` packs nothing.
     """
 
     op: str
@@ -63,6 +65,11 @@ class Kernel:
     tolerance: tuple[float, int] = (0.0, 1)
     precision: str = "f32"
     name: str = ""
+    ready: Callable[..., Callable[[], Any]] | None = None
+
+    def prepared(self, *args: Any) -> Callable[[], Any]:
+        """The call on these arguments, with all that can be done ahead done."""
+        return self.ready(*args) if self.ready else lambda: self.run(*args)
 
     @property
     def label(self) -> str:
