@@ -236,8 +236,9 @@ def run(*args: Any) -> Tensor:
 
 def ready(
     x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, weight_scales: Tensor, bias: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], other: Tensor | None, other_scale: float, other_zero_point: int,
-    activation: str, scalars: Sequence[float], scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, other: Tensor | None, other_scale: float,
+    other_zero_point: int, activation: str, scalars: Sequence[float], scale: float, zero_point: int, low: int, high: int,
+    dtype: torch.dtype | None,
 ) -> Callable[[], Tensor]:  # fmt: skip
     """See ``Kernel.ready``."""
     made = Convolution(
@@ -327,15 +328,18 @@ def frame(x: Tensor, height: int, width: int, channels: int, above: int, left: i
 
 def supports(
     x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, weight_scales: Tensor, bias: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], other: Tensor | None, other_scale: float, other_zero_point: int,
-    activation: str, scalars: Sequence[float], scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, other: Tensor | None, other_scale: float,
+    other_zero_point: int, activation: str, scalars: Sequence[float], scale: float, zero_point: int, low: int, high: int,
+    dtype: torch.dtype | None,
 ) -> str | None:  # fmt: skip
     if (reason := unfit() or not_cpu(x, weight, weight_scales, bias, other)) is not None:
         return reason
     if x.dtype != torch.uint8 or x.ndim != 4 or weight.dtype != torch.int8 or weight.ndim != 4:
         return f"x is {x.dtype} with {x.ndim} axes, the weight {weight.dtype} with {weight.ndim}; wanted uint8 and int8 with 4"
-    if x.shape[1] != weight.shape[1]:
-        return f"{x.shape[1]} input channels against {weight.shape[1]} of the weight; groups are not supported"
+    if groups != 1 or x.shape[1] != weight.shape[1]:
+        return f"{x.shape[1]} input channels against {weight.shape[1]} of the weight, {groups} groups; one group is supported"
+    if any(d != 1 and k != 1 for d, k in zip(dilation, weight.shape[2:], strict=True)):
+        return f"dilation {tuple(dilation)}; windows of neighbouring pixels are supported"
     return unfit_rest(tuple(weight.shape), activation, None if other is None else other.dtype, dtype)
 
 
@@ -349,8 +353,9 @@ def unfit_rest(shape: tuple[int, ...], activation: str, other: torch.dtype | Non
 
 def cost(
     x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, weight_scales: Tensor, bias: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], other: Tensor | None, other_scale: float, other_zero_point: int,
-    activation: str, scalars: Sequence[float], scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, other: Tensor | None, other_scale: float,
+    other_zero_point: int, activation: str, scalars: Sequence[float], scale: float, zero_point: int, low: int, high: int,
+    dtype: torch.dtype | None,
 ) -> Cost:  # fmt: skip
     n, _, h, w = x.shape
     o, c, kh, kw = weight.shape
@@ -374,7 +379,7 @@ def samples() -> Iterator[Sample]:
             points = (0.4, 128, 0, 255) if dtype == torch.uint8 else (0.4, 0, -128, 127)
             x = x.contiguous(memory_format=torch.channels_last)
             return (x, 0.02, 121, weight, torch.rand(o, generator=g) * 0.01 + 0.005, torch.randn(o, generator=g) if bias else None,
-                    stride, padding, residual, 0.05, 100 if other == torch.uint8 else 0, activation, scalars, *points, dtype)  # fmt: skip
+                    stride, padding, (1, 1), 1, residual, 0.05, 100 if other == torch.uint8 else 0, activation, scalars, *points, dtype)  # fmt: skip
 
         return Sample(name, args, bench)
 

@@ -192,24 +192,29 @@ def linear_w8(
 
 
 def _conv_axes(**args: Any) -> str:
-    spelled = "n i h w, o i kh kw, o" + (", o" if args["bias"] is not None else "") + (", n o y x" if args["other"] is not None else "")
-    return spelled + " -> n o y x"
+    i, o = ("(g i)", "(g o)") if args.get("groups", 1) != 1 else ("i", "o")
+    scales = f", {o}" if "weight_scales" in args else ""
+    spelled = f"n {i} h w, {o} i kh kw{scales}" + (f", {o}" if args["bias"] is not None else "") + (f", n {o} y x" if args["other"] is not None else "")
+    return f"{spelled} -> n {o} y x"
 
 
 @op("graphwright.conv2d_int8", axes=_conv_axes, traits={CONTRACTION, QUANT})
 def conv2d_int8(
     x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, weight_scales: Tensor, bias: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], other: Tensor | None, other_scale: float, other_zero_point: int,
-    activation: str, scalars: Sequence[float], scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None,
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, other: Tensor | None, other_scale: float,
+    other_zero_point: int, activation: str, scalars: Sequence[float], scale: float, zero_point: int, low: int, high: int,
+    dtype: torch.dtype | None,
 ) -> Tensor:  # fmt: skip
     """``activation(conv2d(real(x), weight * weight_scales) + bias + real(other))``, quantized or as float.
 
-    ``x [n, i, h, w]`` uint8, ``weight [o, i, kh, kw]`` int8, ``weight_scales [o]``, ``bias [o]``; ``other`` uint8, int8
-    or float, times its scale, in the shape of the result ``[n, o, h', w']``, which is channels_last. Zeros are padded on both sides.
+    ``x [n, groups * i, h, w]`` uint8 or int8, ``weight [o, i, kh, kw]`` int8, ``weight_scales [o]``, ``bias [o]``; ``other`` uint8,
+    int8 or float, ``(other - other_zero_point) * other_scale``, in the shape of the result ``[n, o, h', w']``, which is channels_last.
+    Zeros are padded on both sides.
     """
     work = torch.float64 if weight_scales.dtype == torch.float64 else torch.float32
     real_weight = weight.to(work) * weight_scales.to(work)[:, None, None, None]
-    y = F.conv2d(_real(x, x_scale, x_zero_point, work), real_weight, None if bias is None else bias.to(work), list(stride), list(padding))
+    rows, offset = _real(x, x_scale, x_zero_point, work), None if bias is None else bias.to(work)
+    y = F.conv2d(rows, real_weight, offset, list(stride), list(padding), list(dilation), groups)
     if other is not None:
         y = y + (other.to(work) - other_zero_point) * other_scale
     return _emit(activate(y, activation, scalars), scale, zero_point, low, high, dtype).clone(memory_format=torch.channels_last)

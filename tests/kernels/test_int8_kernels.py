@@ -144,5 +144,5 @@ def test_the_last_pixel_of_a_picture_reads_nothing_behind_it() -> None:
     """The last line of three-channel pictures ends where a page may end: only its own bytes count."""
     x = torch.arange(2 * 2 * 3, dtype=torch.uint8).reshape(1, 2, 2, 3).permute(0, 3, 1, 2)
     weight = torch.ones(1, 3, 1, 1, dtype=torch.int8)
-    y = conv2d_int8.run(x, 1.0, 0, weight, torch.ones(1), None, (1, 1), (0, 0), None, 1.0, 0, "none", (), 1.0, 0, 0, 0, None)
+    y = conv2d_int8.run(x, 1.0, 0, weight, torch.ones(1), None, (1, 1), (0, 0), (1, 1), 1, None, 1.0, 0, "none", (), 1.0, 0, 0, 0, None)
     assert y.flatten().tolist() == [3.0, 12.0, 21.0, 30.0]
