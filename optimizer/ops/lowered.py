@@ -64,7 +64,8 @@ def output_format(x: Tensor) -> torch.memory_format:
 # -- normalization ---------------------------------------------------------------------------------------------------
 
 
-def _normalized(total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
+def normalized(total: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool) -> Tensor:
+    """Layer norm (or RMS norm) over the last axis, in the dtype of ``total``."""
     centred = total if rms else total - total.mean(-1, keepdim=True)
     y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     if weight is not None:
@@ -86,7 +87,7 @@ def norm_quantize(
     total = x.to(_work(x))
     if residual is not None:
         total = total + residual.to(total.dtype)
-    normed = _normalized(total, weight, bias, eps, rms)
+    normed = normalized(total, weight, bias, eps, rms)
     out = [_own(total, x).contiguous()] if want_sum else []
     if want_float:
         out.append(normed.contiguous())

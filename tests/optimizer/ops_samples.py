@@ -183,6 +183,10 @@ row("graphwright.quantize_dynamic", "t(2, 3, 4), True, True, -127, 127, torch.in
 row("graphwright.dequantize_dynamic",
     "t.index(9, 3, 4).to(torch.int8), torch.rand(3, 1), torch.ones(3, 1, dtype=torch.int32),"
     " torch.float32")  # fmt: skip
+row("graphwright.quantize_rows", "t(2, 3, 4)", "t.permuted((4, 1, 3), (1, 2, 0))", "t(0, 4)")
+row("graphwright.norm_quantize_rows", "t(2, 3, 4), None, t(4), t(4), 1e-5, False, False, False",
+    "t(3, 4), t(3, 4), t(4), None, 1e-6, True, True, True")  # fmt: skip
+row("graphwright.activate_quantize_rows", "t(2, 3, 4), None, 'gelu', []", "t(3, 4), t(3, 4), 'silu', []")
 
 # -- normalisation, softmax, attention -------------------------------------------------------------------------------
 
