@@ -2,8 +2,8 @@
 
     y = activation(x_scale (x8 - x_zero) @ (w8 * w_scale)^T + bias + other);   q = clamp(round(y / scale) + zero_point, low, high)
 
-``x`` [*, i] uint8 under one scale and zero point, or float32, which is quantized row by row first; ``weight`` [o, i] int8 with
-a scale per row, packed ahead (``pack``); out [*, o] float32, uint8 or int8. A task is 48 rows by 64 columns: its strip of
+``x`` [*, i] uint8 or int8 under one scale and zero point or with one for each row, or float, which is quantized row by row first;
+``weight`` [o, i] int8 with a scale per row, packed ahead (``pack``); out [*, o] float32, float16, bfloat16, uint8 or int8. A task is 48 rows by 64 columns: its strip of
 the weight (64 i bytes) stays in the L1 or L2 cache, its int32 sums (12 KiB) go through all the rest in the L1 cache. Bound by
 arithmetic; by memory (the weight, once) for few rows.
 """
@@ -51,6 +51,8 @@ from graphwright.kernels.vnni import pack as pack_columns
 #: Rows and blocks of 16 columns of one task.
 ROWS, BLOCKS = 48, 4
 _ROWS, _BLOCKS, _ZERO, _ONE = np.int64(ROWS), np.int64(BLOCKS), np.int64(0), np.int64(1)
+_HALVES = (torch.float16, torch.bfloat16)
+_INPUTS = (torch.uint8, torch.int8, torch.float32, *_HALVES)
 _sums, _more = (scratch_of(ROWS * BLOCKS * LANES) for _ in range(2))
 
 
@@ -177,31 +179,40 @@ def run(
     x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, weight_scales: Tensor, bias: Tensor | None,
     other: Tensor | None, activation: str, scalars: Sequence[float],
     scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None,
+    x_scales: Tensor | None, x_zero_points: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """See ``graphwright.ops.lowered.linear_int8``."""
     packed = pack(weight, weight_scales, bias)
-    return apply(x, x_scale, x_zero_point, packed, other, activation, scalars, scale, zero_point, low, high, dtype)
+    return apply(x, x_scale, x_zero_point, packed, other, activation, scalars, scale, zero_point, low, high, dtype, x_scales, x_zero_points)
 
 
 def apply(
     x: Tensor, x_scale: float, x_zero_point: int, packed: Packed, other: Tensor | None, activation: str, scalars: Sequence[float],
     scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None,
+    x_scales: Tensor | None = None, x_zero_points: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """``run`` with a weight packed ahead."""
-    out = torch.empty((*x.shape[:-1], packed.out), dtype=dtype or torch.float32)
+    narrow = dtype in _HALVES  # sums are stored as float32 and rounded afterwards
+    out = torch.empty((*x.shape[:-1], packed.out), dtype=torch.float32 if narrow or dtype is None else dtype)
     if not out.numel():
-        return out
-    rows, scales, points = rows_of(x), 0, 0
+        return out.to(dtype or torch.float32)
+    rows, kept = rows_of(x), ()
     threads = threads_for(rows.shape[0] * packed.out * max(packed.width, 1) // 16)
-    if x.dtype != torch.uint8:
-        rows, *kept = round_rows(rows, threads)
-        scales, points = (t.data_ptr() for t in kept)
-    elif packed.width % DEPTH or rows.stride(0) < packed.width:
-        rows = torch.nn.functional.pad(rows, (0, -packed.width % DEPTH)).contiguous()
+    if x.is_floating_point():
+        rows, *kept = round_rows(rows.float(), threads)
+    else:
+        signed = x.dtype == torch.int8
+        if signed:  # the products want unsigned bytes: flipping the top bit adds 128
+            rows, x_zero_point = rows.view(torch.uint8) ^ 128, x_zero_point + 128
+        if x_scales is not None:
+            kept = _of_rows(x_scales, x_zero_points, rows.shape[0], signed)
+        if packed.width % DEPTH or rows.stride(0) < packed.width:
+            rows = torch.nn.functional.pad(rows, (0, -packed.width % DEPTH)).contiguous()
+    scales, points = (t.data_ptr() for t in kept) if kept else (0, 0)
     kind = KIND[out.dtype]
     residual, step = 0, 0
     if other is not None:
-        other = rows_of(other.expand(out.shape))
+        other = rows_of(other.float().expand(out.shape))
         residual, step = other.data_ptr(), other.stride(0) * 4
     native = _SMOOTH if activation in SMOOTH else _SIMPLE
     code = CODE[activation]
@@ -211,7 +222,14 @@ def apply(
         residual, step, out.data_ptr(), kind, packed.out * out.element_size(), code, *scalars_of(activation, scalars),
         *grid(scale, zero_point, low, high),
     )  # fmt: skip
-    return out
+    return out.to(dtype) if narrow else out
+
+
+def _of_rows(scales: Tensor, zero_points: Tensor | None, rows: int, signed: bool) -> tuple[Tensor, Tensor]:
+    """A float32 scale and an int32 zero point for each row; 128 more for integers that were signed."""
+    ahead = 128 if signed else 0
+    points = torch.full((rows,), ahead, dtype=torch.int32) if zero_points is None else zero_points.reshape(-1).to(torch.int32) + ahead
+    return scales.reshape(-1).float().contiguous(), points.contiguous()
 
 
 def round_rows(x: Tensor, threads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,14 +245,20 @@ def supports(
     x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, weight_scales: Tensor, bias: Tensor | None,
     other: Tensor | None, activation: str, scalars: Sequence[float],
     scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None,
+    x_scales: Tensor | None, x_zero_points: Tensor | None,
 ) -> str | None:  # fmt: skip
-    if (reason := unfit() or not_cpu(x, weight, weight_scales, bias, other)) is not None:
+    if (reason := unfit() or not_cpu(x, weight, weight_scales, bias, other, x_scales, x_zero_points)) is not None:
         return reason
-    if x.dtype not in (torch.uint8, torch.float32) or weight.dtype != torch.int8 or weight.ndim != 2:
-        return f"x is {x.dtype}, the weight {weight.dtype} with {weight.ndim} axes; wanted uint8 or float32, and int8 with 2"
+    if x.dtype not in _INPUTS or weight.dtype != torch.int8 or weight.ndim != 2:
+        return f"x is {x.dtype}, the weight {weight.dtype} with {weight.ndim} axes; wanted uint8, int8 or float, and int8 with 2"
     if not x.ndim or x.shape[-1] != weight.shape[1]:
         return f"shapes {tuple(x.shape)} and {tuple(weight.shape)} do not belong together"
-    return unfit_rest(activation, weight.shape[1], other, dtype)
+    for name, per_row in (("x_scales", x_scales), ("x_zero_points", x_zero_points)):
+        if per_row is not None and per_row.shape != (*x.shape[:-1], 1):
+            return f"{name} has shape {tuple(per_row.shape)}; wanted {(*x.shape[:-1], 1)}"
+    # halves are widened on the way in and rounded on the way out
+    wide = None if other is None or other.dtype in _HALVES else other
+    return unfit_rest(activation, weight.shape[1], wide, None if dtype in _HALVES else dtype)
 
 
 def unfit_rest(activation: str, width: int, other: Tensor | None, dtype: torch.dtype | None) -> str | None:
@@ -248,39 +272,48 @@ def cost(
     x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, weight_scales: Tensor, bias: Tensor | None,
     other: Tensor | None, activation: str, scalars: Sequence[float],
     scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None,
+    x_scales: Tensor | None, x_zero_points: Tensor | None,
 ) -> Cost:  # fmt: skip
     rows, (out, width) = x.numel() // max(x.shape[-1], 1), weight.shape
-    moved = pieces(x, weight, weight_scales, bias, other) + rows * out * (dtype or torch.float32).itemsize
+    moved = pieces(x, weight, weight_scales, bias, other, x_scales, x_zero_points) + rows * out * (dtype or torch.float32).itemsize
     return Cost(moved, rows * out * (2 * width + 3 + ARITHMETIC.get(activation, 30)))
 
 
 def samples() -> Iterator[Sample]:
-    def make(name: str, rows: tuple[int, ...], width: int, out: int, *, floats: bool = False, bias: bool = True, other: bool = False,
-             activation: str = "none", scalars: tuple[float, ...] = (), dtype: Any = None, bench: bool = False) -> Sample:  # fmt: skip
+    def make(name: str, rows: tuple[int, ...], width: int, out: int, *, x: torch.dtype = torch.uint8, bias: bool = True, other: Any = None,
+             activation: str = "none", scalars: tuple[float, ...] = (), dtype: Any = None, per_row: str = "", bench: bool = False) -> Sample:  # fmt: skip
         def args(g: torch.Generator) -> tuple[Any, ...]:
-            x = torch.randn(*rows, width, generator=g) * 3 if floats else \
-                torch.randint(0, 256, (*rows, width), generator=g, dtype=torch.uint8)  # fmt: skip
+            given = (torch.randn(*rows, width, generator=g) * 3).to(x) if x.is_floating_point else \
+                torch.randint(0, 256, (*rows, width), generator=g, dtype=torch.uint8).view(x)  # fmt: skip
+            x_scales = torch.rand(*rows, 1, generator=g) * 0.05 if per_row else None
+            x_points = torch.randint(-20, 21, (*rows, 1), generator=g, dtype=torch.int32) if per_row == "both" else None
             weight = torch.randint(-127, 128, (out, width), generator=g).to(torch.int8)
             scales = torch.rand(out, generator=g) * 0.001 + 0.0005
             points = (0.05, 128, 0, 255) if dtype == torch.uint8 else (0.05, 0, -128, 127)
-            return (x, 0.02, 121, weight, scales, torch.randn(out, generator=g) if bias else None,
-                    torch.randn(*rows, out, generator=g) if other else None, activation, scalars, *points, dtype)  # fmt: skip
+            return (given, 0.02, 121, weight, scales, torch.randn(out, generator=g) if bias else None,
+                    torch.randn(*rows, out, generator=g).to(other) if other else None, activation, scalars, *points, dtype, x_scales, x_points)  # fmt: skip
 
         return Sample(name, args, bench)
 
-    u8, i8 = torch.uint8, torch.int8
+    u8, i8, f16, bf16, f32 = torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32
     yield make("1024x384x1152", (8, 128), 384, 1152, bench=True)
     yield make("1024x384x1536 gelu to u8", (8, 128), 384, 1536, activation="gelu", dtype=u8, bench=True)
-    yield make("1024x1536x384 residual", (1024,), 1536, 384, other=True, bench=True)
+    yield make("1024x1536x384 residual", (1024,), 1536, 384, other=f32, bench=True)
     yield make("128x768x3072 gelu to u8", (1, 128), 768, 3072, activation="gelu", dtype=u8, bench=True)
-    yield make("1x4096x4096 rows", (1,), 4096, 4096, floats=True, bench=True)
-    yield make("1024x384x1536 rows", (8, 128), 384, 1536, floats=True, bench=True)
+    yield make("1x4096x4096 rows", (1,), 4096, 4096, x=f32, bench=True)
+    yield make("1024x384x1536 rows", (8, 128), 384, 1536, x=f32, bench=True)
     yield make("3x5x7", (3,), 5, 7, bias=False)
     yield make("49x20x65 relu to i8", (49,), 20, 65, activation="relu", dtype=i8)
-    yield make("2x3x33x17 residual silu", (2, 3), 33, 17, other=True, activation="silu")
-    yield make("50x70x130 rows hardtanh to u8", (50,), 70, 130, floats=True, activation="hardtanh", scalars=(-1.0, 2.5), dtype=u8)
-    yield make("1x1x1 rows", (1,), 1, 1, floats=True)
+    yield make("2x3x33x17 residual silu", (2, 3), 33, 17, other=f32, activation="silu")
+    yield make("50x70x130 rows hardtanh to u8", (50,), 70, 130, x=f32, activation="hardtanh", scalars=(-1.0, 2.5), dtype=u8)
+    yield make("1x1x1 rows", (1,), 1, 1, x=f32)
     yield make("0x8x16", (0,), 8, 16)
+    yield make("0x8x16 to bf16", (0,), 8, 16, dtype=bf16)
+    yield make("7x40x24 i8", (7,), 40, 24, x=i8)
+    yield make("5x4x33x50 i8, scales of rows, to bf16", (5, 4), 33, 50, x=i8, per_row="scales", dtype=bf16)
+    yield make("13x64x31 i8, scales and zero points of rows, half residual", (13,), 64, 31, x=i8, per_row="both", other=f16, activation="gelu", dtype=f16)
+    yield make("9x30x16 u8, scales and zero points of rows, to i8", (9,), 30, 16, per_row="both", dtype=i8)
+    yield make("6x20x12 rows bf16", (6,), 20, 12, x=bf16, other=bf16, dtype=bf16)
 
 
 # A row's numbers may fall to either side of a rounding boundary, where float32 and float64 differ.

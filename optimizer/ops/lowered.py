@@ -26,7 +26,8 @@ def _work(x: Tensor) -> torch.dtype:
 
 
 def _linear_axes(**args: Any) -> str:
-    return "* i, o i, o" + (", o" if args["bias"] is not None else "") + (", * o" if args["other"] is not None else "") + " -> * o"
+    rows = sum(args.get(name) is not None for name in ("x_scales", "x_zero_points"))
+    return "* i, o i, o" + (", o" if args["bias"] is not None else "") + (", * o" if args["other"] is not None else "") + ", * 1" * rows + " -> * o"
 
 
 def _real(x: Tensor, scale: float, zero_point: int, work: torch.dtype) -> Tensor:
@@ -163,23 +164,30 @@ def linear_int8(
     x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, weight_scales: Tensor, bias: Tensor | None,
     other: Tensor | None, activation: str, scalars: Sequence[float],
     scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None,
+    x_scales: Tensor | None, x_zero_points: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """``activation(real(x) @ (weight * weight_scales).T + bias + other)``, quantized or as float.
 
-    ``x [*, i]`` uint8 with its scale and zero point; or float, which is quantized row by row first, as
-    ``quantize_dynamic`` does it from 0 to 255 (``x_scale`` and ``x_zero_point`` are ignored). ``weight [o, i]`` int8,
-    ``weight_scales [o]``, ``bias [o]``, ``other [*, o]`` float; gives ``[*, o]``, contiguous.
+    ``x [*, i]`` comes in one of three forms (a form's arguments are ignored in the others):
+    uint8 or int8 under one scale and zero point, ``x_scale`` and ``x_zero_point``;
+    uint8 or int8 with ``x_scales [*, 1]`` floating and ``x_zero_points [*, 1]`` int32 (None: 0), as ``quantize_rows`` and ``quantize_dynamic`` give them;
+    or float, which is quantized row by row first, as ``quantize_dynamic`` does it from 0 to 255.
+
+    ``weight [o, i]`` int8, ``weight_scales [o]``, ``bias [o]``, ``other [*, o]`` float; gives ``[*, o]``, contiguous.
     """
     work = torch.float64 if weight_scales.dtype == torch.float64 else torch.float32
     if x.is_floating_point():
-        q, scales, points = quantize_dynamic(x, True, False, 0, 255, torch.uint8)
-        rows = (q.to(work) - points) * scales.to(work)
-    else:
-        rows = _real(x, x_scale, x_zero_point, work)
+        x, x_scales, x_zero_points = quantize_dynamic(x, True, False, 0, 255, torch.uint8)
+    rows = _real(x, x_scale, x_zero_point, work) if x_scales is None else _real_rows(x, x_scales, x_zero_points, work)
     y = F.linear(rows, weight.to(work) * weight_scales.to(work)[:, None], None if bias is None else bias.to(work))
     if other is not None:
         y = y + other.to(work)
     return _own(_emit(activate(y, activation, scalars), scale, zero_point, low, high, dtype).contiguous())
+
+
+def _real_rows(q: Tensor, scales: Tensor, zero_points: Tensor | None, work: torch.dtype) -> Tensor:
+    """The float tensor behind integers with a scale per row."""
+    return (q.to(work) if zero_points is None else q.to(work) - zero_points.to(work)) * scales.to(work)
 
 
 @op("graphwright.linear_w8", axes=_linear_axes, traits={CONTRACTION, QUANT})

@@ -42,7 +42,7 @@ def test_tiles_are_exact_over_all_remainders(m: int, k: int, n: int) -> None:
 def test_extreme_integers_do_not_saturate() -> None:
     x = torch.full((3, 4096), 255, dtype=torch.uint8)
     weight = torch.full((16, 4096), -128, dtype=torch.int8)
-    y = linear_int8.run(x, 1.0, 0, weight, torch.ones(16), None, None, "none", (), 1.0, 0, 0, 0, None)
+    y = linear_int8.run(x, 1.0, 0, weight, torch.ones(16), None, None, "none", (), 1.0, 0, 0, 0, None, None, None)
     assert torch.equal(y, torch.full((3, 16), -255.0 * 128 * 4096))
 
 
@@ -82,7 +82,7 @@ def test_zeros_stay_zeros() -> None:
     zero = torch.zeros(1, 1, 3, 16)
     assert not _attend(zero, zero, zero).any()
     y = linear_int8.run(torch.zeros(2, 8), 1.0, 0, torch.ones(4, 8, dtype=torch.int8), torch.ones(4), torch.arange(4.0), None,
-                        "none", (), 1.0, 0, 0, 0, None)  # fmt: skip
+                        "none", (), 1.0, 0, 0, 0, None, None, None)  # fmt: skip
     assert torch.equal(y, torch.arange(4.0).expand(2, 4))
 
 
@@ -91,7 +91,7 @@ def test_rows_with_nan_or_infinity_give_nan_and_leave_the_others() -> None:
     x, weight = torch.randn(5, 24, generator=g), torch.randint(-127, 128, (7, 24), generator=g).to(torch.int8)
 
     def product() -> Tensor:
-        return linear_int8.run(x, 1.0, 0, weight, torch.ones(7), None, None, "none", (), 1.0, 0, 0, 0, None)
+        return linear_int8.run(x, 1.0, 0, weight, torch.ones(7), None, None, "none", (), 1.0, 0, 0, 0, None, None, None)
 
     clean = product()
     x[1, 3], x[4, 0] = torch.nan, torch.inf
@@ -107,7 +107,7 @@ def test_a_weight_is_packed_once_for_many_calls() -> None:
         x = torch.randn(rows, 20, generator=g)
         y = linear_int8.apply(x, 1.0, 0, packed, None, "relu", (), 1.0, 0, 0, 0, None)
         wanted = lowered.linear_int8.default if hasattr(lowered.linear_int8, "default") else lowered.linear_int8
-        ref = wanted(x, 1.0, 0, weight, scales, None, None, "relu", [], 1.0, 0, 0, 0, None)
+        ref = wanted(x, 1.0, 0, weight, scales, None, None, "relu", [], 1.0, 0, 0, 0, None, None, None)
         torch.testing.assert_close(y, ref, atol=2e-3, rtol=1e-3)
 
 
