@@ -11,6 +11,7 @@ several rooms of the compiler need. Importing this package registers every row::
 
 from __future__ import annotations
 
+from graphwright.ops import registry
 from graphwright.ops.extend import register_op
 from graphwright.ops.registry import (
     CAST,
@@ -30,7 +31,6 @@ from graphwright.ops.registry import (
     op,
     resolve,
     row,
-    rows,
 )
 
 __all__ = [
@@ -50,3 +50,4 @@ def _load() -> None:
 
 
 _load()
+rows = registry.rows  # again: ``rows.py`` has taken its place
