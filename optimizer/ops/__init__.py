@@ -11,7 +11,6 @@ several rooms of the compiler need. Importing this package registers every row::
 
 from __future__ import annotations
 
-from graphwright.ops import registry
 from graphwright.ops.extend import register_op
 from graphwright.ops.registry import (
     CAST,
@@ -31,6 +30,7 @@ from graphwright.ops.registry import (
     op,
     resolve,
     row,
+    rows,
 )
 
 __all__ = [
@@ -50,4 +50,3 @@ def _load() -> None:
 
 
 _load()
-rows = registry.rows  # again: ``rows.py`` has taken its place
