@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import click
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from graphwright.errors import GraphwrightError, InputError, InternalError, SaveError
 
@@ -303,33 +303,30 @@ def passes(
         out_console().print(block)
 
 
-@app.command()
+class _Bench(TyperCommand):
+    """``bench kernels ...`` is the kernel benchmark, which reads the rest of the line itself."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args[:1] == ["kernels"]:
+            from graphwright.microbench import main as microbench
+
+            raise typer.Exit(microbench(args[1:]))
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_Bench)
 def bench(
-    file: Annotated[Path | None, typer.Argument(metavar="FILE.gw", help="A saved result.", show_default=False)] = None,
+    file: Saved,
     against: Against = None,
     inputs: Inputs = None,
     rounds: Annotated[int, typer.Option(min=3, help="Interleaved rounds.")] = 50,
     seed: Annotated[int, typer.Option(help="Seed of inputs drawn at random.")] = 0,
-    kernels: Annotated[bool, typer.Option("--kernels", help="Check and time the kernels instead.")] = False,
-    words: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--only", metavar="WORD", help="With --kernels: ops with this word in their name.", show_default=False
-        ),
-    ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Time a saved result, beside the original if it is given; or, with --kernels, every kernel on its samples."""
-    from graphwright.console import Progress, out_console
-
-    if kernels:
-        from graphwright.microbench import main as microbench
-
-        raise typer.Exit(microbench([*(words or []), "--rounds", str(rounds)]))
-    if file is None:
-        raise InputError("nothing to time", where="FILE.gw", hint="Name a saved file, or pass --kernels.")
+    """Time a saved result, beside the original if it is given. `bench kernels` times every kernel beside its peers (`bench kernels --help`)."""
     import graphwright as gw
     from graphwright.checkup import drawn, race, shapes, timing_table
+    from graphwright.console import Progress, out_console
     from graphwright.userfile import inputs_of, model_of
 
     with Progress(quiet=quiet) as say:

@@ -55,7 +55,7 @@ def register_kernel(
         kernel: the record, or the op for which a function is decorated: one with a row (``gw.register_op`` gives it one), as
             ``"mylib.softsign"``, ``"aten.gelu"``, or with an overload, ``"aten.add.Tensor"``.
         backend: what it is made with or where it comes from; the candidate is called ``backend.name``.
-        samples: for ``gw.testing.check_kernel`` and ``graphwright bench --kernels``.
+        samples: for ``gw.testing.check_kernel`` and ``graphwright bench kernels``.
         supports: takes the op's arguments, tensors without contents; None, or the reason why not. By default all is served.
         cost: takes the op's arguments; by default bytes and operations follow from the op's row.
         precision, tolerance, device, name: see ``gw.Kernel``.

@@ -1,7 +1,8 @@
-"""The kernel benchmark: what it times, what it refuses to time, what it writes."""
+"""The kernel benchmark: what it times, what it refuses to time, beside whom, what it writes."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
 from pathlib import Path
@@ -10,25 +11,35 @@ from typing import Any
 import pytest
 import torch
 
-from graphwright import kernels, microbench
+from graphwright import kernels, microbench, ops
+from graphwright.errors import InputError
 from graphwright.kernel import Kernel, Sample
+from graphwright.microbench import cases, clock, peers, results, run, shapes
+from graphwright.testing.kernels import disagreement
+
+ALONE = microbench.Plan(rounds=3, peers=frozenset())
 
 
 @pytest.fixture
 def dequantize(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    monkeypatch.setattr(microbench, "copy_bandwidth", lambda device="cpu": 10.0)
+    monkeypatch.setattr(clock, "copy_bandwidth", lambda device="cpu": 10.0)
+    monkeypatch.setattr(clock, "peak", lambda unit, device="cpu": 100.0)
     return kernels.load()["graphwright.dequantize"][0]
 
 
 def test_a_right_kernel_is_timed(dequantize: Kernel, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "kernels.json"
-    assert microbench.main(["dequantize", "--json", str(file), "--rounds", "3"]) == 0
+    file, table = tmp_path / "kernels.json", tmp_path / "kernels.csv"
+    assert microbench.main(["dequantize", "--device", "cpu", "--json", str(file), "--csv", str(table), "--rounds", "3"]) == 0
     record = json.loads(file.read_text())
     (result,) = [r for r in record["results"] if r["op"] == "graphwright.dequantize"]
     assert result["verdict"] == "ok" and result["bytes"] == 1024 * 1536 * 5
-    assert result["gb_per_s"] == pytest.approx(result["bytes"] / result["ms"] / 1e6)
-    assert result["share"] == pytest.approx(result["gb_per_s"] / 10.0)
+    assert result["gb_per_s"] == pytest.approx(result["bytes"] / result["times"]["p50"] / 1e6)
+    assert result["of_copy"] == pytest.approx(result["gb_per_s"] / 10.0) and result["of_peak"] == pytest.approx(result["gop_per_s"] / 100.0)
+    assert result["times"]["least"] <= result["times"]["p20"] <= result["times"]["p50"] <= result["times"]["p80"]
+    assert [p["name"] for p in result["peers"]] == ["eager"] and result["peers"][0]["ratio"] > 0
     assert "1024x1536" in capsys.readouterr().out
+    rows = list(csv.DictReader(table.open()))
+    assert len(rows) == len(record["results"]) and all(float(r["eager_p50_ms"]) > 0 for r in rows)
 
 
 @pytest.mark.parametrize(("spoil", "word"), [
@@ -40,8 +51,8 @@ def test_a_right_kernel_is_timed(dequantize: Kernel, tmp_path: Path, capsys: pyt
 def test_a_wrong_kernel_is_not_timed(dequantize: Kernel, spoil: Any, word: str) -> None:
     wrong = dataclasses.replace(dequantize, run=lambda *args: spoil(dequantize.run(*args)))
     sample = next(s for s in dequantize.samples() if s.bench)
-    result = microbench.bench(wrong, sample)
-    assert word in result.verdict and result.ms is None and "NOT TIMED" in microbench.line(result)
+    result = microbench.bench(wrong, sample, ALONE)
+    assert word in result.verdict and result.times is None and "NOT TIMED" in results.line(result)
 
 
 def test_integers_may_differ_rarely_and_by_one() -> None:
@@ -54,7 +65,7 @@ def test_integers_may_differ_rarely_and_by_one() -> None:
             out[:count] += by
             return out
 
-        return microbench.disagreement(dataclasses.replace(kernel, run=run), sample)
+        return disagreement(dataclasses.replace(kernel, run=run), sample)
 
     assert off(0, 0) is None and off(3, 1) is None
     assert "steps off" in (off(1, 3) or "") and "elements differ" in (off(400, 1) or "")
@@ -64,9 +75,95 @@ def test_overwritten_arguments_are_noticed() -> None:
     kernel = kernels.load()["graphwright.softmax"][0]
     sample = Sample("3x5", lambda g: (torch.randn(3, 5, generator=g), None, 1.0, False))
     wrong = dataclasses.replace(kernel, run=lambda x, *rest: kernel.run(x, *rest, x))
-    assert microbench.disagreement(wrong, sample) == "an argument was overwritten"
+    assert disagreement(wrong, sample) == "an argument was overwritten"
 
 
 def test_unknown_names_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert microbench.main(["no-such-kernel"]) == 2
+    assert microbench.main(["no-such-kernel", "--device", "cpu"]) == 2
     assert "graphwright.softmax" in capsys.readouterr().err
+
+
+SMALL = shapes.Shapes(((5, 64, 48),), ((1, 8, 9, 7, 16, 3, 1),), ((6, 40),), ((1, 4, 2, 9, 32, 1),))
+
+
+def test_every_case_is_right_for_its_op_and_its_kernels() -> None:
+    """The arguments of a layer: the op takes them, and every CPU kernel that serves them agrees with its reference."""
+    loaded = kernels.load()
+    for case in cases.CASES:
+        if case.op not in {r.name for r in ops.rows()}:
+            continue
+        for sample, _ in cases.samples_for(case.op, SMALL):
+            args = sample.args(torch.Generator().manual_seed(0))
+            for kernel in loaded.get(case.op, ()):
+                if kernel.device == "cpu" and kernel.supports(*args) is None:
+                    assert disagreement(kernel, sample) is None, (case.op, sample.name)
+
+
+def test_kernels_with_packed_weights_give_the_same() -> None:
+    for several in kernels.load().values():
+        for kernel in several:
+            if kernel.device == "cpu" and kernel.ready is not None:
+                sample = next(s for s in kernel.samples() if not s.bench)
+                args = sample.args(torch.Generator().manual_seed(0))
+                assert torch.equal(kernel.prepared(*args)(), kernel.run(*args)), kernel.op
+
+
+def test_peers_compute_the_same_or_say_why_not(dequantize: Kernel) -> None:
+    """On small layers: whatever peer runs here reaches the floor, and the rest have reasons of their own."""
+    plan = microbench.Plan(rounds=3, peers=frozenset(peers.NAMES) - peers.COMPILED)
+    ran = set()
+    for op in ("graphwright.linear_int8", "graphwright.linear_w8", "graphwright.conv2d_int8", "graphwright.norm_quantize", "graphwright.attention_int8"):
+        kernel = next(k for k in kernels.load()[op] if k.device == "cpu")
+        if kernel.supports(*next(iter(kernel.samples())).args(torch.Generator())) is not None:
+            pytest.skip("this machine has none of the instructions that the int8 kernels need")
+        for sample, _ in cases.samples_for(op, SMALL):
+            result = run.bench(kernel, sample, plan)
+            assert result.verdict == "ok"
+            for peer in result.peers:
+                assert "dB" not in peer.reason, (op, sample.name, peer)
+                assert (peer.times is None) == bool(peer.reason)
+                ran |= {(op, peer.name)} if peer.times else set()
+    assert {("graphwright.linear_int8", "float"), ("graphwright.linear_int8", "int_mm"), ("graphwright.attention_int8", "sdpa"), ("graphwright.norm_quantize", "eager")} <= ran
+
+
+def test_a_wrong_peer_is_left_out(dequantize: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = kernels.load()["graphwright.softmax"][0]
+    monkeypatch.setattr(run, "peers_of", lambda op: {"wrong": lambda a, device: lambda: torch.zeros_like(a["x"]), "broken": lambda a, device: 1 / 0})
+    result = run.bench(kernel, Sample("3x5", lambda g: (torch.randn(3, 5, generator=g), None, 1.0, False)), microbench.Plan(rounds=3))
+    assert [p.times for p in result.peers] == [None, None] and "dB" in result.peers[0].reason and "ZeroDivisionError" in result.peers[1].reason
+    assert any("ZeroDivisionError" in text for text in results.notes([result]))
+
+
+def test_a_shape_file(tmp_path: Path, dequantize: Kernel, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text('{"rows": [[3, 17], [4, 64]]}')
+    assert microbench.main(["--op", "graphwright.softmax", "--shapes", str(file), "--device", "cpu", "--rounds", "3", "--no-peers"]) == 0
+    printed = capsys.readouterr().out
+    assert "3x17" in printed and "4x64" in printed
+
+
+@pytest.mark.parametrize(("text", "word"), [
+    ("[1, 2]", "object with the keys"), ('{"rows": [[1]]}', "is no shape"), ('{"rows": [[1, -2]]}', "is no shape"), ("{", "can't be read"), ('{"lines": []}', "keys"),
+])  # fmt: skip
+def test_a_bad_shape_file_says_what_is_wrong(tmp_path: Path, text: str, word: str) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(text)
+    with pytest.raises(InputError, match=word):
+        shapes.shapes_of(str(file))
+
+
+def test_a_missing_shape_file_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert microbench.main(["--shapes", "no-such-set", "--device", "cpu"]) == 2
+    assert "llama" in capsys.readouterr().err
+
+
+def test_times_are_percentiles() -> None:
+    found = clock.Times.of([0.005, 0.001, 0.003, 0.002, 0.004])
+    assert (found.least, found.p50) == (1.0, 3.0) and 1.0 < found.p20 < 2.5 and 3.5 < found.p80 < 5.0
+
+
+def test_the_roofline_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    one = results.Result("graphwright.softmax", "llvm", "3x5", "ok", 100, 1000, "f32", clock.Times(1, 1, 1, 1), gb_per_s=1.0, gop_per_s=2.0, of_copy=0.1, of_peak=0.1)
+    results.plot([one], 10.0, {"f32": 100.0}, tmp_path / "roof.svg")
+    assert "softmax" in (tmp_path / "roof.svg").read_text()

@@ -134,7 +134,7 @@ def test_it_is_listed_and_benchmarked(site, tmp_path):
     assert "raise-softsign scaled-softsign 1.2 in the default pipeline, stage raise" in text
     assert "op scaled_softsign.softsign scaled-softsign 1.2 scale * x / (1 + |x|)." in text
     assert "kernel scaled_softsign.numpy scaled-softsign 1.2 for scaled_softsign.softsign, f32, on cpu" in text
-    text = run(command.format(["bench", "--kernels", "--only", "softsign", "--rounds", "3"]), tmp_path, site).stdout
+    text = run(command.format(["bench", "kernels", "--op", "softsign", "--rounds", "3", "--device", "cpu"]), tmp_path, site).stdout
     assert text.count("scaled_softsign.softsign (scaled_softsign)") == 2 and "NOT TIMED" not in text
 
 

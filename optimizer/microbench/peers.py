@@ -1,0 +1,272 @@
+"""What else computes an op: PyTorch's own calls, oneDNN, Inductor, torchao. Each makes a call from the op's arguments."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from graphwright import ops
+from graphwright.ops.fused import activate
+
+Args = dict[str, Any]
+Maker = Callable[[Args, str], Callable[[], Any]]
+
+#: Outputs of a peer must reach this against the op's reference: the peers round in other places than we do.
+FLOOR_DB = 20.0
+
+
+class Absent(Exception):
+    """A peer can't compute this; the message says why."""
+
+
+def _need(held: bool, why: str) -> None:
+    if not held:
+        raise Absent(why)
+
+
+def _compiled(call: Callable[..., Any], *args: Any, **options: Any) -> Callable[[], Any]:
+    torch._dynamo.reset()
+    made = torch.compile(call, fullgraph=True, dynamic=False, **options)
+    return lambda: made(*args)
+
+
+def _reference(op: str) -> Callable[..., Any]:
+    return next(r for r in ops.rows() if r.name == op).reference
+
+
+# -- linear ----------------------------------------------------------------------------------------------------------
+
+
+def _float_weight(a: Args) -> Tensor:
+    """The weight in the dtype of x (float32 for integers), made ahead."""
+    weight, dtype = a["weight"], a["x"].dtype if a["x"].is_floating_point() else torch.float32
+    if a.get("weight_scales") is not None:
+        scales = a["weight_scales"]
+        return (weight.float() * scales.reshape(-1, *[1] * (weight.ndim - 1))).to(dtype)
+    from graphwright.ops import weight_only
+
+    return weight_only.real_weight(a).to(dtype)
+
+
+def _real_input(a: Args) -> Tensor:
+    x = a["x"]
+    if x.is_floating_point():
+        return x
+    if a.get("x_scales") is not None:
+        return x.float() * a["x_scales"]
+    return (x.float() - a["x_zero_point"]) * a["x_scale"]
+
+
+def _ending(a: Args) -> Callable[[Tensor], Tensor]:
+    name, scalars = a["activation"], a["scalars"]
+    return lambda y: activate(y, name, scalars)
+
+
+def linear_float(a: Args, device: str) -> Callable[[], Any]:
+    """The layer in floating point, nothing quantized: what the model did before."""
+    x, weight, end = _real_input(a), _float_weight(a), _ending(a)
+    bias = None if a["bias"] is None else a["bias"].to(weight.dtype)
+    return lambda: end(F.linear(x, weight, bias))
+
+
+def _int_product(a: Args) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    x, weight, scales, bias, end = a["x"], a["weight"].t(), a["weight_scales"], a["bias"], _ending(a)
+    _need(a["dtype"] is None or a["dtype"].is_floating_point, "the result is quantized")
+    shift = a["weight"].sum(1, dtype=torch.int32)
+
+    if x.is_floating_point():
+        def rows(x: Tensor) -> Tensor:
+            step = x.abs().amax(-1, keepdim=True).float() / 127
+            y = torch._int_mm(torch.round(x.float() / step).to(torch.int8), weight).float() * step * scales
+            return end(y if bias is None else y + bias).to(x.dtype)
+
+        return rows, x
+    scale, point = a["x_scale"], a["x_zero_point"] - 128
+    signed = (x.to(torch.int16) - 128).to(torch.int8)
+
+    def whole(x: Tensor) -> Tensor:
+        y = (torch._int_mm(x, weight) - point * shift).float() * (scale * scales)
+        return end(y if bias is None else y + bias)
+
+    return whole, signed
+
+
+def int_mm(a: Args, device: str) -> Callable[[], Any]:
+    """``torch._int_mm`` and what follows, op by op."""
+    call, x = _int_product(a)
+    return lambda: call(x)
+
+
+def int_mm_inductor(a: Args, device: str) -> Callable[[], Any]:
+    """The same, compiled by Inductor."""
+    call, x = _int_product(a)
+    return _compiled(call, x)
+
+
+def int_mm_autotuned(a: Args, device: str) -> Callable[[], Any]:
+    """The same, with Inductor's autotuned templates."""
+    _need(device == "cuda", "Inductor's templates are for the GPU")
+    call, x = _int_product(a)
+    return _compiled(call, x, mode="max-autotune-no-cudagraphs")
+
+
+def onednn_linear(a: Args, device: str) -> Callable[[], Any]:
+    """oneDNN's quantized linear, weights packed."""
+    _need(device == "cpu" and a["x"].dtype == torch.uint8 and a.get("x_scales") is None, "for uint8 under one scale")
+    _need(a["dtype"] in (None, torch.float32) and a["activation"] in ("none", "relu") and a["other"] is None, "for plain results")
+    weight = torch.ops.onednn.qlinear_prepack(a["weight"], list(a["x"].shape))
+    zeros, call = torch.zeros(a["weight"].shape[0], dtype=torch.int32), torch.ops.onednn.qlinear_pointwise.default
+    return lambda: call(a["x"], a["x_scale"], a["x_zero_point"], weight, a["weight_scales"], zeros, a["bias"], 1.0, 0, torch.float32, a["activation"], [], "")
+
+
+def _ao(a: Args, config: str, **options: Any) -> Callable[[], Any]:
+    _need(importlib.util.find_spec("torchao") is not None, "torchao is not installed")
+    _need(a["x"].is_floating_point(), "for float activations")
+    from torchao import quantization
+
+    weight = _float_weight(a)
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=a["bias"] is not None, dtype=weight.dtype, device=weight.device)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        if a["bias"] is not None:
+            layer.bias.copy_(a["bias"])
+    quantization.quantize_(layer, getattr(quantization, config)(**options))
+    return _compiled(torch.nn.Sequential(layer), a["x"])
+
+
+def torchao_dynamic(a: Args, device: str) -> Callable[[], Any]:
+    """torchao's int8 weights and activations, rows quantized at run time, compiled as its documentation says."""
+    return _ao(a, "Int8DynamicActivationInt8WeightConfig")
+
+
+def torchao_w8(a: Args, device: str) -> Callable[[], Any]:
+    """torchao's int8 weights, compiled."""
+    return _ao(a, "Int8WeightOnlyConfig")
+
+
+def aten_w8(a: Args, device: str) -> Callable[[], Any]:
+    """ATen's int8 weight-only product."""
+    x, weight, scales, bias, end = a["x"], a["weight"], a.get("weight_scales"), a["bias"], _ending(a)
+    _need(scales is not None and weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0, "one scale per row, multiples of 16")
+    half = x.to(torch.bfloat16), scales.to(torch.bfloat16)
+    offset = None if bias is None else bias.to(torch.bfloat16)
+
+    def call() -> Tensor:
+        y = torch._weight_int8pack_mm(half[0], weight, half[1])
+        return end(y if offset is None else y + offset)
+
+    return call
+
+
+def aten_w4(a: Args, device: str) -> Callable[[], Any]:
+    """ATen's int4 weight-only product, weights packed."""
+    from graphwright.ops import weight_only
+
+    group, x, bias, end = a["group"], a["x"].to(torch.bfloat16), a["bias"], _ending(a)
+    q = weight_only.unpack_nibbles(a["weight"])
+    n, k = q.shape
+    _need(device == "cpu" and group in (32, 64, 128, 256) and k % group == 0 and n % 16 == 0, "groups of 32 to 256, multiples of 16")
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
+    scales, points = a["scales"].float(), a.get("zero_points")
+    # its numbers are (q - 8) * scale + zero
+    zeros = torch.zeros_like(scales) if points is None else (8 - points.float()) * scales
+    both = torch.stack([scales.t(), zeros.t()], 2).to(torch.bfloat16).contiguous()
+    offset = None if bias is None else bias.to(torch.bfloat16)
+
+    def call() -> Tensor:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, both)
+        return end(y if offset is None else y + offset)
+
+    return call
+
+
+# -- convolution, attention, rows -----------------------------------------------------------------------------------
+
+
+def conv_float(a: Args, device: str) -> Callable[[], Any]:
+    """The convolution in floating point, channels last."""
+    x = _real_input(a).contiguous(memory_format=torch.channels_last)
+    weight, end = _float_weight(a).contiguous(memory_format=torch.channels_last) if a.get("weight_scales") is not None else a["weight"], _ending(a)
+    rest = a.get("stride") or 1, a["padding"], a.get("dilation") or 1, a.get("groups") or 1
+    return lambda: end(F.conv2d(x, weight, a["bias"], *rest))
+
+
+def onednn_conv(a: Args, device: str) -> Callable[[], Any]:
+    """oneDNN's quantized convolution, weights packed."""
+    _need(device == "cpu" and a["x"].dtype == torch.uint8 and a["other"] is None and a["activation"] in ("none", "relu"), "for uint8, without residual")
+    x, stride, padding = a["x"], list(a["stride"]), list(a["padding"])
+    dilation, groups = list(a.get("dilation") or (1, 1)), a.get("groups") or 1
+    weight = torch.ops.onednn.qconv_prepack(a["weight"], a["weight_scales"], a["x_scale"], a["x_zero_point"], stride, padding, dilation, groups, list(x.shape))
+    zeros, call = torch.zeros(a["weight"].shape[0], dtype=torch.int32), torch.ops.onednn.qconv_pointwise.default
+    return lambda: call(x, a["x_scale"], a["x_zero_point"], weight, a["weight_scales"], zeros, a["bias"], stride, padding, dilation, groups,
+                        a["scale"], a["zero_point"], a["dtype"], a["activation"], [], "")  # fmt: skip
+
+
+def sdpa(a: Args, device: str) -> Callable[[], Any]:
+    """PyTorch's scaled dot product attention."""
+    q, k, v = a["query"], a["key"], a["value"]
+    _need(a["dtype"] is None or a["dtype"].is_floating_point, "the result is quantized")
+
+    def call() -> Tensor:
+        y = F.scaled_dot_product_attention(q, k, v, a["mask"], is_causal=a["causal"], scale=a["attention_scale"], enable_gqa=k.shape[1] != q.shape[1])
+        return y.transpose(1, 2).flatten(2) if a["merge"] else y
+
+    return call
+
+
+def _chain(op: str) -> Maker:
+    def eager(a: Args, device: str) -> Callable[[], Any]:
+        """The op's reference: a chain of ATen calls."""
+        reference = _reference(op)
+        return lambda: reference(**a)
+
+    return eager
+
+
+def _fused(op: str) -> Maker:
+    def inductor(a: Args, device: str) -> Callable[[], Any]:
+        """The op's reference, compiled by Inductor."""
+        reference = _reference(op)
+        return _compiled(lambda: reference(**a))
+
+    return inductor
+
+
+_PRODUCT = {"float": linear_float}
+_CONV = {"float": conv_float}
+
+#: Peers by op; other ops have the chain of their reference, eager and compiled.
+PEERS: dict[str, dict[str, Maker]] = {
+    "graphwright.linear_int8": {**_PRODUCT, "int_mm": int_mm, "onednn": onednn_linear, "inductor": int_mm_inductor, "autotuned": int_mm_autotuned,
+                                "torchao": torchao_dynamic},
+    "graphwright.linear_w8": {**_PRODUCT, "aten": aten_w8, "torchao": torchao_w8},
+    "graphwright.linear_w8_groups": _PRODUCT,
+    "graphwright.linear_w4": {**_PRODUCT, "aten": aten_w4},
+    "graphwright.linear_w4a8": _PRODUCT,
+    "graphwright.conv2d_int8": {**_CONV, "onednn": onednn_conv},
+    "graphwright.conv2d_winograd": _CONV,
+    "graphwright.attention": {"sdpa": sdpa},
+    "graphwright.attention_int8": {"sdpa": sdpa},
+    "graphwright.attention_int8_qk": {"sdpa": sdpa},
+}  # fmt: skip
+
+
+@functools.cache
+def peers_of(op: str) -> dict[str, Maker]:
+    """Peers of an op by name."""
+    return PEERS.get(op) or {"eager": _chain(op), "inductor": _fused(op)}
+
+
+#: All names that a peer can have.
+NAMES = tuple(dict.fromkeys(["eager", "inductor", *(name for several in PEERS.values() for name in several)]))
+
+#: Those that Inductor compiles: 10 to 40 s for each sample on a CPU.
+COMPILED = frozenset({"inductor", "autotuned", "torchao"})
+
+__all__ = ["COMPILED", "FLOOR_DB", "NAMES", "PEERS", "Absent", "peers_of"]
