@@ -3,7 +3,8 @@
     y = activation(x @ w8^T * w_scale + bias + other)
 
 ``x`` [*, i] float32; ``weight`` [o, i] int8 with a scale per row, packed ahead (``pack``) as [o / 16, i, 16]; out [*, o] float32.
-A tile holds up to 4 rows times 64 columns of sums in registers, widening each weight once. Bound by memory up to about a dozen rows
+For a few rows a tile holds up to 4 of them times 64 columns of sums in registers, widening each weight once. For more, pieces of the weight
+are widened into the L2 cache once for all rows of a task, and tiles of floats do the rest. Bound by memory up to about a dozen rows
 (a quarter of the bytes of float32), by arithmetic beyond.
 """
 
@@ -21,17 +22,19 @@ from torch import Tensor
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth, unfit_epilogue
 from graphwright.kernels.common import not_cpu, per_channel, pieces, rows_of
+from graphwright.kernels.fma import products
 from graphwright.kernels.language import FLOAT32, INT64, VOID, intrinsic, ir, known, loop
 from graphwright.kernels.native import GRAIN, Native, specialized, threads_for, unavailable
 from graphwright.kernels.tile import add as add_rows
 from graphwright.kernels.tile import apart, device, f64, i64, real, scratch_of, share, store
-from graphwright.kernels.vector import LANES, F, fma, load_f, splat_f, spread_of, store_f
+from graphwright.kernels.vector import LANES, F, floats, fma, load_f, load_i8, splat_f, spread_of, store_f
 
-#: Rows and blocks of 16 columns of a task, and how many products go into one running sum.
-ROWS, BLOCKS, CHUNK = 16, 4, 512
+#: Rows and blocks of 16 columns of a task, how many products go into one running sum, and from how many rows on pieces are widened first.
+ROWS, BLOCKS, CHUNK, MANY = 48, 4, 256, 8
 _CHUNK = np.int64(CHUNK)
-_ROWS, _BLOCKS, _FOUR, _TWO, _ONE, _ZERO = (np.int64(n) for n in (ROWS, BLOCKS, 4, 2, 1, 0))
+_ROWS, _BLOCKS, _FOUR, _TWO, _ONE, _ZERO, _MANY = (np.int64(n) for n in (ROWS, BLOCKS, 4, 2, 1, 0, MANY))
 _sums, _more = (scratch_of(ROWS * BLOCKS * LANES) for _ in range(2))
+_piece = scratch_of(CHUNK * BLOCKS * LANES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +86,20 @@ _4x4, _4x1, _1x4, _1x1 = _tile(4, 4), _tile(4, 1), _tile(1, 4), _tile(1, 1)
 
 
 @device
+def pieces_products(x, x_step, rows, w, w_step, blocks, width, c, c_step, piece):
+    """As ``widened_products``, for many rows: a piece of the weight becomes floats at ``piece``, and all rows pass by it."""
+    apart()
+    line = blocks * 64
+    for start in range(0, width, _CHUNK):
+        steps = min(_CHUNK, width - start)
+        for block in range(blocks):
+            strip, to = w + block * w_step + start * 16, piece + block * 64
+            for k in range(steps):
+                store_f(floats(load_i8(strip + k * 16)), to + k * line)
+        products(x + start * 4, x_step, rows, piece, line, blocks, steps, c, c_step, w, start)
+
+
+@device
 def widened_products(x, x_step, rows, w, w_step, blocks, width, c, c_step):
     """``c = x @ w``: ``rows`` of x, ``blocks`` of 16 columns; strides in bytes.
 
@@ -125,7 +142,11 @@ def _linear_w8(params):  # device code, with ``activate`` put in by ``specialize
         rows, count = min(_ROWS, p[4] - row), min(_BLOCKS, blocks - block)
         at, wide = block * 16, count * 16
         n = min(wide, columns - at)
-        widened_products(p[2] + row * p[3], p[3], rows, p[6] + block * width * 16, width * 16, count, width, sums, wide * 4)
+        x, strip = p[2] + row * p[3], p[6] + block * width * 16
+        if rows < _MANY:
+            widened_products(x, p[3], rows, strip, width * 16, count, width, sums, wide * 4)
+        else:
+            pieces_products(x, p[3], rows, strip, width * 16, count, width, sums, wide * 4, _piece())
         for r in range(rows):
             line = sums + r * wide * 4
             for c in range(0, wide, 16):
@@ -202,7 +223,9 @@ def samples() -> Iterator[Sample]:
     yield make("16x768x3072 gelu", (16,), 768, 3072, activation="gelu", bench=True)
     yield make("3x5x7", (3,), 5, 7, bias=False)
     yield make("2x9x33x17 residual relu", (2, 9), 33, 17, other=True, activation="relu")
+    yield make("128x768x768", (128,), 768, 768, bench=True)
     yield make("21x20x130 tanh", (21,), 20, 130, activation="tanh")
+    yield make("101x600x70 residual", (101,), 600, 70, other=True)
     yield make("1x1x1", (1,), 1, 1)
     yield make("0x8x16", (0,), 8, 16)
 

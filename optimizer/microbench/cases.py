@@ -94,7 +94,7 @@ def _conv2d_int8(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> Ar
     x = _bytes(n, c, h, w, g=g, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
     return {"x": x, "x_scale": 0.02, "x_zero_point": 0, "weight": _bytes(o, c, window, window, g=g), "weight_scales": _scales(o, g=g),
             "stride": (stride, stride), "padding": (window // 2, window // 2), "dilation": (1, 1), "groups": 1, "other_scale": 1.0, "other_zero_point": 0,
-            **_tail(o, g), "activation": "relu", **_UINT8_OUT, "zero_point": 0, "scale": 0.016 * (c * window * window) ** 0.5}  # fmt: skip
+            **_tail(o, g), "activation": "relu", **_UINT8_OUT, "zero_point": 0, "scale": 0.03 * (c * window * window) ** 0.5}  # fmt: skip
 
 
 def _conv2d_float(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> Args:
