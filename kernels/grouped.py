@@ -1,0 +1,315 @@
+"""Linear layers whose weight has a scale for each group of inputs: what the kernels with 4-bit and 8-bit weights share.
+
+    y[r, o] = activation(row_scale[r] * sum_g scale[o, g] * (sum_{k in g} x[r, k] q[o, k] - point[o, g] * sum_{k in g} x[r, k]) + bias[o] + other[r, o])
+
+A kernel brings a tile (``tile``): the products of one line of the weight with a few rows, ``x`` as it stands in memory. The sums over a
+group stay in registers; at its end they are scaled and added up in float32. Zero points never meet the products: what they take
+away is a small product of its own, of the groups' sums of x with ``point * scale``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graphwright.kernels.activations import CODE, SMOOTH, scalars_of, simple, smooth, unfit_epilogue
+from graphwright.kernels.common import not_cpu, rows_of
+from graphwright.kernels.language import INT64, VOID, Device, intrinsic, ir, known, loop
+from graphwright.kernels.native import GRAIN, Native, specialized, threads_for
+from graphwright.kernels.tile import add as add_rows
+from graphwright.kernels.tile import apart, f32, f64, i8, i64, real, scratch_of, share, store, total
+from graphwright.kernels.vector import LANES, F, fma, load_f, splat_f, spread_of, store_f
+from graphwright.kernels.vnni import unfit
+
+#: Rows and blocks of 16 columns of a task; products in one running sum; numbers of a row that one line of 4-bit weights meets.
+ROWS, BLOCKS, CHUNK, EIGHT = 24, 4, 512, 8
+_ROWS, _BLOCKS, _FOUR, _ONE, _ZERO = (np.int64(n) for n in (ROWS, BLOCKS, 4, 1, 0))
+_sums, _more = (scratch_of(ROWS * BLOCKS * LANES) for _ in range(2))
+_HALVES = (torch.float16, torch.bfloat16)
+
+#: Writes the products of one line: ``(at, addresses of the rows, addresses of the blocks, line, sums) -> sums``.
+Products = Callable[[Any, list[Any], list[Any], Any, list[Any]], list[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight as the kernels read it. All padded to whole blocks of 16 output channels.
+
+    Attributes:
+        out, width: output channels, input channels.
+        step: inputs of a group, a multiple of 8 where numbers have 4 bits.
+        weight: 4 bits: ``[blocks, ceil(width / 8), 16, 4]`` bytes, the lower half of byte b for input b of eight, the upper for 4 + b;
+            8 bits: ``[blocks, width, 16]``.
+        scales: ``[blocks, groups, 16]`` float32.
+        offsets: the same times the zero points, as far as the integers have not lost those already; None: all zero.
+        bias: ``[blocks * 16]`` float32.
+    """
+
+    out: int
+    width: int
+    step: int
+    weight: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    bias: Tensor
+
+
+def pack_nibbles(weight: Tensor) -> Tensor:
+    """``weight [o, ceil(i / 2)]`` uint8 (lower half: even inputs) as ``Packed.weight``; what is padded is 8."""
+    numbers = torch.stack((weight & 15, weight >> 4), -1).flatten(1)
+    numbers = torch.nn.functional.pad(numbers, (0, -numbers.shape[1] % EIGHT, 0, -numbers.shape[0] % LANES), value=8)
+    lines = numbers.reshape(-1, LANES, numbers.shape[1] // EIGHT, 2, 4).permute(0, 2, 3, 1, 4)  # [blocks, lines, half, 16, 4]
+    return (lines[:, :, 0] | lines[:, :, 1] << 4).contiguous()
+
+
+def pack_bytes(weight: Tensor) -> Tensor:
+    """``weight [o, i]`` int8 as ``Packed.weight``."""
+    columns = torch.nn.functional.pad(weight.t(), (0, -weight.shape[0] % LANES))
+    return columns.reshape(weight.shape[1], -1, LANES).transpose(0, 1).contiguous()
+
+
+def pack(weight: Tensor, width: int, group: int, scales: Tensor, zero_points: Tensor | float, bias: Tensor | None) -> Packed:
+    """Pack integers that ``pack_nibbles`` or ``pack_bytes`` has laid out.
+
+    Args:
+        weight: laid out; width: input channels.
+        group: inputs that share a scale.
+        scales: ``[o, ceil(width / group)]``.
+        zero_points: of the same shape, or one number for all, in the integers that the tile multiplies.
+    """
+    out, step = scales.shape[0], group
+    wide = scales.detach().float()
+    points = zero_points.detach().float() if isinstance(zero_points, Tensor) else torch.full_like(wide, zero_points)
+    if group >= width:  # one long sum is made of shorter ones: a running float32 sum over thousands of products would lose digits
+        step = CHUNK
+        wide, points = (t.expand(out, -(-width // step)) for t in (wide, points))
+    offsets = wide * points if bool(points.any()) else None
+    padded = torch.nn.functional.pad(torch.zeros(out) if bias is None else bias.detach().float(), (0, -out % LANES))
+    return Packed(out, width, step, weight, _by_block(wide), None if offsets is None else _by_block(offsets), padded)
+
+
+def _by_block(per_group: Tensor) -> Tensor:
+    """``[o, groups]`` as ``[blocks, groups, 16]``."""
+    padded = torch.nn.functional.pad(per_group, (0, 0, 0, -per_group.shape[0] % LANES))
+    return padded.reshape(-1, LANES, padded.shape[1]).transpose(1, 2).contiguous()
+
+
+# -- device code -----------------------------------------------------------------------------------------------------
+
+
+def tile(rows: int, blocks: int, w_line: int, kind: Callable[[], Any], products: Products) -> Any:
+    """``c[:rows, :16 * blocks] += sum over groups of scales * (x @ w)``; strides in bytes.
+
+    Args:
+        w_line: bytes of one line of the weight.
+        kind: the LLVM vector type of the sums within a group: float32, or int32.
+    """
+
+    @intrinsic(VOID, *[INT64] * 10)
+    def grouped(at, x, x_step, w, w_step, groups, lines, scales, s_step, c, c_step):
+        long, vector, inner = INT64.llvm, F.llvm, kind()
+        left = [at.add(x, at.mul(x_step, long(r))) for r in range(rows)]
+        right = [at.add(w, at.mul(w_step, long(v))) for v in range(blocks)]
+        places = [at.add(at.add(c, at.mul(c_step, long(k // blocks))), long(k % blocks * LANES * 4)) for k in range(rows * blocks)]
+
+        def pointer(address: Any) -> Any:
+            return at.inttoptr(address, vector.as_pointer())
+
+        def group(number: Any, sums: list[Any]) -> list[Any]:
+            start = at.mul(number, lines)
+            nothing = [ir.Constant(inner, [inner.element(0)] * LANES)] * (rows * blocks)
+            found = loop(at, lines, nothing, lambda k, s: products(at, left, right, at.add(start, k), s))
+            found = [at.sitofp(v, vector) for v in found] if inner != vector else found
+            by = [at.load(pointer(at.add(at.add(scales, at.mul(s_step, long(v))), at.mul(number, long(LANES * 4)))), align=4) for v in range(blocks)]
+            return [known(at, "llvm.fma.v16f32", vector, f, by[k % blocks], s) for k, (f, s) in enumerate(zip(found, sums, strict=True))]
+
+        sums = loop(at, groups, [at.load(pointer(p), align=4) for p in places], group)
+        for value, place in zip(sums, places, strict=True):
+            at.store(value, pointer(place), align=4)
+
+    return grouped
+
+
+def spread_load(at: Any, address: Any, kind: Any, vector: Any) -> Any:
+    """Sixteen times the number at an address."""
+    return spread_of(at, at.load(at.inttoptr(address, kind.as_pointer()), align=1), vector)
+
+
+def _products(x, x_step, rows, w, w_step, blocks, groups, lines, scales, s_step, c, c_step):  # device code
+    """``c += x @ w`` over ``groups`` groups of so many lines: tiles are put in by ``Kind``."""
+    apart()
+    block = _ZERO
+    while block < blocks:
+        wide = _FOUR if blocks - block >= 4 else _ONE
+        strip, by, out, row = w + block * w_step, scales + block * s_step, c + block * 64, _ZERO
+        while row < rows:
+            high = HIGH if rows - row >= HIGH else _ONE  # noqa: F821
+            at, to = x + row * x_step, out + row * c_step
+            if high > 1:
+                if wide == 4:
+                    MANY_WIDE(at, x_step, strip, w_step, groups, lines, by, s_step, to, c_step)  # noqa: F821
+                else:
+                    MANY(at, x_step, strip, w_step, groups, lines, by, s_step, to, c_step)  # noqa: F821
+            elif wide == 4:
+                WIDE(at, x_step, strip, w_step, groups, lines, by, s_step, to, c_step)  # noqa: F821
+            else:
+                SINGLE(at, x_step, strip, w_step, groups, lines, by, s_step, to, c_step)  # noqa: F821
+            row += high
+        block += wide
+
+
+def _linear(params):  # device code, with what a kind of weight and an activation need put in by ``Kind``
+    """Slots: 2 x, 3 its row in bytes, 4 rows, 5 columns, 6 weight, 7 lines of a strip, 8 whole groups, 9 lines of a group, 10 scales,
+    11 all groups, 12 offsets or 0, 13 sums of x, 14 scales of rows or 0, 15 bias, 16 other or 0, 17 its row in bytes, 18 out, 19 code,
+    20 a, 21 b."""
+    p, d = i64(params), f64(params)
+    columns, strip, groups, every, sums = p[5], p[7] * W_LINE, p[8], p[11], _sums()  # noqa: F821
+    blocks, bands = (columns + 15) // 16, (p[4] + _ROWS - 1) // _ROWS
+    first, end = share(params, (blocks + _BLOCKS - 1) // _BLOCKS * bands)
+    for task in range(first, end):
+        block, row = task // bands * _BLOCKS, task % bands * _ROWS
+        rows, count = min(_ROWS, p[4] - row), min(_BLOCKS, blocks - block)
+        at, wide = block * 16, count * 16
+        n, x, w, scales = min(wide, columns - at), p[2] + row * p[3], p[6] + block * strip, p[10] + block * every * 64
+        for r in range(rows):
+            for b in range(count):
+                taken = splat_f(real(0))
+                if p[12] != 0:
+                    of_row, offsets = f32(p[13]), p[12] + (block + b) * every * 64
+                    for g in range(every):
+                        taken = fma(splat_f(-of_row[(row + r) * every + g]), load_f(offsets + g * 64), taken)
+                store_f(taken, sums + (r * wide + b * 16) * 4)
+        done = groups * p[9]
+        if groups != 0:
+            PRODUCTS(x, p[3], rows, w, strip, count, groups, p[9], scales, every * 64, sums, wide * 4)  # noqa: F821
+        if done != p[7]:
+            PRODUCTS(x + done * X_LINE, p[3], rows, w + done * W_LINE, strip, count, _ONE, p[7] - done, scales + groups * 64, every * 64, sums, wide * 4)  # noqa: F821 # fmt: skip
+        for r in range(rows):
+            line, by = sums + r * wide * 4, splat_f(real(1))
+            if p[14] != 0:
+                by = splat_f(f32(p[14])[row + r])
+            for c in range(0, wide, 16):
+                store_f(fma(load_f(line + c * 4), by, load_f(p[15] + (at + c) * 4)), line + c * 4)
+            if p[16] != 0:
+                add_rows(line, p[16] + (row + r) * p[17] + at * 4, n, line)
+        y = activate(p[19], sums, rows * wide, real(d[20]), real(d[21]), _more())  # noqa: F821
+        for r in range(rows):
+            store(0, p[18] + ((row + r) * columns + at) * 4, n, y + r * wide * 4, real(1), 0, real(0), real(0))
+
+
+def _group_sums(params):  # device code
+    """Slots: 2 x, 3 its row in bytes, 4 rows, 5 columns, 6 numbers of a group, 7 out, 8 whether x is int8."""
+    p = i64(params)
+    groups = (p[5] + p[6] - 1) // p[6]
+    first, end = share(params, p[4] * groups)
+    for k in range(first, end):
+        row, start = k // groups, k % groups * p[6]
+        n, out = min(p[6], p[5] - start), f32(p[7])
+        if p[8] != 0:
+            numbers, sum_ = i8(p[2] + row * p[3] + start), 0
+            for c in range(n):
+                sum_ += numbers[c]
+            out[k] = real(sum_)
+        else:
+            out[k] = total(p[2] + row * p[3] + start * 4, n)
+
+
+_SUMS = Native(_group_sums, "q" * 7)
+
+
+class Kind:
+    """The compiled kernels of one kind of weight.
+
+    Args:
+        name: of the kernel on disk.
+        w_line, x_line: bytes of the weight and of a row that belong to one line.
+        per_line: numbers of a row that belong to one line.
+        high: rows of a tile.
+    """
+
+    def __init__(self, name: str, w_line: int, x_line: int, per_line: int, high: int, kind: Callable[[], Any], products: Products):
+        self.per_line = per_line
+        tiles = {n: tile(r, b, w_line, kind, products) for n, r, b in (("MANY_WIDE", high, 4), ("MANY", high, 1), ("WIDE", 1, 4), ("SINGLE", 1, 1))}
+        inner = Device(specialized(_products, f"{name}_products", HIGH=np.int64(high), **tiles))  # type: ignore[arg-type]
+        names: dict[str, Any] = {"PRODUCTS": inner, "W_LINE": np.int64(w_line), "X_LINE": np.int64(x_line)}
+        self.simple, self.smooth = (Native(specialized(_linear, f"{name}_{f.__name__}", activate=f, **names), "q" * 18 + "dd") for f in (simple, smooth))
+
+    def __call__(self, x: Tensor, packed: Packed, row_scales: Tensor | None, other: Tensor | None, activation: str, scalars: Sequence[float],
+                 dtype: torch.dtype | None) -> Tensor:  # fmt: skip
+        """The linear layer.
+
+        Args:
+            x: ``[*, width]`` float32 or halves; int8 where the kind multiplies integers, with ``row_scales [*, 1]``.
+            other: ``[*, o]`` of any float dtype.
+            dtype: of the result; None: float32.
+        """
+        out = torch.empty((*x.shape[:-1], packed.out))
+        if not out.numel():
+            return out.to(dtype or torch.float32)
+        rows = rows_of(x.float() if x.dtype in _HALVES else x)
+        lines = -(-packed.width // self.per_line)
+        if packed.width % self.per_line:  # whole lines are read
+            rows = torch.nn.functional.pad(rows, (0, -packed.width % self.per_line))
+        count, step, every = rows.shape[0], rows.stride(0) * rows.element_size(), packed.scales.shape[1]
+        threads = threads_for(max(GRAIN, packed.out * packed.width) * count // 4)
+        sums = self._sums(rows, step, packed, threads) if packed.offsets is not None else None
+        by = None if row_scales is None else row_scales.reshape(-1).float().contiguous()
+        residual, residual_step = 0, 0
+        if other is not None:
+            other = rows_of(other.float().expand(out.shape))
+            residual, residual_step = other.data_ptr(), other.stride(0) * 4
+        each = packed.step // self.per_line
+        native = self.smooth if activation in SMOOTH else self.simple
+        native(
+            threads, rows.data_ptr(), step, count, packed.out, packed.weight.data_ptr(), lines, lines // each, each, packed.scales.data_ptr(), every,
+            *((0, 0) if packed.offsets is None else (packed.offsets.data_ptr(), sums.data_ptr())), 0 if by is None else by.data_ptr(),  # type: ignore[union-attr]
+            packed.bias.data_ptr(), residual, residual_step, out.data_ptr(), CODE[activation], *scalars_of(activation, scalars),
+        )  # fmt: skip
+        return out if dtype is None else out.to(dtype)
+
+    def _sums(self, rows: Tensor, step: int, packed: Packed, threads: int) -> Tensor:
+        """What each group of x adds up to, ``[rows, groups]`` float32."""
+        sums = torch.empty(rows.shape[0], packed.scales.shape[1])
+        few = min(threads, threads_for(rows.shape[0] * packed.width // 4))
+        _SUMS(few, rows.data_ptr(), step, rows.shape[0], packed.width, packed.step, sums.data_ptr(), int(rows.dtype == torch.int8))
+        return sums
+
+
+# -- what is supported -----------------------------------------------------------------------------------------------
+
+
+def unfit_linear(x: Tensor, inputs: tuple[torch.dtype, ...], weight: Tensor, stored: torch.dtype, bits: int, scales: Tensor, zero_points: Tensor | None,
+                 bias: Tensor | None, other: Tensor | None, activation: str, group: int, dtype: torch.dtype | None) -> str | None:  # fmt: skip
+    """None, or why a linear layer whose weight has scales by groups can't be served."""
+    if (reason := unfit() or not_cpu(x, weight, scales, zero_points, bias, other)) is not None:
+        return reason
+    if x.dtype not in inputs or weight.dtype != stored or weight.ndim != 2:
+        wanted = " or ".join(str(d) for d in inputs)
+        return f"x is {x.dtype}, the weight {weight.dtype} with {weight.ndim} axes; wanted {wanted}, and {stored} with 2"
+    width = weight.shape[1] * 8 // bits
+    if not x.ndim or x.shape[-1] != width or not width:
+        return f"shapes {tuple(x.shape)} and {tuple(weight.shape)} do not belong together: {bits} bits a number"
+    if (reason := unfit_group(group, width)) is not None:
+        return reason
+    for name, t in (("scales", scales), ("zero_points", zero_points)):
+        if t is not None and t.shape != (weight.shape[0], -(-width // group)):
+            return f"{name} have shape {tuple(t.shape)}; wanted {(weight.shape[0], -(-width // group))}"
+    floats = (None, torch.float32, *_HALVES)
+    if (None if other is None else other.dtype) not in floats or dtype not in floats:
+        return f"the residual is {None if other is None else other.dtype}, the result {dtype}; float32, float16 and bfloat16 are supported"
+    return unfit_epilogue(activation, None)
+
+
+def unfit_group(group: int, width: int) -> str | None:
+    """None, or why a group of so many inputs can't be served."""
+    if group <= 0:
+        return f"groups of {group} inputs"
+    if group >= width or (group % EIGHT == 0 and group <= CHUNK):
+        return None
+    return f"groups of {group} inputs; multiples of 8 up to {CHUNK} are supported, and all {width}"
+
