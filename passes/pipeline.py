@@ -30,6 +30,7 @@ from graphwright.passes.raise_attention import RaiseAttention
 from graphwright.passes.raise_einsum import RaiseEinsum
 from graphwright.passes.raise_linear import RaiseLinear
 from graphwright.passes.raise_norms import RaiseNorms
+from graphwright.passes.raise_softmax import RaiseSoftmax
 from graphwright.passes.registered import Broken, Order, Registry, instance_of
 from graphwright.passes.select_early import SelectEarly
 from graphwright.passes.simplify_arithmetic import SimplifyArithmetic
@@ -41,6 +42,7 @@ DEFAULT: tuple[Pass, ...] = (
     Canonicalize(),          # one spelling of everything, nothing that computes nothing: all others rely on it
     RaiseEinsum(),           # products by their own name: linears and attention are looked for next
     RaiseLinear(),           # before constants are folded: a transposed weight is a linear's weight as it stands
+    RaiseSoftmax(),          # exponentials over their sum: attention is looked for by its softmax
     RaiseAttention(),        # while products and softmax still stand apart; the masks it builds are folded next
     FoldConstants(),         # positions, masks, tables: what follows sees numbers where there were ops
     CommonSubexpressions(),  # a mean computed twice would hide a layer norm
