@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,3 +53,31 @@ def vectors(weight: Tensor | None, bias: Tensor | None, count: int) -> tuple[int
     """Addresses of ``count`` float32 weights and biases; ones and zeros stand in for None. Both must be contiguous."""
     return (_constant(1.0, count) if weight is None else weight).data_ptr(), \
            (_constant(0.0, count) if bias is None else bias).data_ptr()  # fmt: skip
+
+
+@functools.lru_cache(4096)
+def merged_axes(
+    shape: tuple[int, ...], out: tuple[int, ...], *inputs: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]] | None:
+    """Four sizes in the order of the output's memory, and four strides per input; None where more than four are needed.
+
+    Axes that every input walks through evenly are merged.
+    """
+    order = sorted((k for k in range(len(shape)) if shape[k] != 1), key=lambda k: -out[k])
+    axes: list[list[Any]] = []
+    for k in order:
+        steps = [s[k] for s in inputs]
+        if axes and all(before == step * shape[k] for before, step in zip(axes[-1][1], steps, strict=True)):
+            axes[-1] = [axes[-1][0] * shape[k], steps]
+        else:
+            axes.append([shape[k], steps])
+    if len(axes) > 4:
+        return None
+    axes = [[1, [0] * len(inputs)]] * (4 - len(axes)) + axes
+    sizes = tuple(size for size, _ in axes)
+    return sizes, tuple(tuple(steps[i] for _, steps in axes) for i in range(len(inputs)))
+
+
+def broadcast_strides(t: Tensor, like: Tensor) -> tuple[int, ...]:
+    """Strides of t, broadcast to the shape of another."""
+    return t.stride() if t.shape == like.shape else t.expand(like.shape).stride()

@@ -10,7 +10,6 @@ arithmetic while the data come from a cache.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth
-from graphwright.kernels.common import GRID, grid, not_cpu, pieces
+from graphwright.kernels.common import GRID, broadcast_strides, grid, merged_axes, not_cpu, pieces
 from graphwright.kernels.native import Native, specialized, threads_for, unavailable
 from graphwright.kernels.tile import (
     KIND,
@@ -111,33 +110,6 @@ _SMOOTH = Native(specialized(_chain, "pointwise_smooth", activate=smooth), _SLOT
 _NOTHING = (0, 0, 1.0, 0.0, 0, 0, 0, 0)
 
 
-@functools.lru_cache(4096)
-def _geometry(
-    shape: tuple[int, ...], out: tuple[int, ...], *inputs: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]] | None:
-    """Four sizes in the order of the output's memory, and four strides per input; None where more than four are needed.
-
-    Axes that every input walks through evenly are merged.
-    """
-    order = sorted((k for k in range(len(shape)) if shape[k] != 1), key=lambda k: -out[k])
-    axes: list[list[Any]] = []
-    for k in order:
-        steps = [s[k] for s in inputs]
-        if axes and all(before == step * shape[k] for before, step in zip(axes[-1][1], steps, strict=True)):
-            axes[-1] = [axes[-1][0] * shape[k], steps]
-        else:
-            axes.append([shape[k], steps])
-    if len(axes) > 4:
-        return None
-    axes = [[1, [0] * len(inputs)]] * (4 - len(axes)) + axes
-    sizes = tuple(size for size, _ in axes)
-    return sizes, tuple(tuple(steps[i] for _, steps in axes) for i in range(len(inputs)))
-
-
-def _strides(t: Tensor, like: Tensor) -> tuple[int, ...]:
-    return t.stride() if t.shape == like.shape else t.expand(like.shape).stride()
-
-
 def pointwise(
     x: Tensor, x_scale: float, x_zero: int, other: Tensor | None, other_scale: float, other_zero: int,
     gate: Tensor | None, activation: str, scalars: Sequence[float], scale: float, zero_point: int, low: int, high: int,
@@ -156,8 +128,8 @@ def pointwise(
     if plain and other is None and gate is None:
         sizes, strides = (1, 1, 1, count), ((0, 0, 0, 1),)
     else:
-        inputs = [x.stride(), *(_strides(t, x) for t in (other, gate) if t is not None)]
-        sizes, strides = _geometry(x.shape, out.stride(), *inputs)  # type: ignore[misc]
+        inputs = [x.stride(), *(broadcast_strides(t, x) for t in (other, gate) if t is not None)]
+        sizes, strides = merged_axes(x.shape, out.stride(), *inputs)  # type: ignore[misc]
     first = (x.data_ptr(), KIND[x.dtype], x_scale, x_zero, *strides[0])
     second = third = _NOTHING
     if other is not None:
@@ -191,10 +163,10 @@ def unfit(x: Tensor, inputs: Sequence[Tensor | None], activation: str, dtype: to
             return f"input of {t.dtype}; there are {', '.join(map(str, KIND))}"
         if t.ndim > x.ndim or any(n not in (1, m) for n, m in zip(t.shape[::-1], x.shape[::-1], strict=False)):
             return f"an operand of shape {tuple(t.shape)} does not broadcast to x's {tuple(x.shape)}"
-        strides.append(tuple(map(int, _strides(t, x))))
+        strides.append(tuple(map(int, broadcast_strides(t, x))))
     shape = tuple(map(int, x.shape))
     out = torch.empty(shape, device="meta").to(memory_format=output_format(x)).stride()
-    return None if _geometry(shape, out, *strides) else "strides that need more than four axes"
+    return None if merged_axes(shape, out, *strides) else "strides that need more than four axes"
 
 
 # -- rows ------------------------------------------------------------------------------------------------------------

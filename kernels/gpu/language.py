@@ -124,3 +124,28 @@ def tile_of(pid, rows, columns, GROUP: tl.constexpr):
     first = pid // width * GROUP
     tall = min(rows - first, GROUP)
     return first + pid % width % tall, pid % width // tall
+
+
+@triton.jit
+def row_scales(v):
+    """What the rows of ``v`` [r, c] float32 are multiplied with before ``to_int8``, and the scales to be stored: those of ``quantize_rows``.
+
+    Magnitudes are compared as integers, which order NaN above all: one reduction tells the largest and whether there is any.
+    """
+    bits = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    most = tl.max(bits, 1)
+    odd = most > 0x7F800000
+    if tl.max(odd.to(tl.int32), 0) > 0:
+        most = tl.max(tl.where(bits > 0x7F800000, 0, bits), 1)
+    scale = most.to(tl.float32, bitcast=True) * (1 / 127)
+    scale = tl.where(scale > 1.1754943508222875e-38, scale, 1.0)
+    return 1.0 / scale, tl.where(odd, float("nan"), scale)
+
+
+@triton.jit
+def to_levels(x, inverse, zero_point, low, high):
+    """``clamp(round(x * inverse) + zero_point, low, high)`` as int32, bounds and zero point below 2^22; NaN becomes the zero point."""
+    y = x * inverse
+    y = tl.where(y == y, y, 0.0)
+    y = tl.minimum(tl.maximum(y, (low - zero_point) * 1.0), (high - zero_point) * 1.0)
+    return (y + 12582912.0).to(tl.int32, bitcast=True) - (1262485504 - zero_point)
