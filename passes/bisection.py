@@ -13,8 +13,9 @@ from graphwright.capture.rehearse import where
 from graphwright.cut import counterparts, values_of
 from graphwright.errors import GraphwrightError, InputError, InternalError
 from graphwright.ir import Program, site_of
-from graphwright.manager import Pass, PassResult, _Oracle, fingerprint
+from graphwright.manager import Pass, PassResult, fingerprint
 from graphwright.numerics import Exact, Lossy, run_double
+from graphwright.oracle import Oracle
 
 T = TypeVar("T")
 
@@ -143,7 +144,7 @@ class _Judge:
                              hint="Pass a check, or capture with example inputs.")  # fmt: skip
         if check is not None and (problem := check(program)):
             raise InputError(f"the check fails before any pass: {problem}", where="bisect")
-        self.oracle = _Oracle(program) if check is None else None
+        self.oracle = Oracle(program) if check is None else None
 
     def problem(self, p: Pass, tried: Attempt, before: Program) -> str | None:
         """What is wrong with the program that ``p`` made of ``before``."""

@@ -14,12 +14,12 @@ FOLDERS = {"optimizer": "graphwright", "passes": "graphwright.passes", "kernels"
 FLOORS = [
     ["errors"],
     ["difference", "drawing", "ir", "inference", "invariants", "nodes", "ops", "outline", "output", "snapshot", "source", "structure"],
-    ["rewrite", "manager", "kernel", "kernel_registry", "cost", "measure", "memory", "numerics", "cache", "calibrate", "cut"],
+    ["rewrite", "manager", "kernel", "kernel_registry", "cost", "measure", "memory", "numerics", "oracle", "cache", "calibrate", "cut"],
     ["capture", "kernels"],
     ["passes"],
     ["backends", "lower"],
     ["search", "store", "report"],
-    ["api", "bisecting", "comparing", "meters", "explaining", "repro", "optimized", "profiling", "saving", "reporting", "checkup", "cli", "console", "userfile", "listing", "demo", "microbench", "testing", "dynamo", "decode"],
+    ["api", "bisecting", "comparing", "meters", "explaining", "repro", "optimized", "profiling", "saving", "reporting", "checkup", "cli", "cli_options", "console", "userfile", "listing", "demo", "microbench", "testing", "dynamo", "decode"],
 ]  # fmt: skip
 FLOOR = {f"graphwright.{name}": k for k, names in enumerate(FLOORS) for name in names} | {"graphwright": len(FLOORS) - 1}
 
