@@ -31,6 +31,7 @@ def load() -> dict[str, list[Kernel]]:
         for kernel in (*getattr(module, "KERNELS", ()), *filter(None, [getattr(module, "KERNEL", None)])):
             found.setdefault(kernel.op, []).append(kernel)
     if gpu.wanted():
+        import_module("graphwright.kernels.gpu.serving").register()
         for family in gpu.families().values():
             found.setdefault(family.op, []).append(family.kernel())
     return found

@@ -288,8 +288,8 @@ class _Truth:
         if not isinstance(value, Tensor):
             return value
         if form != NATIVE:
-            value = conversion(NATIVE, form, self.params.get(read.value), value.dim())(value)
-        return value.clone()  # kernels may write into what they read
+            value = conversion(NATIVE, form, self.params.get(read.value), value)(value)
+        return tuple(v.clone() for v in value) if isinstance(value, tuple) else value.clone()  # kernels may write into what they read
 
     def expected(self, work: Work, like: Any) -> tuple[Tensor, str] | None:
         """The original's value as this work holds it, and how, where it can be told."""
@@ -355,9 +355,9 @@ def _native(result: Any, candidate: Candidate, work: Work) -> Any:
     """What a kernel gave, in the form that the program speaks of."""
     results = (result,) if len(candidate.gives) == 1 else tuple(result)
     form, value = next(((f, r) for f, r in zip(candidate.gives, results, strict=True) if f.kind == "native"), (candidate.gives[0], results[0]))
-    if form.kind == "native" or not isinstance(value, Tensor):
+    if form.kind == "native" or not isinstance(value, (Tensor, tuple)):
         return value
-    return conversion(form, NATIVE, work.qparams, value.dim())(value)
+    return conversion(form, NATIVE, work.qparams, work.out)(value)
 
 
 @contextmanager

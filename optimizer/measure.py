@@ -33,13 +33,14 @@ class Timing:
 
 
 def interleaved(calls: Sequence[Callable[[], Any]], *, rounds: int = 10, budget_s: float | None = None,
-                settled: int | None = None, warmup: int = 1) -> list[Timing]:  # fmt: skip
+                settled: int | None = None, warmup: int = 1, wait: Callable[[], None] | None = None) -> list[Timing]:  # fmt: skip
     """Time the calls in turn, A B C A B C …, so that a drifting machine favours none.
 
     Args:
         rounds: how many turns at the most; at least 3 are always made.
         budget_s: stop starting new rounds past this many seconds.
         settled: stop after so many rounds where the slowest call of one is faster than the fastest of every other.
+        wait: returns once what the calls launched is done; part of each call's time.
     """
     seconds: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
@@ -47,6 +48,8 @@ def interleaved(calls: Sequence[Callable[[], Any]], *, rounds: int = 10, budget_
         for _ in range(warmup):
             for call in calls:
                 call()
+        if wait is not None:
+            wait()
         for k in range(rounds):
             if k >= 3 and budget_s is not None and time.perf_counter() - start > budget_s:
                 break
@@ -55,6 +58,8 @@ def interleaved(calls: Sequence[Callable[[], Any]], *, rounds: int = 10, budget_
             for call, times in zip(calls, seconds, strict=True):
                 begin = time.perf_counter()
                 call()
+                if wait is not None:
+                    wait()
                 times.append(time.perf_counter() - begin)
     return [Timing.of(s) for s in seconds]
 

@@ -75,7 +75,7 @@ class Histogram:
         start, width = self.start * self.width, self.width
         # Extremes are exact in ``low`` and ``high``; rounding of the bin edges must not drop them from the counts.
         sample = sample.clamp(start, start + BINS * width)
-        self.counts += torch.histc(sample, BINS, start, start + BINS * width).double() * (x.numel() / sample.numel())
+        self.counts += torch.histc(sample, BINS, start, start + BINS * width).cpu().double() * (x.numel() / sample.numel())
 
     def _cover(self) -> None:
         """Widen or move the bins until they hold ``low`` to ``high``."""

@@ -14,6 +14,7 @@ from graphwright.backends.base import (
     NATIVE,
     NATIVE_LAST,
     Q_LAST,
+    ROWS,
     Candidate,
     Format,
     Q,
@@ -24,8 +25,10 @@ from graphwright.backends.base import (
     hint,
 )  # fmt: skip
 from graphwright.backends.direct import direct, without_defaults
+from graphwright.backends.onednn import Matrix, matrix
 from graphwright.backends.room import append
 from graphwright.ops import CAST, CONTRACTION, ELEMENTWISE, LAYOUT_FREE, POOL, RANDOM, VIEW
+from graphwright.ops.fused import activate
 
 #: ops that move values without arithmetic on them, so that integers under the same QParams pass through
 _ANY_DTYPE_VIEWS = {
@@ -42,6 +45,10 @@ _REINTERPRETING = {torch.ops.aten.view_as_complex.default, torch.ops.aten.view.d
 _POOLS_LAST = {"aten.max_pool2d", "aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten.mean.dim", "aten.amax"}
 
 
+#: what it offers runs wherever its tensors lie
+DEVICES = ("cpu", "cuda")
+
+
 def reason() -> str | None:
     """ATen is always there."""
     return None
@@ -50,6 +57,10 @@ def reason() -> str | None:
 def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
     """The op as it stands first; then channels-last, bfloat16 and quantized hand-through where they are sound."""
     call = lambda: implementation(work)
+    if work.op in ("graphwright.attention", "graphwright.attention_int8"):
+        yield from _attention(work)
+    if work.device == "cuda" and (m := matrix(work)) is not None:
+        yield from _int_mm(work, m)
     floats = [isinstance(work.val(k), Tensor) and work.val(k).dtype == torch.float32 for k in range(len(work.reads))]
     view, shares = work.has(VIEW), may_share(work)
     # ops that merely look at their input are not worth a stopwatch
@@ -73,6 +84,52 @@ def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
         yield Candidate("aten.bf16", (BF16,) * len(floats), (BF16,), "bf16", cast, aliases=shares, timed=timed)
         if last is not None:
             yield Candidate("aten.bf16-last", (BF16_LAST,) * len(floats), (BF16_LAST,), "bf16", cast, aliases=shares)
+
+
+def _attention(work: Work) -> Iterator[Candidate]:
+    """Our attention op by ATen's own, with the heads merged afterwards where the program wants that."""
+    a = work.named
+    query, key, value, mask = (a[k] for k in ("query", "key", "value", "mask"))
+    if not work.is_float or not all(isinstance(t, Slot) and work.val(t.index).dim() == 4 for t in (query, key, value)):
+        return
+    factor, causal, merge = a["attention_scale"], a["causal"], bool(a["merge"])
+    floor = 20.0 if work.op == "graphwright.attention_int8" else None  # it rounds less than that does
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def pick(t: Any) -> Callable[[tuple[Any, ...]], Any]:
+        return (lambda r, i=t.index: r[i]) if isinstance(t, Slot) else (lambda r, t=t: t)
+
+    q, k, v, m = pick(query), pick(key), pick(value), pick(mask)
+
+    def run(*r: Any) -> Tensor:
+        query, key = q(r), k(r)
+        y = attend(query, key, v(r), m(r), 0.0, causal, scale=factor, enable_gqa=key.shape[1] != query.shape[1])
+        return y.transpose(1, 2).flatten(2) if merge else y
+
+    yield Candidate("aten.sdpa", (NATIVE,) * len(work.reads), (NATIVE,), "f32", lambda: run, floor_db=floor)
+
+
+def _int_mm(work: Work, m: Matrix) -> Iterator[Candidate]:
+    """A linear on integers by cuBLAS's product of int8, scales, bias and activation after it; rows under a scale each."""
+    w = m.int_weight
+    if w is None or m.conv or not w.symmetric or w.values.dtype != torch.int8 or w.axis != 0 or w.scales.ndim != 1 or not work.is_float:
+        return
+    read, (out, wide) = work.reads[m.x], w.values.shape
+    if not (read.rows or read.even) or wide % 8 or out % 8 or not work.static or work.val(m.x).numel() // max(wide, 1) <= 16:
+        return  # torch._int_mm asks for that
+    weight, scales = w.values.detach().t(), w.scales.detach().float().expand(out)
+    bias = None if m.bias is None else m.bias.detach().float()
+    x, other, name, scalars, dtype = m.x, m.other, m.activation, m.scalars, work.out.dtype
+
+    def run(*r: Any) -> Tensor:
+        q, rows = r[x]
+        y = torch._int_mm(q.reshape(-1, wide), weight).float().view(*q.shape[:-1], out) * (rows * scales)
+        y = y if bias is None else y + bias
+        return activate(y if other is None else y + r[other].float(), name, scalars).to(dtype)
+
+    needs = tuple(ROWS if k == x else NATIVE for k in range(len(work.reads)))
+    if other != x:
+        yield Candidate("aten.int-mm", needs, (NATIVE,), "int8", lambda: run, floor_db=20.0)
 
 
 def may_share(work: Work) -> bool:
@@ -131,7 +188,7 @@ def _as_strided(work: Work) -> Callable[..., Any]:
     def run(*reads: Any) -> Any:
         (x, *rest), kwargs = fill(*reads)
         if list(x.stride()) != strides and list(x.shape) == shape:
-            x = torch.empty_strided(shape, strides, dtype=x.dtype).copy_(x)
+            x = torch.empty_strided(shape, strides, dtype=x.dtype, device=x.device).copy_(x)
         return work.target(x, *rest, **kwargs)
 
     return run

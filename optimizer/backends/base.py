@@ -18,6 +18,9 @@ from torch import Tensor, fx
 
 from graphwright import ops
 from graphwright.ir import Program, args_by_name, op_name, site_of
+from graphwright.kernels.gpu import interpreting
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, order=True)
@@ -25,7 +28,8 @@ class Format:
     """The form in which a value is held.
 
     Attributes:
-        kind: ``"native"`` (the dtype that the IR says), ``"bf16"``, or ``"q"`` (integers under the value's QParams).
+        kind: ``"native"`` (the dtype that the IR says), ``"bf16"``, ``"q"`` (integers under the value's QParams), or ``"rows"``: a pair of
+            int8 integers and their float32 scales ``[*, 1]``, one per row, as ``graphwright.quantize_rows`` gives them.
         layout: ``"plain"`` (any strides) or ``"last"`` (channels last; 4-D and 5-D values only).
     """
 
@@ -39,6 +43,7 @@ class Format:
 NATIVE, NATIVE_LAST = Format(), Format("native", "last")
 BF16, BF16_LAST = Format("bf16"), Format("bf16", "last")
 Q, Q_LAST = Format("q"), Format("q", "last")
+ROWS = Format("rows")
 
 
 @dataclass(frozen=True)
@@ -60,11 +65,13 @@ class Read:
         value: the node that makes it.
         quantized: it is read through quantize/dequantize, so that the quantized form will do.
         rows: it is read through a pair that quantizes each row at run time, from 0 to 255.
+        even: the same, about zero, so that a row has a scale alone.
     """
 
     value: fx.Node
     quantized: bool = False
     rows: bool = False
+    even: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ class Work:
         args, kwargs: its arguments with ``Slot`` for reads and real tensors for constants.
         qparams: of its own value; None where nothing reads it quantized.
         weights: for each argument that is a dequantized constant: its integer form.
+        rows_wanted: its value is read through a pair that quantizes each row.
     """
 
     program: Program
@@ -93,6 +101,7 @@ class Work:
     qparams: QParams | None
     read_qparams: tuple[QParams | None, ...]
     weights: dict[str, IntWeight] = field(default_factory=dict)
+    rows_wanted: bool = False
 
     @cached_property
     def target(self) -> Any:
@@ -135,9 +144,17 @@ class Work:
         values = [r.value.meta["val"] for r in self.reads] + [self.out]
         return all(is_static(v) for v in values)
 
+    @cached_property
+    def device(self) -> str:
+        """Where it is done: ``"cpu"`` or ``"cuda"``; the first tensor among result and reads that is no scalar says it."""
+        values = [v for x in (self.out, *(r.value.meta["val"] for r in self.reads)) for v in (x if isinstance(x, (tuple, list)) else [x])]
+        known = [v for v in values if isinstance(v, Tensor)]
+        return next((v.device.type for v in known if v.dim()), known[0].device.type if known else "cpu")
+
     @property
     def is_float(self) -> bool:
-        return isinstance(self.out, Tensor) and self.out.dtype == torch.float32
+        """The result is in a float that kernels are made for: float32, and on a GPU shorter ones."""
+        return isinstance(self.out, Tensor) and served(self.out)
 
 
 @dataclass(frozen=True)
@@ -171,6 +188,7 @@ class Candidate:
         timed: False: too cheap to time; costs nothing.
         floor_db: what its result must reach against the op's own reference, where one of the two rounds and the other
             does not; None: what its precision is held to.
+        version: state of its code, part of the key under which its time is kept.
         foreign: it was registered from outside: times and verdicts on it are not kept on disk, since its code may change, and
             what it does to its arguments is watched.
     """
@@ -185,6 +203,7 @@ class Candidate:
     timed: bool = True
     floor_db: float | None = None
     foreign: bool = False
+    version: str = ""
 
     @property
     def backend(self) -> str:
@@ -250,9 +269,14 @@ def channels_last(value: Any) -> torch.memory_format:
     return torch.channels_last if value.dim() == 4 else torch.channels_last_3d
 
 
+def served(value: Tensor) -> bool:
+    """Whether a tensor holds floats that kernels are made for: float32; on a GPU (and where Triton interprets) half precision too."""
+    return value.dtype == torch.float32 or (value.dtype in HALVES and (value.device.type == "cuda" or interpreting()))
+
+
 def has_layouts(value: Any) -> bool:
     """Whether a value may be held channels-last: a float tensor of rank 4 or 5."""
-    return isinstance(value, Tensor) and value.dim() in (4, 5) and value.dtype == torch.float32
+    return isinstance(value, Tensor) and value.dim() in (4, 5) and served(value)
 
 
 def reads_of(node: fx.Node) -> Iterator[fx.Node]:
@@ -263,9 +287,11 @@ def reads_of(node: fx.Node) -> Iterator[fx.Node]:
 __all__ = [
     "BF16",
     "BF16_LAST",
+    "HALVES",
     "NATIVE",
     "NATIVE_LAST",
     "Q_LAST",
+    "ROWS",
     "Candidate",
     "Format",
     "IntWeight",
@@ -282,5 +308,6 @@ __all__ = [
     "hint",
     "is_static",
     "reads_of",
+    "served",
     "template",
 ]  # fmt: skip

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from graphwright import kernels
 from graphwright.backends.base import (
@@ -25,6 +24,8 @@ from graphwright.backends.base import (
 from graphwright.kernel import Kernel
 from graphwright.ops.fused import activation_of
 
+#: its kernels are for tensors there
+DEVICES = ("cpu",)
 _NO_Q = (1.0, 0, 0, 0, None)
 
 
@@ -159,19 +160,6 @@ def _attention(work: Work) -> Iterator[Candidate]:
             yield Candidate(f"llvm.{name}-{tag}", (NATIVE,) * len(work.reads), (form,), precision if least == "f32" else least,
                             lambda attend=attend, grid=grid: lambda *r: attend(q(r), k(r), v(r), m(r), factor, causal, merge, *grid),
                             floor_db=floor)  # fmt: skip
-    if ours:
-        yield Candidate("aten.sdpa", (NATIVE,) * len(work.reads), (NATIVE,), "f32", lambda: _sdpa(q, k, v, m, factor, causal, merge), floor_db=floor)
-
-
-def _sdpa(q: Any, k: Any, v: Any, m: Any, factor: float | None, causal: bool, merge: bool) -> Callable[..., Tensor]:
-    attend = torch.nn.functional.scaled_dot_product_attention
-
-    def run(*r: Any) -> Tensor:
-        query, key = q(r), k(r)
-        y = attend(query, key, v(r), m(r), 0.0, causal, scale=factor, enable_gqa=key.shape[1] != query.shape[1])
-        return y.transpose(1, 2).flatten(2) if merge else y
-
-    return run
 
 
 def _copy(work: Work) -> Iterator[Candidate]:

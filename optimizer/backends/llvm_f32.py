@@ -18,6 +18,10 @@ from graphwright.ops.axes import same
 _CHANNELS, _SAVED = 16, 1.25
 
 
+#: its kernels are for tensors there
+DEVICES = ("cpu",)
+
+
 @functools.cache
 def reason() -> str | None:
     """None, or why the kernels can't run here, or never pay."""

@@ -21,6 +21,10 @@ from graphwright.ops.axes import same
 _BYTES = (torch.uint8, torch.int8)
 
 
+#: its kernels are for tensors there
+DEVICES = ("cpu",)
+
+
 @functools.cache
 def reason() -> str | None:
     """None, or why the kernels can't run here."""

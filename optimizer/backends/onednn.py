@@ -39,6 +39,10 @@ _QLINEAR_POST = {"none", "relu", "gelu", "gelu_tanh", "silu", "hardswish", "hard
 _QCONV_POST = {"none", "relu", "silu", "hardswish", "hardtanh"}
 
 
+#: its kernels are for tensors there
+DEVICES = ("cpu",)
+
+
 @functools.cache
 def reason() -> str | None:
     """None, or why oneDNN can't be used."""

@@ -14,6 +14,9 @@ from graphwright.backends import aten
 from graphwright.backends.base import NATIVE, Candidate, Refused, Work, filler, hint
 from graphwright.kernel import Kernel
 
+#: what it offers runs wherever its tensors lie
+DEVICES = ("cpu", "cuda")
+
 
 def reason() -> str | None:
     """Registered kernels say for themselves where they can't serve."""

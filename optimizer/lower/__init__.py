@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphwright import backends
+from graphwright import accelerator, backends
 from graphwright.backends.base import Candidate, Work
 from graphwright.errors import InternalError
 from graphwright.ir import Program
@@ -115,13 +115,15 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
     allowed = frozenset(allowed) | {"f32"}
     analysis = analyse(program)
     release()
+    device = accelerator.device_of(program)
     offers = backends.candidates if plan is not None else backends.offered  # a plan has been chosen already
     options = [list(offers(w, allowed)) for w in analysis.works]
-    notes = [f"{name}: {why}" for name, why in backends.reasons().items()]
+    cuda = accelerator.of(device)
+    notes = [f"{name}: {why}" for name, why in backends.reasons(device.type).items()]
     if plan is not None:
         return _from_plan(analysis, options, plan, notes)
     say = progress or (lambda text: None)
-    watch = Stopwatch(program.size_bytes())
+    watch = Stopwatch(program.size_bytes(), cuda)
     times: list[list[float]] = []
     kept: list[list[Candidate]] = []
     shown: list[tuple[Option, ...]] = []
@@ -156,7 +158,7 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
                 notes.append(f"whole assignment {label!r} does not run: {why}")
                 del built[label]
             runs = [(lambda r=r: r(*example)) for *_, r in built.values()]
-            timings = interleaved(runs, rounds=10, budget_s=1.5, settled=4)
+            timings = interleaved(runs, rounds=10, budget_s=1.5, settled=4, wait=cuda.wait if cuda else None)
         variants = sorted(zip(built, timings, strict=True), key=lambda v: v[1].minimum)
         best = variants[0][0]
     picks, chosen, runner = built[best]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from graphwright import ops
-from graphwright.backends.base import IntWeight, QParams, Read, Slot, Work, template
+from graphwright.backends.base import IntWeight, QParams, Read, Slot, Work, served, template
 from graphwright.errors import InternalError
 from graphwright.ir import Program, args_by_name
 from graphwright.ops import RANDOM, VIEW
@@ -159,6 +159,7 @@ class _Analyser:
         self.qparams: dict[fx.Node, QParams] = {}
         self.absorbed: dict[fx.Node, fx.Node] = {}  # dequantize (or absorbed quantize) → the value it stands for
         self.rows: set[fx.Node] = set()  # those of them that quantize each row at run time, from 0 to 255
+        self.even: set[fx.Node] = set()  # the same, about zero
         self.weights: dict[fx.Node, IntWeight] = {}
         self.materialised: dict[fx.Node, Tensor] = {}
 
@@ -171,6 +172,9 @@ class _Analyser:
             elif _is(node, _DEQUANTIZE) or _is(node, _DEQUANTIZE_CHANNEL):
                 self._weight(node)
         works = [self._work(n) for n in self.program.nodes if n not in self.absorbed and n not in self.weights]
+        wanted = {r.value for w in works for r in w.reads if r.rows or r.even}
+        for work in works:
+            work.rows_wanted = work.node in wanted
         outputs = [self._read(a) if isinstance(a, fx.Node) else a for a in self.program.output.args[0]]
         absorbed = {**self.absorbed, **{n: next(iter(n.users)) for n in self.weights if n.users}}
         return Analysis(self.program, works, self.qparams, outputs, self.materialised, absorbed)
@@ -181,14 +185,15 @@ class _Analyser:
         value = a["x"]
         if not isinstance(value, fx.Node) or value.op == "get_attr" or value in self.absorbed:
             return
-        if not isinstance(value.meta["val"], Tensor) or value.meta["val"].dtype != torch.float32:
+        if not isinstance(value.meta["val"], Tensor) or not served(value.meta["val"]):
             return
+        wanted = value.meta["val"].dtype
         params = QParams(float(a["scale"]), int(a["zero_point"]), int(a["low"]), int(a["high"]), a["dtype"])
         if self.qparams.get(value, params) != params or not node.users:
             return
         for user in node.users:
             u = args_by_name(user) if _is(user, _DEQUANTIZE) else None
-            if u is None or float(u["scale"]) != params.scale or int(u["zero_point"]) != params.zero_point or u["dtype"] != torch.float32:
+            if u is None or float(u["scale"]) != params.scale or int(u["zero_point"]) != params.zero_point or u["dtype"] != wanted:
                 return
         self.qparams[value] = params
         self.absorbed[node] = value
@@ -205,10 +210,13 @@ class _Analyser:
         if not isinstance(value, fx.Node) or not whole or any(r.meta["val"].dtype != value.meta["val"].dtype for r in readers):
             return
         asymmetric = (a["rows"], a["symmetric"], a["low"], a["high"], a["dtype"]) == (True, False, 0, 255, torch.uint8)
+        even = a["rows"] and a["symmetric"] and a["dtype"] == torch.int8 and a["high"] == 127
         for absorbed in (node, *parts, *readers):
             self.absorbed[absorbed] = value
             if asymmetric:
                 self.rows.add(absorbed)
+            elif even:
+                self.even.add(absorbed)
 
     def _weight(self, node: fx.Node) -> None:
         """Absorb the dequantize of a constant."""
@@ -219,7 +227,8 @@ class _Analyser:
         if stored is None:
             return
         if _is(node, _DEQUANTIZE):
-            scales, zeros, axis = torch.tensor([a["scale"]]), torch.tensor([a["zero_point"]]), 0
+            scales, zeros = (torch.tensor([a[k]], device=stored.device) for k in ("scale", "zero_point"))
+            axis = 0
         else:
             scales, zeros, axis = self.program.constant(a["scales"]), self.program.constant(a["zero_points"]), int(a["axis"])
             if scales is None:
@@ -228,7 +237,7 @@ class _Analyser:
 
     def _read(self, node: fx.Node) -> Read:
         value = self.absorbed.get(node)
-        return Read(node) if value is None else Read(value, value in self.qparams and node not in self.rows, node in self.rows)
+        return Read(node) if value is None else Read(value, value in self.qparams and node not in self.rows | self.even, node in self.rows, node in self.even)
 
     def _constant(self, node: fx.Node) -> Tensor | None:
         if node in self.weights:

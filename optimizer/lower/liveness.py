@@ -59,7 +59,7 @@ def deaths(steps: Sequence[Step], resident: set[int]) -> dict[int, set[int]]:
 def tensors(value: Any) -> Iterator[Tensor]:
     """The tensors with memory of their own kind in a register: one, none, or those of a tuple."""
     if isinstance(value, Tensor):
-        if value.layout is torch.strided and value.device.type == "cpu":
+        if value.layout is torch.strided and value.device.type in ("cpu", "cuda"):
             yield value
     elif isinstance(value, (tuple, list)):
         for part in value:
@@ -100,7 +100,7 @@ def run_poisoned(runner: Runner, leaves: Sequence[Tensor]) -> tuple[Any, ...]:
             if dead:
                 _check(k, step, dead, kept, registers)
             for storage in dead.values():
-                torch.empty(0, dtype=torch.uint8).set_(storage).fill_(_POISON)
+                torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).fill_(_POISON)
         return runner._finish(registers, leaves)
 
 

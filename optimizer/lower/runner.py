@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graphwright import accelerator
 from graphwright.backends.base import NATIVE, Candidate, Format, Read, Work
 from graphwright.errors import InternalError
 from graphwright.ir import Program
@@ -19,6 +20,7 @@ from graphwright.lower.conversions import conversion, possible
 from graphwright.lower.graph import Analysis, Region, schedule
 from graphwright.lower.inplace import reuse
 from graphwright.lower.liveness import run_poisoned
+from graphwright.lower.replay import Replay
 from graphwright.lower.views import collapse
 from graphwright.ops import VIEW
 
@@ -63,6 +65,9 @@ class Runner(nn.Module):
         self._registers, self._inputs, self._buffers, self._outputs = registers, tuple(inputs), tuple(buffers), tuple(outputs)
         self.base: Base | None = None
         self._poison = os.environ.get("GRAPHWRIGHT_POISON") == "1"
+        cuda = accelerator.of(accelerator.device_of(program))
+        self.cuda = cuda
+        self.replay = None if cuda is None else Replay(self.launched, program, cuda)
         self._code = [(s.call, s.reads, s.writes[0] if len(s.writes) == 1 else s.writes, s.frees) for s in steps]
 
     def _start(self, leaves: Sequence[Tensor]) -> list[Any]:
@@ -90,6 +95,10 @@ class Runner(nn.Module):
     def forward(self, *leaves: Tensor) -> tuple[Any, ...]:
         if self._poison:
             return run_poisoned(self, leaves)
+        return self.launched(leaves) if self.replay is None else self.replay(leaves)
+
+    def launched(self, leaves: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The steps, one call after the other."""
         # below autograd, each call skips a dispatch; unlike inference mode, results stay ordinary tensors
         with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
             registers = self._start(leaves)
@@ -108,12 +117,15 @@ class Runner(nn.Module):
     def watched(self, leaves: Sequence[Tensor], see: Callable[[Step | None, int, int, Sequence[Any], Any], None]) -> tuple[Any, ...]:
         """``forward``, with ``see(step, begin, end, arguments, result)`` after each step, in ns; None as step: mutations written."""
         clock = time.perf_counter_ns
+        wait = self.cuda.wait if self.cuda is not None else lambda: None
+        wait()
         with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
             registers = self._start(leaves)
             for step, (call, reads, writes, frees) in zip(self.steps, self._code, strict=True):
                 args: Any = [registers[r] for r in reads]
                 begin = clock()
                 result = call(*args)
+                wait()
                 end = clock()
                 see(step, begin, end, args, result)
                 for slot, value in zip((writes,), (result,), strict=True) if type(writes) is int else zip(writes, result, strict=True):
@@ -123,6 +135,7 @@ class Runner(nn.Module):
                     registers[slot] = None
             begin = clock()
             outs = self._finish(registers, leaves)
+            wait()
             if self.program.signature.mutations:
                 see(None, begin, clock(), (), ())
             return outs
@@ -141,12 +154,13 @@ class Runner(nn.Module):
     def profile(self, leaves: Sequence[Tensor], rounds: int = 3) -> list[float]:
         """Least milliseconds of each step over ``rounds`` runs."""
         best: dict[int, float] = {}
+        clock = accelerator.Clock(self.cuda)
 
         def timed(step: Step, args: list[Any]) -> Any:
-            begin = time.perf_counter()
-            result = step.call(*args)
-            best[id(step)] = min(best.get(id(step), float("inf")), 1e3 * (time.perf_counter() - begin))
-            return result
+            results: list[Any] = []
+            took = clock.once(lambda: results.append(step.call(*args)))
+            best[id(step)] = min(best.get(id(step), float("inf")), 1e3 * took)
+            return results[0]
 
         for _ in range(rounds):
             self.step_through(leaves, timed)
@@ -293,7 +307,7 @@ class _Emitter:
                 return slot
             raise InternalError(f"no form of {value.name} gives {form}", program=self.analysis.program.text())
         source = min(sources, key=lambda f: (f.kind != form.kind, f.layout != form.layout))
-        call = conversion(source, form, self.analysis.qparams.get(value), value.meta["val"].dim())
+        call = conversion(source, form, self.analysis.qparams.get(value), value.meta["val"])
         read = self.slots[value, source]
         slot = self._new(value, form)
         shares = (read,) if source.kind == form.kind else ()

@@ -71,6 +71,7 @@ class OpRow:
 
 _ROWS: dict[OpOverload, OpRow] = {}
 _MISSING: list[str] = []
+_DEFINED: dict[str, torch.library.CustomOpDef] = {}
 
 
 def op(
@@ -118,7 +119,7 @@ def op(
 
 def _define(qualified: str, body: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register one of our own ops: implementation and gradient both come from ``body``."""
-    defined = torch.library.custom_op(qualified, body, mutates_args=())
+    defined = _DEFINED[qualified] = torch.library.custom_op(qualified, body, mutates_args=())
     defined.register_fake(fake)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -139,6 +140,23 @@ def _define(qualified: str, body: Callable[..., Any], fake: Callable[..., Any]) 
         return tuple(by_id.get(id(a)) for a in args)
 
     defined.register_autograd(backward, setup_context=setup_context)
+
+
+def implement(name: str, device: str, run: Callable[..., Any]) -> None:
+    """Let ``run`` compute one of our own ops for tensors on a kind of device; elsewhere the row's body still does.
+
+    Args:
+        name: ``"graphwright.linear_int8"``.
+        device: ``"cuda"``, as ``torch.device(...).type`` has it.
+        run: takes the op's arguments and gives what the body gives, in memory of its own.
+
+    Raises:
+        InternalError: the op is none of ours.
+    """
+    defined = _DEFINED.get(name.replace(".", "::"))
+    if defined is None:
+        raise InternalError(f"{name} is no op of the table's own: there is nothing to implement")
+    defined.register_kernel(device, run)
 
 
 def row(target: Any) -> OpRow | None:

@@ -327,7 +327,7 @@ def test_selection_says_when_nothing_serves():
 def test_conversions_come_back(target):
     params = QParams(0.05, 100, 0, 255, torch.uint8)
     x = (torch.randint(0, 200, (2, 5, 7, 3)) - 100) * 0.0625 * 0.8  # exact in bf16 and on the grid of 0.05
-    there, back = conversion(NATIVE, target, params, 4), conversion(target, NATIVE, params, 4)
+    there, back = conversion(NATIVE, target, params, x), conversion(target, NATIVE, params, x)
     assert possible(NATIVE, target)
     moved = there(x)
     if target.layout == "last":

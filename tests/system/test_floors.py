@@ -14,7 +14,7 @@ FOLDERS = {"optimizer": "graphwright", "passes": "graphwright.passes", "kernels"
 FLOORS = [
     ["errors"],
     ["difference", "drawing", "ir", "inference", "invariants", "nodes", "ops", "outline", "output", "snapshot", "source", "structure"],
-    ["rewrite", "manager", "kernel", "kernel_registry", "cost", "measure", "memory", "numerics", "oracle", "cache", "calibrate", "cut"],
+    ["rewrite", "manager", "kernel", "kernel_registry", "accelerator", "cost", "measure", "memory", "numerics", "oracle", "cache", "calibrate", "cut"],
     ["capture", "kernels"],
     ["passes"],
     ["backends", "lower"],
