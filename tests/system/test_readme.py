@@ -96,6 +96,10 @@ def test_measured_numbers_come_from_result_files():
     files = sorted(set(re.findall(r"`(bench/results/\S+\.json)`", TEXT)))
     assert files
     records = [r for f in files if "models" in (r := json.loads((ROOT / f).read_text()))]
+    decoded = [r for r in records if "decode" in r["schema"]]
+    for peer in (p for r in decoded for m in r["models"] for p in m["peers"]):
+        assert f"{peer['tokens_per_second']['median']:.1f}" in TEXT, peer["peer"]
+    records = [r for r in records if r not in decoded]
     printed = "\n".join(show(r) for r in records for show in (table.table, table.summary))
     rows = re.findall(r"^\| [\w-]+ \| [\d.]+ (?:\|.*|\(.*)\|$", TEXT, re.MULTILINE)
     assert len(rows) >= 5
