@@ -15,7 +15,7 @@ from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.ops.extend import example
 
 #: Names of Graphwright's own backends: what they offer goes by them, also in saved files.
-RESERVED = frozenset({"aten", "onednn", "mkl", "llvm", "llvm_f32", "llvm_int8", "inductor", "triton", "graphwright", "native"})
+RESERVED = frozenset({"aten", "onednn", "mkl", "llvm", "llvm_f32", "llvm_int8", "llvm_groups", "inductor", "triton", "graphwright", "native"})
 _WORD = re.compile(r"[A-Za-z_][\w\-]*\Z")
 
 

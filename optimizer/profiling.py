@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from graphwright.backends.base import by_integers
 from graphwright.checkup import Call, shapes
 from graphwright.cost import Cost, cost
 from graphwright.errors import InputError
@@ -201,9 +202,9 @@ def _held(step: Step, said: Cost, args: Sequence[Any], result: Any) -> int:
     work = step.work
     assert work is not None
     weights = 1.0
-    if work.weights and "int8" in step.name or step.name.endswith(".w8"):
+    if work.weights and by_integers(step.name):
         held = [w for w in work.weights.values()]
-        floats = sum(w.values.numel() * 4 for w in held)
+        floats = sum(w.values.numel() * 4 * 8 // w.bits for w in held)
         weights = sum(w.values.numel() * w.values.element_size() for w in held) / floats if floats else 1.0
     reads = _ratio([(a, r.value.meta.get("val")) for a, r in zip(args, work.reads, strict=False)])
     results = result if isinstance(result, (tuple, list)) else (result,)

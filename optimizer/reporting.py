@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graphwright import search
+from graphwright.backends.base import by_integers
 from graphwright.capture.rehearse import clone_sharing, untouched
 from graphwright.cost import cost
 from graphwright.errors import InputError
@@ -252,14 +253,16 @@ def site_rows(built: Built, leaves: Sequence[Tensor]) -> list[SiteRow]:
 def _row(choice: Choice, ms: float | None, share: float | None, unchanged: str | None) -> SiteRow:
     work, node = choice.work, choice.work.node
     decision = choice.precision if choice.precision != "f32" or choice.name != "aten.native" else AS_IT_WAS
+    stored = "int4" if any(w.bits == 4 for w in work.weights.values()) else "int8"
+    decision = stored if decision == "int8" else decision
     rounding = work.has(QUANT) and work.has(CAST)  # a quantize or dequantize left standing; fused ops are no simulation
     if rounding or (choice.precision == "f32" and any(r.quantized for r in work.reads) and work.weights):
         decision = SIMULATED + "int8" if rounding else "f32"
     reason = None
     if choice.precision == "f32" and work.weights:
-        tried = [o for o in choice.options if "int8" in o.name or o.name.endswith(".w8")]
-        reason = ("int8 measured slower than float here" if any(o.ms is not None for o in tried)
-                  else f"int8 could not run: {tried[0].problem}" if tried else "no int8 kernel serves this op: its weights are int8, its arithmetic is float")  # fmt: skip
+        tried = [o for o in choice.options if by_integers(o.name)]
+        reason = (f"{stored} measured slower than float here" if any(o.ms is not None for o in tried)
+                  else f"{stored} could not run: {tried[0].problem}" if tried else f"no {stored} kernel serves this op: its weights are {stored}, its arithmetic is float")  # fmt: skip
     work_done = None if choice.fused else cost(node)  # which of a region's numbers go through memory is the compiler's affair
     return SiteRow(
         tuple(node.meta.get("sites") or (node.name,)), work.op, decision, choice.name, choice.name.partition(".")[0],

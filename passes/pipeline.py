@@ -74,6 +74,7 @@ RECIPES: dict[str, tuple[tuple[Pass, ...], str]] = {
     "int8": ((Quantize(),), "int8 weights and activations, ranges from calibration data"),
     "int8-dynamic": ((Quantize(mode="dynamic"),), "int8 weights and activations, ranges computed at run time"),
     "w8": ((Quantize(mode="weight-only", embeddings=True),), "int8 weights alone, embedding tables among them"),
+    "w4": ((Quantize(mode="weight-only", bits=4, group=128, embeddings=True),), "4-bit weights of linears, 128 under a scale; tables and the rest as int8"),
 }
 
 #: The stages of the default pipeline: name → (the pass that a stage begins with, what it is for).

@@ -1,7 +1,8 @@
-"""Int8: quantize/dequantize pairs around matrix ops with constant weights and around what flows between them.
+"""Int8: quantize/dequantize pairs around matrix ops with constant weights and around what flows between them; 4 bits for weights alone.
 
 A quantized op reads ``op(dequantize(quantize(x)), dequantize_channel(weight_int8), bias, ...)``. Every value has at most
-one pair, read by all quantized readers; float readers keep reading the value itself.
+one pair, read by all quantized readers; float readers keep reading the value itself. Weights of 4 bits are read through
+``dequantize_packed``, two numbers a byte.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from graphwright.passes.quantize_plan import (
     plan,
 )
 from graphwright.passes.quantize_weights import ChannelMean
-from graphwright.passes.quantize_write import Writer, site_errors
+from graphwright.passes.quantize_write import ByGroups, Writer, site_errors
 
 #: Operands of a concatenation share its scale unless that would cost one of them more than this factor in resolution.
 _COARSER = 4.0
@@ -41,12 +42,17 @@ _CHOICES = {
     "mode": ("static", "dynamic", "weight-only"),
     "activations": ("uint8", "int8"),
     "residual": ("auto", "float", "int8"),
+    "bits": (8, 4),
+    "symmetric": (None, True, False),
+    "embedding_bits": (8, 4),
 }
+#: Inputs that share a scale where weights have 4 bits and nothing else is said.
+_GROUP = 128
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Quantize matrix ops and what flows between them to int8.
+    """Quantize matrix ops and what flows between them to int8, or weights alone to 8 or 4 bits.
 
     Args:
         mode: ``"static"``: activations by ranges seen during calibration. ``"dynamic"``: by ranges computed at run
@@ -63,6 +69,14 @@ class Quantize(Pass):
         attention: round queries, keys, values and probabilities inside attention to int8 too (not when weight-only), with
             scales found at run time. Such a program can't be trained.
         embeddings: store the tables of look-ups as int8 too, a scale per row: smaller files, the same speed.
+        bits: of the weights of linears, 8 or 4 (``"weight-only"``). What 4 bits can't serve (convolutions, a weight that a look-up
+            reads too) has 8 and a scale per channel; the report says where.
+        group: how many neighbouring inputs of an output channel share a scale (``"weight-only"``). Kernels read groups of 32, 64, 128 and
+            other multiples of 8 up to 512, and all of the inputs; None: a scale per channel, with 4 bits 128. With 8 bits a layer whose
+            inputs are no multiple has a scale per channel.
+        symmetric: of weights with groups: 0 in the middle of the numbers, or where each group wants it (a zero point for each); None:
+            the first with 8 bits, the second with 4, where a wasted number counts.
+        embedding_bits: 4: the tables of look-ups as the weights of linears.
     """
 
     name: ClassVar[str] = "quantize"
@@ -76,6 +90,10 @@ class Quantize(Pass):
     bias_correction: bool = True
     attention: bool = True
     embeddings: bool = False
+    bits: int = 8
+    group: int | None = None
+    symmetric: bool | None = None
+    embedding_bits: int = 8
 
     def __post_init__(self) -> None:
         for option, known in _CHOICES.items():
@@ -85,6 +103,24 @@ class Quantize(Pass):
                                   hint=nearest(str(value), known) or None)  # fmt: skip
         if self.observer != "auto":
             rule(self.observer)
+        if self.group is not None and (isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 1):
+            raise RecipeError(f"Quantize(group={self.group!r}): a group is some number of inputs", hint="Write group=128.")
+        if (self.bits == 4 or self.group is not None) and self.mode != "weight-only":
+            raise RecipeError(f"Quantize(mode={self.mode!r}): 4 bits and groups are for weights alone", hint='Write mode="weight-only".')
+        if self._by_groups is None and (self.symmetric is False or self.embedding_bits == 4):
+            raise RecipeError("Quantize: zero points of weights and 4-bit embeddings belong to groups", hint="Write bits=4, or group=128.")
+        if self._by_groups is not None and not self.per_channel:
+            raise RecipeError("Quantize(per_channel=False): groups are finer than channels", hint="Leave one of the two out.")
+        if self.embedding_bits == 4 and (self.bits == 8 or not self.embeddings):
+            raise RecipeError("Quantize(embedding_bits=4) belongs to bits=4 and embeddings=True", hint="Write both, or leave it out.")
+
+    @property
+    def _by_groups(self) -> ByGroups | None:
+        """How linears store their weights, where that is by groups."""
+        if self.bits == 8 and self.group is None:
+            return None
+        symmetric = self.bits == 8 if self.symmetric is None else self.symmetric
+        return ByGroups(self.bits, self.group or _GROUP, symmetric, self.embedding_bits == 4)
 
     @property
     def needs_calibration(self) -> bool:
@@ -115,7 +151,7 @@ class Quantize(Pass):
         elif self.mode == "dynamic":
             writer.dynamic(anchors, symmetric=self.activations == "int8")
         anchors = [a for a in every if a.table or a in anchors]  # in graph order: the first reader comes first
-        writer.weights(anchors, per_channel=self.per_channel)
+        writer.weights(anchors, per_channel=self.per_channel, by_groups=self._by_groups)
         rounded = {node: writer.attention(node) for node in attentions}
         program.tidy()
         batch = next(iter(program.calibration), program.example)

@@ -1,4 +1,4 @@
-"""Weights as int8: scales, integers, and the bias that takes back the mean error."""
+"""Weights as int8, or in 8 or 4 bits by groups: scales, integers, and the bias that takes back the mean error."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from graphwright.ops.weight_only import pack, real_weight, unpack
 
 #: elements of a weight that are looked at together
 _AT_A_TIME = 1 << 16
@@ -57,6 +59,67 @@ def quantize_weight(weight: Tensor, axis: int | None) -> Int8Weight:
     return Int8Weight(values, scales, axis)
 
 
+@dataclass(frozen=True)
+class GroupedWeight:
+    """A weight ``[o, i]`` with a scale for each group of inputs: ``real ≈ (values - zero_points) * scales``.
+
+    Attributes:
+        values: int8 ``[o, i]``; of 4 bits uint8 ``[o, i / 2]``, two a byte.
+        scales: float32 ``[o, ceil(i / group)]``; zero_points: of the same shape and of the dtype of the values; None: 0, of 4 bits 8.
+        group: inputs of a group; bits: 8 or 4.
+    """
+
+    values: Tensor
+    scales: Tensor
+    zero_points: Tensor | None
+    group: int
+    bits: int
+
+    def real(self) -> Tensor:
+        """The weight that the integers stand for, float32."""
+        numbers = unpack(self.values) if self.bits == 4 else self.values
+        return real_weight(numbers, self.scales, self.zero_points, 8 if self.bits == 4 else 0, self.group, torch.float32)
+
+    def part(self, some: slice) -> GroupedWeight:
+        """Some rows."""
+        points = None if self.zero_points is None else self.zero_points[some]
+        return GroupedWeight(self.values[some], self.scales[some], points, self.group, self.bits)
+
+
+def quantize_groups(weight: Tensor, bits: int, group: int, symmetric: bool) -> GroupedWeight:
+    """Round to the nearest of 2^bits numbers between the least and the largest weight of each group, 0 among them.
+
+    Args:
+        weight: ``[o, i]``; i even where there are 4 bits.
+        group: inputs that share a scale; the last group of a row may be shorter.
+        symmetric: 0 lies in the middle, and the largest magnitude becomes 2^(bits - 1) - 1: no zero points.
+    """
+    out, width = weight.shape
+    step = max(1, _AT_A_TIME * 4 // max(1, width))  # rows at a time: a large table is not to be held several times over
+    parts = [_rounded(weight[k : k + step].detach().float(), bits, min(group, width), symmetric) for k in range(0, out, step)]
+    values, scales, points = (torch.cat(p) for p in zip(*parts, strict=True))
+    return GroupedWeight(values, scales, None if symmetric else points, group, bits)
+
+
+def _rounded(w: Tensor, bits: int, group: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Values as they are stored, scales and zero points of some rows."""
+    width, low, high = w.shape[1], -(1 << bits - 1), (1 << bits - 1) - 1
+    grouped = torch.nn.functional.pad(w, (0, -width % group)).unflatten(1, (-1, group))
+    if symmetric:
+        scales = grouped.abs().amax(2) / high
+    else:
+        bottom, top = grouped.amin(2).clamp_(max=0), grouped.amax(2).clamp_(min=0)
+        scales = top / (high - low) - bottom / (high - low)  # apart: their difference may lie beyond float32
+    # A group of zeros has no scale of its own: 1 keeps it exact and finite.
+    scales = torch.where(scales > torch.finfo(torch.float32).tiny, scales, torch.ones_like(scales))
+    points = torch.zeros_like(scales) if symmetric else (low - bottom / scales).round_().clamp_(low, high)
+    least = -high if symmetric else low
+    q = (grouped / scales[..., None]).round_().add_(points[..., None]).clamp_(least, high).flatten(1)[:, :width]
+    if bits == 4:  # unsigned
+        return pack(q + 8), scales, (points + 8).to(torch.uint8)
+    return q.to(torch.int8), scales, points.to(torch.int8)
+
+
 @dataclass
 class ChannelMean:
     """Running mean of a value per channel.
@@ -84,7 +147,7 @@ class ChannelMean:
         return self.total / self.count
 
 
-def mean_error(weight: Tensor, quantized: Int8Weight, mean: Tensor, groups: int) -> Tensor:
+def mean_error(weight: Tensor, quantized: Int8Weight | GroupedWeight, mean: Tensor, groups: int) -> Tensor:
     """What quantizing the weight adds to the mean of each output channel, float64 [o].
 
     Args:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,14 @@ from graphwright.numerics import sqnr_db
 from graphwright.passes._nodes import renew
 from graphwright.passes.observers import Grid
 from graphwright.passes.quantize_plan import Anchor, Plan, pair_of
-from graphwright.passes.quantize_weights import ChannelMean, Int8Weight, mean_error, quantize_weight
+from graphwright.passes.quantize_weights import (
+    ChannelMean,
+    GroupedWeight,
+    Int8Weight,
+    mean_error,
+    quantize_groups,
+    quantize_weight,
+)
 
 _OPS = torch.ops.graphwright
 
@@ -31,7 +39,7 @@ class Writer:
     def __init__(self, program: Program, means: Mapping[Anchor, ChannelMean]):
         self.program, self.means = program, means
         self._grids: Mapping[fx.Node, Grid] = {}
-        self._weights: dict[tuple[str, int | None], tuple[fx.Node, Int8Weight]] = {}
+        self._weights: dict[tuple[str, int | None], tuple[fx.Node, Int8Weight | GroupedWeight]] = {}
         self._about: dict[Anchor, list[str]] = {}
 
     def describe(self, a: Anchor) -> str:
@@ -110,21 +118,27 @@ class Writer:
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
-    def weights(self, anchors: Iterable[Anchor], *, per_channel: bool) -> None:
-        """Let anchors read their weights from int8; those with the same weight read the same integers."""
+    def weights(self, anchors: Iterable[Anchor], *, per_channel: bool, by_groups: ByGroups | None = None) -> None:
+        """Let anchors read their weights as integers; those with the same weight read the same integers.
+
+        Args:
+            by_groups: how linears store theirs where they are to have scales by groups.
+        """
+        anchors = list(anchors)
         quantized = {a.node for a in anchors}
+        tables = {str(a.weight.target) for a in anchors if a.table}
         for a in anchors:
             key = (str(a.weight.target), a.axis if per_channel else None)
             others = [n for n in a.weight.users if n not in quantized]
+            unfit = None if by_groups is None else by_groups.unfit(a, key[0] in tables)
             if key not in self._weights:
-                self._weights[key] = self._store(a, key[1])
+                self._weights[key] = self._store(a, key[1]) if by_groups is None or unfit is not None else self._store_groups(a, by_groups)
             real, stored = self._weights[key]
             set_arg(a.node, "weight", real)
             said = self._about.setdefault(a, [])
-            said.insert(0, f"weight {'x'.join(map(str, stored.values.shape))} as int8, a scale per "
-                           f"{'channel' if per_channel else 'tensor'}")  # fmt: skip
+            said.insert(0, f"weight {'x'.join(map(str, a.weight.meta['val'].shape))} as {_spelled(stored)}" + (f" ({unfit})" if unfit else ""))
             if others:
-                size = stored.values.numel() / 1e6
+                size = stored.values.numel() * stored.values.element_size() / 1e6
                 said.append(f"the float weight stays for {site_of(others[0])}: the integers add {size:.2f} MB")
             if a in self.means and self._correct_bias(a, stored, self.means[a].mean):
                 said.append("bias corrected")
@@ -142,7 +156,18 @@ class Writer:
             real = self.program.call(_OPS.dequantize_channel.default, values, scales, None, axis, dtype, sites=sites)
         return real, stored
 
-    def _correct_bias(self, a: Anchor, stored: Int8Weight, mean: Tensor) -> bool:
+    def _store_groups(self, a: Anchor, how: ByGroups) -> tuple[fx.Node, GroupedWeight]:
+        name, dtype, sites = str(a.weight.target), a.weight.meta["val"].dtype, sites_of(a.node)
+        stored = quantize_groups(self.program.tensor(name), how.bits, how.group, how.symmetric)
+        values = self.program.add_tensor(f"{name}_int{how.bits}", stored.values, origin=[name])
+        scales = self.program.add_tensor(f"{name}_scale", stored.scales, origin=[name])
+        points = None if stored.zero_points is None else self.program.add_tensor(f"{name}_zero_point", stored.zero_points, origin=[name])
+        with self.program.graph.inserting_before(a.node):
+            if how.bits == 4:
+                return self.program.call(_OPS.dequantize_packed.default, values, scales, points, how.group, dtype, sites=sites), stored
+            return self.program.call(_OPS.dequantize_channel.default, values, scales, points, a.axis, dtype, sites=sites), stored
+
+    def _correct_bias(self, a: Anchor, stored: Int8Weight | GroupedWeight, mean: Tensor) -> bool:
         args, weight = args_by_name(a.node), self.program.tensor(str(a.weight.target))
         error = mean_error(weight, stored, mean, args.get("groups", 1))
         node, name = args["bias"], str(a.weight.target).rpartition(".")[0] + ".bias"
@@ -157,6 +182,41 @@ class Writer:
                                             origin=[str(a.weight.target)] + ([] if node is None else [str(node.target)]))  # fmt: skip
         set_arg(a.node, "bias", corrected)
         return True
+
+
+@dataclass(frozen=True)
+class ByGroups:
+    """How linears store their weights: ``bits`` (8 or 4), inputs of a ``group``, 0 in the middle or a zero point for each group; and whether
+    ``tables`` of look-ups do so too."""
+
+    bits: int
+    group: int
+    symmetric: bool
+    tables: bool = False
+
+    def unfit(self, a: Anchor, looked_up: bool) -> str | None:
+        """Why an anchor's weight is stored as int8 with a scale per channel instead, "" where that goes without saying; None: it is not."""
+        shape = tuple(a.weight.meta["val"].shape)
+        if looked_up and not self.tables:
+            return "" if a.table else "a look-up reads it too"
+        if a.conv or a.axis != 0 or len(shape) != 2:
+            return "groups are for linears"
+        if self.bits == 4 and shape[1] % 2:
+            return f"4-bit numbers go in pairs, and it has {shape[1]} inputs"
+        if self.bits == 4 or self.group == shape[1] and not self.symmetric:
+            return None
+        if self.group >= shape[1]:
+            return ""
+        return f"its {shape[1]} inputs are no multiple of {self.group}" if shape[1] % self.group else None
+
+
+def _spelled(stored: Int8Weight | GroupedWeight) -> str:
+    """What a weight is stored as, in words."""
+    if isinstance(stored, Int8Weight):
+        return f"int8, a scale per {'tensor' if stored.axis is None else 'channel'}"
+    width = stored.values.shape[1] * 8 // stored.bits
+    per = "channel" if stored.group >= width else f"{stored.group} inputs"
+    return f"int{stored.bits}, a scale{'' if stored.zero_points is None else ' and a zero point'} per {per}"
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from graphwright.backends import aten, llvm, llvm_f32, llvm_int8, onednn, registered, triton
+from graphwright.backends import aten, llvm, llvm_f32, llvm_groups, llvm_int8, onednn, registered, triton
 from graphwright.backends.base import Candidate, Work
 from graphwright.kernel_registry import registered as registered_kernels
 from graphwright.kernels.gpu import interpreting
 
-BACKENDS = (onednn, llvm, llvm_f32, llvm_int8, triton, registered, aten)
+BACKENDS = (onednn, llvm, llvm_f32, llvm_int8, llvm_groups, triton, registered, aten)
 
 
 def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:

@@ -159,12 +159,27 @@ class Work:
 
 @dataclass(frozen=True)
 class IntWeight:
-    """A constant as it is stored: integers, per-channel (or one) scales, zero points (None: all zero), channel axis."""
+    """A constant as it is stored.
+
+    Attributes:
+        values: integers; of 4 bits two a byte, the even one in the lower half.
+        scales, zero_points: per channel, or one, or by blocks as many axes as the values; no zero points: 0 (8 for 4 bits).
+        axis: of the channels.
+        group: where there is a scale for so many inputs of each row ``[o, i]``: how many; None: no scales by groups.
+        bits: of each integer.
+    """
 
     values: Tensor
     scales: Tensor
     zero_points: Tensor | None
     axis: int
+    group: int | None = None
+    bits: int = 8
+
+    @property
+    def plain(self) -> bool:
+        """Signed bytes around 0 with a scale for each output channel, or one for all: what int8 products take."""
+        return self.values.dtype == torch.int8 and self.scales.ndim < 2 and self.axis == 0 and self.symmetric
 
     @property
     def symmetric(self) -> bool:
@@ -279,6 +294,11 @@ def has_layouts(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() in (4, 5) and served(value)
 
 
+def by_integers(name: str) -> bool:
+    """Whether the candidate of this name reads weights as integers."""
+    return "int8" in name or name.partition(".")[2].removeprefix("linear-").startswith(("w8", "w4"))
+
+
 def reads_of(node: fx.Node) -> Iterator[fx.Node]:
     """The nodes among a node's arguments, each once, in order."""
     yield from dict.fromkeys(node.all_input_nodes)
@@ -302,6 +322,7 @@ __all__ = [
     "Slot",
     "Work",
     "args_by_name",
+    "by_integers",
     "channels_last",
     "filler",
     "has_layouts",

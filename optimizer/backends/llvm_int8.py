@@ -42,10 +42,7 @@ def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
     m = matrix(work)
     if m is None or m.int_weight is None or not work.is_float or work.val(m.x).dtype != torch.float32:
         return
-    w = m.int_weight
-    if w.values.dtype != torch.int8 or not w.symmetric or w.axis != 0:
-        return
-    if m.other is not None and not _alike(work.val(m.other), work.out):
+    if not m.int_weight.plain or not whole_residual(work, m):
         return
     if not m.conv and not work.reads[m.x].quantized and not work.reads[m.x].rows:
         yield from _weight_only(work, m)
@@ -53,8 +50,11 @@ def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
         yield from _convolution(work, m) if m.conv else _linear(work, m)
 
 
-def _alike(x: Tensor, y: Tensor) -> bool:
-    """Whether two fake tensors have the same shape, symbolic sizes by name."""
+def whole_residual(work: Work, m: Matrix) -> bool:
+    """Whether the residual, where there is one, has the shape of the result, symbolic sizes by name."""
+    if m.other is None:
+        return True
+    x, y = work.val(m.other), work.out
     return x.dim() == y.dim() and all(same(a, b) for a, b in zip(x.shape, y.shape, strict=True))
 
 

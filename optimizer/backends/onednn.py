@@ -253,8 +253,7 @@ def _quantized(work: Work, m: Matrix) -> QParams | None:
     """The parameters of the input where an int8 product is possible: quantized input, symmetric per-channel weight."""
     if int8_reason() or m.int_weight is None or not work.reads[m.x].quantized:
         return None
-    w = m.int_weight
-    if w.values.dtype != torch.int8 or not w.symmetric or w.axis != 0:
+    if not m.int_weight.plain:
         return None
     return work.read_qparams[m.x]
 

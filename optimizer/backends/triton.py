@@ -185,7 +185,11 @@ def _matrix(work: Work, m: Matrix, allowed: frozenset[str]) -> Iterator[Candidat
     w = m.int_weight
     if "int8" not in allowed or w is None or not work.is_float or not served(work.val(m.x)):
         return
-    if w.values.dtype != torch.int8 or w.axis != 0 or m.other is not None and not _alike(work.val(m.other), work.out):
+    if w.axis != 0 or m.other is not None and not _alike(work.val(m.other), work.out):
+        return
+    if w.bits == 4 and not m.conv:
+        yield from _four_bits(work, m)
+    if w.values.dtype != torch.int8:
         return
     if w.scales.ndim != 1:
         if not m.conv and w.scales.ndim == 2:
@@ -279,6 +283,25 @@ def _groups(work: Work, m: Matrix) -> Iterator[Candidate]:
              "group": wide // count, "dtype": work.out.dtype}  # fmt: skip
     yield from _offer(work, "graphwright.linear_w8_groups", "", _needs(work, m, NATIVE), (NATIVE,), "int8",
                       _bound(m, fixed), _cast(work), _WEIGHTS_DB)  # fmt: skip
+
+
+def _four_bits(work: Work, m: Matrix) -> Iterator[Candidate]:
+    """Linears with a weight of 4-bit numbers: by float inputs, or by rows of int8 about zero."""
+    w, read, at, other = m.int_weight, work.reads[m.x], m.x, m.other
+    assert w is not None
+    if read.quantized:
+        return
+    points = None if w.zero_points is None else w.zero_points.detach().float()
+    fixed = {**_behind(m), "weight": w.values.detach(), "scales": w.scales.detach(), "zero_points": points, "group": w.group, "dtype": work.out.dtype}
+    if not read.rows and not read.even:
+        yield from _offer(work, "graphwright.linear_w4", "", _needs(work, m, NATIVE), (NATIVE,), "int8", _bound(m, fixed), _cast(work), _WEIGHTS_DB)
+    elif other != at:
+
+        def bind(r: tuple[Any, ...]) -> dict[str, Any]:
+            x, x_scales = r[at]
+            return {**fixed, "x": x, "x_scales": x_scales, "other": None if other is None else r[other]}
+
+        yield from _offer(work, "graphwright.linear_w4a8", "", _needs(work, m, ROWS), (NATIVE,), "int8", bind, _cast(work), _ROWS_DB)
 
 
 def _cast(work: Work) -> Emit:

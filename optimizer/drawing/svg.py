@@ -79,7 +79,7 @@ def css_class(decision: str) -> str:
     """The colour class of a decision."""
     if decision.startswith("simulated "):
         return "simulated"
-    return {"int8": "int8", "bf16": "bf16", "f32": "f32"}.get(decision, "asis")
+    return {"int8": "int8", "int4": "int8", "bf16": "bf16", "f32": "f32"}.get(decision, "asis")
 
 
 def of_program(program: Program, report: Any, detailed: bool | None, path: str | os.PathLike[str] | None) -> str:

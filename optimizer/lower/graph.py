@@ -22,6 +22,7 @@ from graphwright.ops import RANDOM, VIEW
 _QUANTIZE = "graphwright::quantize"
 _DEQUANTIZE = "graphwright::dequantize"
 _DEQUANTIZE_CHANNEL = "graphwright::dequantize_channel"
+_DEQUANTIZE_PACKED = "graphwright::dequantize_packed"
 _QUANTIZE_DYNAMIC = "graphwright::quantize_dynamic"
 _DEQUANTIZE_DYNAMIC = "graphwright::dequantize_dynamic"
 
@@ -169,7 +170,7 @@ class _Analyser:
                 self._quantize(node)
             elif _is(node, _QUANTIZE_DYNAMIC):
                 self._quantize_dynamic(node)
-            elif _is(node, _DEQUANTIZE) or _is(node, _DEQUANTIZE_CHANNEL):
+            elif any(_is(node, kind) for kind in (_DEQUANTIZE, _DEQUANTIZE_CHANNEL, _DEQUANTIZE_PACKED)):
                 self._weight(node)
         works = [self._work(n) for n in self.program.nodes if n not in self.absorbed and n not in self.weights]
         wanted = {r.value for w in works for r in w.reads if r.rows or r.even}
@@ -227,13 +228,16 @@ class _Analyser:
         if stored is None:
             return
         if _is(node, _DEQUANTIZE):
-            scales, zeros = (torch.tensor([a[k]], device=stored.device) for k in ("scale", "zero_point"))
-            axis = 0
-        else:
-            scales, zeros, axis = self.program.constant(a["scales"]), self.program.constant(a["zero_points"]), int(a["axis"])
-            if scales is None:
-                return
-        self.weights[node] = IntWeight(stored, scales, zeros, axis)
+            self.weights[node] = IntWeight(stored, *(torch.tensor([a[k]], device=stored.device) for k in ("scale", "zero_point")), 0)
+            return
+        scales, zeros = self.program.constant(a["scales"]), self.program.constant(a["zero_points"])
+        if scales is None or (zeros is None and a["zero_points"] is not None):
+            return
+        if _is(node, _DEQUANTIZE_PACKED):
+            self.weights[node] = IntWeight(stored, scales, zeros, 0, int(a["group"]), 4)
+            return
+        by_row = scales.ndim == stored.ndim == 2 and scales.shape[0] == stored.shape[0]
+        self.weights[node] = IntWeight(stored, scales, zeros, int(a["axis"]), stored.shape[1] // scales.shape[1] if by_row and scales.shape[1] else None)
 
     def _read(self, node: fx.Node) -> Read:
         value = self.absorbed.get(node)

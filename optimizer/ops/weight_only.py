@@ -1,4 +1,4 @@
-"""Linear layers whose weight is stored in 8 or 4 bits with a scale for each group of inputs. References in plain torch.
+"""Weights stored in 8 or 4 bits with a scale for each group of inputs, and linear layers that read them. References in plain torch.
 
 Conventions. ``real = (q - zero_point) * scale``. A group is ``group`` neighbouring inputs of one output channel, the last of a row
 perhaps shorter; ``scales [o, ceil(i / group)]`` float, ``zero_points`` of the same shape and of any dtype. A group of ``i`` or more is
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from graphwright.ops.fused import activate
 from graphwright.ops.lowered import _own, _work
-from graphwright.ops.registry import CONTRACTION, QUANT, op
+from graphwright.ops.registry import CAST, CONTRACTION, QUANT, op
 
 
 def unpack(weight: Tensor) -> Tensor:
@@ -43,6 +43,13 @@ def real_weight(q: Tensor, scales: Tensor, zero_points: Tensor | None, middle: i
     width = q.shape[-1]
     points: Any = middle if zero_points is None else by_group(zero_points.to(work), group, width)
     return (q.to(work) - points) * by_group(scales.to(work), group, width)
+
+
+@op("graphwright.dequantize_packed", axes="* i, * g, * g -> * (i two)", traits={QUANT, CAST})
+def dequantize_packed(q: Tensor, scales: Tensor, zero_points: Tensor | None, group: int, dtype: torch.dtype) -> Tensor:
+    """4-bit numbers as floats: ``q [..., i / 2]`` uint8, ``scales`` and ``zero_points`` (None: 8) ``[..., ceil(i / group)]``; gives ``[..., i]``."""
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    return real_weight(unpack(q), scales, zero_points, 8, group, work).to(dtype)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, activation: str, scalars: Sequence[float],

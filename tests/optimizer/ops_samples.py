@@ -177,6 +177,8 @@ row("graphwright.quantize_channel", "t(3, 4), torch.tensor([0.1, 0.2, 0.3]), Non
     "t(2, 3, 4), torch.rand(4) + 0.1, torch.tensor([1, 2, 3, 4]), -1, 0, 255, torch.uint8")  # fmt: skip
 row("graphwright.dequantize_channel", "t.index(9, 3, 4).to(torch.int8), torch.rand(3), None, 0, torch.float32",
     "t.index(9, 3, 4).to(torch.int8), torch.rand(3, 2), torch.ones(3, 2), 1, torch.bfloat16")  # fmt: skip
+row("graphwright.dequantize_packed", "t.index(255, 3, 4).to(torch.uint8), torch.rand(3, 2), t.index(9, 3, 2), 4, torch.float32",
+    "t.index(255, 2, 3, 5).to(torch.uint8), torch.rand(2, 3, 4), None, 3, torch.bfloat16", "t.index(255, 3, 4).to(torch.uint8), torch.rand(3, 1), None, 99, torch.float32")  # fmt: skip
 
 row("graphwright.quantize_dynamic", "t(2, 3, 4), True, True, -127, 127, torch.int8",
     "t(3, 4), False, False, 0, 255, torch.uint8")  # fmt: skip

@@ -70,7 +70,7 @@ def test_every_pass_has_a_name_of_its_own_a_summary_and_documented_options():
 
 
 def test_recipes():
-    assert set(recipes()) == {"default", "bf16", "int8", "int8-dynamic", "w8"}
+    assert set(recipes()) == {"default", "bf16", "int8", "int8-dynamic", "w8", "w4"}
     assert recipes()["default"] == DEFAULT == default_recipe()
     assert resolve("int8") == (*DEFAULT, Quantize())
     assert resolve("bf16")[-1] == AllowBf16()

@@ -60,7 +60,7 @@ def state(model):
 # -- promises --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["default", "int8", "bf16", "w8", "int8-dynamic"])
+@pytest.mark.parametrize("recipe", ["default", "int8", "bf16", "w8", "w4", "int8-dynamic"])
 def test_the_model_is_never_modified_and_outputs_agree(net, recipe, faster):
     kept, training = state(net), net.training
     fast = gw.optimize(net, X, recipe, calibration=DATA if recipe == "int8" else None)
@@ -103,7 +103,7 @@ def test_every_request_is_accounted_for(net, faster):
     assert "quantize" in fast.explain("head")
 
 
-@pytest.mark.parametrize("recipe", ["default", "int8", "bf16", "w8", "int8-dynamic"])
+@pytest.mark.parametrize("recipe", ["default", "int8", "bf16", "w8", "w4", "int8-dynamic"])
 def test_results_survive_the_disk_bit_for_bit(net, recipe, tmp_path, faster):
     fast = gw.optimize(net, X, recipe, calibration=DATA if recipe == "int8" else None)
     fast.save(tmp_path / "m.gw")
