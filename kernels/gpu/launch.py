@@ -7,6 +7,7 @@ tensors it runs; with CPU tensors it runs in the interpreter; with tensors on th
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -60,6 +61,7 @@ class Launch:
         grid: programs along up to three axes.
         args: tensors, numbers and None in the order of the function's parameters that are not constexpr.
         constants: values of its constexpr parameters that are not tiles of ``config``.
+        scratch: it makes tensor descriptors, for which Triton wants memory on the device.
     """
 
     fn: Any
@@ -67,6 +69,7 @@ class Launch:
     args: tuple[Any, ...]
     constants: dict[str, Any]
     config: Config
+    scratch: bool = False
 
     def constexprs(self, ptx: bool) -> dict[str, Any]:
         """All constexpr parameters of the function by name; tiles that it does not have are left out."""
@@ -76,9 +79,21 @@ class Launch:
 
     def go(self) -> None:
         """Launch on the current stream of the tensors' device, or run in the interpreter. An empty grid does nothing."""
-        if min(self.grid) > 0:
-            options = {} if interpreting() else {"num_warps": self.config.warps, "num_stages": self.config.stages}
-            self.fn[self.grid](*self.args, **self.constexprs(_nvidia()), **options)
+        if min(self.grid) <= 0:
+            return
+        if self.scratch and not interpreting():
+            contextvars.copy_context().run(self._go_with_scratch)  # what allocates is set for this launch alone
+        else:
+            self._go()
+
+    def _go(self) -> None:
+        options = {} if interpreting() else {"num_warps": self.config.warps, "num_stages": self.config.stages}
+        self.fn[self.grid](*self.args, **self.constexprs(_nvidia()), **options)
+
+    def _go_with_scratch(self) -> None:
+        device = next(tensors_of(self.args)).device
+        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+        self._go()
 
 
 @functools.cache
