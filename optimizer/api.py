@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphwright import search
+from graphwright import backends, search
+from graphwright.accelerator import random_devices
 from graphwright.calibrate import Calibration, calls, collect, missing
 from graphwright.capture import Capture, Guard, capture
 from graphwright.capture.export import positional_names
@@ -54,7 +55,8 @@ def optimize(
             activations need it.
         evaluate: ``fn(model) -> float``, higher is better; run on the original and on the result.
         goal: limits, see ``gw.Goal``; with ``evaluate`` and ``max_drop``, sites that err most stay in float until it holds.
-        backend: ``"auto"``: every backend of this machine competes.
+        backend: ``"auto"``: every backend of this machine competes. The name of one (``"triton"``, ``"onednn"``, …): its kernels run wherever
+            they can, even where others are faster; then the result stands whether or not it is faster, and the report says which.
         dynamic: None: these sizes. ``"auto"``: batch and sequence sizes may vary. Or sizes as ``torch.export`` takes them.
         seed: for anything random while optimizing.
         progress: told what is going on, a line at a time.
@@ -66,8 +68,9 @@ def optimize(
         raise InputError(f"model is a {type(model).__name__}, an nn.Module is wanted", where="optimize(model=...)")
     if isinstance(model, Optimized):
         raise InputError("this model is optimized already", where="optimize(model=...)", hint="Optimize the original again.")
-    if backend != "auto":
-        raise InputError(f"backend {backend!r} does not exist", where="optimize(backend=...)", hint="'auto' is offered.")
+    if backend != "auto" and backend not in backends.names():
+        raise InputError(f"backend {backend!r} does not exist", where="optimize(backend=...)",
+                         hint=f"There are 'auto', {', '.join(map(repr, backends.names()))}.")  # fmt: skip
     if evaluate is not None and not callable(evaluate):
         raise InputError("evaluate is not callable", where="optimize(evaluate=...)", hint="fn(model) -> float, higher is better")
     if goal is not None and not isinstance(goal, Goal):
@@ -79,7 +82,7 @@ def optimize(
         raise InputError("progress is not callable", where="optimize(progress=...)", hint="fn(text), print for instance")
     if not isinstance(seed, int):
         raise InputError(f"seed is a {type(seed).__name__}, an int is wanted", where="optimize(seed=...)")
-    job = Job(recipe, calibration, evaluate, goal or Goal(), dynamic, seed, progress or (lambda text: None))
+    job = Job(recipe, calibration, evaluate, goal or Goal(), dynamic, seed, progress or (lambda text: None), backend)
     fast = Optimized(job.again, model, _attributes(model))
     job.result = fast
     if example_inputs is not None:
@@ -103,11 +106,12 @@ def load(path: str | os.PathLike[str]) -> Any:
 class Job:
     """One ``optimize`` call: kept by its result so that new shapes are treated in the same way."""
 
-    def __init__(self, recipe: Any, calibration: Any, evaluate: Any, goal: Goal, dynamic: Any, seed: int, say: Say):
+    def __init__(self, recipe: Any, calibration: Any, evaluate: Any, goal: Goal, dynamic: Any, seed: int, say: Say, backend: str = "auto"):
         self.passes = resolve(recipe)
         self.recipe_name = recipe if isinstance(recipe, str) else ", ".join(p.name for p in self.passes)
         self.calibration = calibration
         self.evaluate, self.goal, self.dynamic, self.seed, self.say = evaluate, goal, dynamic, seed, say
+        self.backend = None if backend == "auto" else backend
         self.result: Optimized | None = None
         if calibration is None and any(getattr(p, "needs_calibration", False) and not p.guest for p in self.passes):
             raise missing(f"recipe {recipe!r}" if isinstance(recipe, str) else "the recipe")
@@ -120,7 +124,7 @@ class Job:
     def first(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
         """Optimize for the given inputs, with evaluation and report."""
         start, self._measuring = time.perf_counter(), True
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=random_devices()):
             torch.manual_seed(self.seed)
             variant, leaves = self._variant(model, args, kwargs, self.dynamic)
             if self.evaluate is not None and self.goal.max_drop is not None:
@@ -171,7 +175,8 @@ class Job:
         from graphwright.kernels import ahead
 
         leaves, spec = flatten_call(args, kwargs)
-        ahead.start((type(m).__name__ for m in model.modules()), "int8" in precisions(self.passes))
+        if all(t.device.type == "cpu" for t in (*leaves, *model.parameters())):  # kernels for the CPU, compiled meanwhile
+            ahead.start((type(m).__name__ for m in model.modules()), "int8" in precisions(self.passes))
         try:
             self.say("capturing the model")
             found = capture(model, args, kwargs, dynamic=dynamic, storage=self._storage)
@@ -185,7 +190,7 @@ class Job:
             ahead.stop()
 
     def _build(self, program: Program, passes: Sequence[Pass]) -> Built:
-        return search.build(program, passes, precisions(passes), self.say)
+        return search.build(program, passes, precisions(passes), self.say, backend=self.backend)
 
     def _in_pieces(self, found: Capture, spec: Spec, leaves: list[Tensor]) -> Variant:
         """What was captured of a model that could not be captured whole: each piece is optimized by itself."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graphwright.accelerator import random_devices
 from graphwright.api import arguments, feed_pieces, reached
 from graphwright.calibrate import Calibration, collect
 from graphwright.capture import capture
@@ -63,7 +64,7 @@ def bisect(
         InputError: nothing of the model can be captured, a program is broken before any pass, or there is neither check nor example.
     """
     passes = resolve(recipe)
-    with WORKING, torch.random.fork_rng(devices=[]):
+    with WORKING, torch.random.fork_rng(devices=random_devices()):
         torch.manual_seed(0)
         programs = _captured(model, example_inputs, calibration)
         check_patterns(passes, *programs)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graphwright.accelerator import random_devices
 from graphwright.api import arguments
 from graphwright.backends.aten import implementation
 from graphwright.backends.base import NATIVE, Candidate, Format, Read, Work
@@ -55,7 +56,7 @@ def compare(model: nn.Module, fast: Optimized, inputs: Any) -> Comparison:
         raise InputError(f"fast is a {type(fast).__name__}, a result of gw.optimize or gw.load is wanted", where="compare(fast=...)",
                          hint="The order is compare(original, result, inputs).")  # fmt: skip
     items = _items(inputs)
-    with WORKING, torch.random.fork_rng(devices=[]):
+    with WORKING, torch.random.fork_rng(devices=random_devices()):
         job = _Job(model, fast)
         for k, item in enumerate(items):
             job.run(k, *arguments(item))

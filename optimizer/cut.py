@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graphwright.accelerator import random_devices
 from graphwright.inference import fake_of
 from graphwright.ir import Program, Signature, walk_nodes
 from graphwright.structure import TENSOR, Spec, flatten_call
@@ -32,7 +33,7 @@ def values_of(program: Program, leaves: Sequence[Tensor], wanted: Collection[fx.
         wanted: these nodes only; None: all of them.
     """
     recorder = _Recorder(program, None if wanted is None else set(wanted))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=random_devices()):
         torch.manual_seed(0)
         recorder.run(*leaves)
     return recorder.found

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphwright import search
+from graphwright.accelerator import random_devices
 from graphwright.capture import Guard, capture
 from graphwright.capture.fragment import Constants, Run, Split, Trial, inputs_of, mark, unfit
 from graphwright.capture.sites import user_line
@@ -211,7 +212,7 @@ class Fragment:
         split = Split(self.graph, self.inputs, seen, self._varying)
         held = {k: seen.args[k] for k in split.constants}
         constants = Constants(held, functools.partial(self._gone, state))  # as they are before they are copied
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=random_devices()):
             torch.manual_seed(0)
             leaves = split.leaves(seen.copies())
             found = capture(split.module, leaves, dynamic=split.dynamic or None)

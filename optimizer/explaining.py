@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graphwright import backends
+from graphwright.accelerator import device_of, random_devices
 from graphwright.api import arguments, feed_pieces, reached
 from graphwright.backends.base import Slot, Work
 from graphwright.calibrate import Calibration, collect
@@ -61,7 +62,7 @@ def explain(
     name = recipe if isinstance(recipe, str) else ", ".join(p.name for p in passes)
     args, kwargs = arguments(example_inputs)
     leaves, spec = flatten_call(args, kwargs)
-    with WORKING, torch.random.fork_rng(devices=[]):
+    with WORKING, torch.random.fork_rng(devices=random_devices()):
         torch.manual_seed(0)
         found = capture(model, args, kwargs, dynamic=dynamic)
         notes = list(found.notes)
@@ -102,7 +103,8 @@ class _Story:
         if programs:
             check_patterns(self.passes, *programs)
         allowed = precisions(self.passes) | {"f32"}
-        self.notes += [f"{name}: {why}" for name, why in backends.reasons().items()]
+        kinds = dict.fromkeys(device_of(p).type for p in programs)
+        self.notes += [f"{name}: {why}" for kind in kinds for name, why in backends.reasons(kind).items()]
         for program in programs:
             self.sites += program.sites()
             passes = self.passes if len(programs) == 1 else narrowed(self.passes, program)
@@ -139,7 +141,8 @@ def _alone(work: Work, opaque: bool) -> str:
     if not isinstance(work.out, Tensor):
         return "it gives several values, or none"
     if not work.is_float:
-        return f"it gives {describe(work.out).partition('[')[0]}: kernels are for float32"
+        floats = "float32 and half precision" if work.device == "cuda" else "float32"
+        return f"it gives {describe(work.out).partition('[')[0]}: kernels are for {floats}"
     if work.has(CONTRACTION) and isinstance(work.named.get("weight"), Slot):
         return "its weight is computed: only constants are packed"
     return "no backend offers a kernel for it"

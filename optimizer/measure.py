@@ -40,8 +40,9 @@ def interleaved(calls: Sequence[Callable[[], Any]], *, rounds: int = 10, budget_
         rounds: how many turns at the most; at least 3 are always made.
         budget_s: stop starting new rounds past this many seconds.
         settled: stop after so many rounds where the slowest call of one is faster than the fastest of every other.
-        wait: returns once what the calls launched is done; part of each call's time.
+        wait: returns once what the calls launched is done; part of each call's time. By default the current GPU's, where one is in use.
     """
+    wait = wait or (torch.cuda.synchronize if torch.cuda.is_initialized() else None)
     seconds: list[list[float]] = [[] for _ in calls]
     start = time.perf_counter()
     with torch.inference_mode():

@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 
+from graphwright.accelerator import Cuda
+
 
 @dataclass(frozen=True)
 class Peak:
-    """What one run took from PyTorch's CPU allocator.
+    """What one run took from PyTorch's allocator, of the CPU or of a GPU.
 
     Attributes:
         mb: the most that was held at a time, beyond what was held before (weights), in MiB; results count, and so does what
@@ -52,6 +54,15 @@ def peak(run: Callable[[], Any]) -> Peak | None:
         held += event.cpu_memory_usage()
         count += event.cpu_memory_usage() > 0
         most = max(most, held)
+    return Peak(most / 2**20, count)
+
+
+def peak_on(cuda: Cuda | None, run: Callable[[], Any]) -> Peak | None:
+    """``peak`` where ``run`` computes on a GPU: its memory. None for ``cuda``: the CPU's."""
+    if cuda is None:
+        return peak(run)
+    with torch.no_grad():
+        most, count = cuda.peak(run)
     return Peak(most / 2**20, count)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graphwright import store
+from graphwright.accelerator import device_of
 from graphwright.capture import Capture, Guard, weights_fingerprint
 from graphwright.capture.rehearse import untouched
 from graphwright.errors import CoverageError, InputError, SaveError, UnsupportedError
@@ -299,15 +300,25 @@ class Optimized(nn.Module):
         raise UnsupportedError("an optimized model can't be moved or cast: its kernels were chosen for this device and dtype",
                                where=".to() / .half() / .cuda()", hint="Move the original model, then optimize it there.")  # fmt: skip
 
+    def cuda(self, device: Any = None) -> Optimized:
+        return self.to("cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device)
+
     def cpu(self) -> Optimized:
         return self.to("cpu")
 
     def to(self, *args: Any, **kwargs: Any) -> Optimized:
         """Returns itself where nothing would change; anything else is refused."""
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if (device is None or device.type == "cpu") and dtype in (None, torch.float32):
+        here, tensors = self._home(), [t for p in self._captured() for t in p.tensors().values() if t.is_floating_point()]
+        stays = device is None or device.type == here.type and device.index in (None, here.index)
+        if stays and (dtype in (None, torch.float32) and here.type == "cpu" or all(dtype in (None, t.dtype) for t in tensors)):
             return self
         return self._apply(None)
+
+    def _home(self) -> torch.device:
+        """Where it runs."""
+        found = [device_of(p) for p in self._captured()]
+        return next((d for d in found if d.type != "cpu"), torch.device("cpu"))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Tensors of the program that runs, by name: those that no pass replaced keep the original's names."""

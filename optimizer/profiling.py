@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from graphwright.accelerator import random_devices
 from graphwright.backends.base import by_integers
 from graphwright.checkup import Call, shapes
 from graphwright.cost import Cost, cost
@@ -38,7 +39,7 @@ def profile(fast: Optimized, args: tuple[Any, ...], kwargs: dict[str, Any], *, r
     if not args and not kwargs:
         args, kwargs = _given(fast)
     leaves, spec = flatten_call(args, kwargs)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=random_devices()):
         variant = fast._covering(leaves, spec)
         if variant is None:
             fast(*args, **kwargs)  # captured anew, or refused

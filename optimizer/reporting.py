@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from graphwright import search
+from graphwright import accelerator, search
+from graphwright.accelerator import Cuda
 from graphwright.backends.base import by_integers
 from graphwright.capture.rehearse import clone_sharing, untouched
 from graphwright.cost import cost
@@ -19,7 +20,7 @@ from graphwright.ir import describe
 from graphwright.lower import Choice, arena
 from graphwright.manager import PassRecord, PassResult
 from graphwright.measure import interleaved, machine
-from graphwright.memory import peak, process_peak_mb
+from graphwright.memory import peak_on, process_peak_mb
 from graphwright.numerics import sqnr_db
 from graphwright.ops import CAST, QUANT
 from graphwright.optimized import Optimized, Variant
@@ -42,7 +43,8 @@ def make_report(job: Job, model: nn.Module, variant: Variant, leaves: Sequence[T
     door._add(variant, None)
     if variant.covers(leaves, variant.spec) is not None:  # inputs that share memory, one of them written: captured for this call alone
         door = lambda *args, **kwargs: variant.run(leaves)
-    report = Report(type(model).__name__, job.recipe_name, "", machine=dict(machine()), threads=torch.get_num_threads(),
+    cuda = accelerator.of(_device(variant, leaves))
+    report = Report(type(model).__name__, job.recipe_name, "", machine={**machine(), **(cuda.facts if cuda else {})}, threads=torch.get_num_threads(),
                     versions=_versions(), notes=list(variant.capture.notes))  # fmt: skip
     report.regions = [Region(r.where or r.site or "the model itself", f"{r.site}: {r.reason}" if r.site and r.where else r.reason)
                       for r in variant.capture.regions]  # fmt: skip
@@ -63,7 +65,7 @@ def make_report(job: Job, model: nn.Module, variant: Variant, leaves: Sequence[T
                 got = _answer(result, job.seed)
             with variant.preserved(leaves):
                 report.original, report.optimized = interleaved([original, result], rounds=20, budget_s=2.0)
-        _peaks(report, variant, leaves, original, result)
+        _peaks(report, variant, leaves, original, result, cuda)
     _errors(report, wanted, got, exact=not search.lossy_passes(job.passes))
     with variant.preserved(leaves):
         _fill(report, variant, leaves)
@@ -76,17 +78,29 @@ def make_report(job: Job, model: nn.Module, variant: Variant, leaves: Sequence[T
     return report
 
 
-def _peaks(report: Report, variant: Variant, leaves: Sequence[Tensor], original: Callable[[], Any], result: Callable[[], Any]) -> None:
+def _peaks(report: Report, variant: Variant, leaves: Sequence[Tensor], original: Callable[[], Any], result: Callable[[], Any],
+           cuda: Cuda | None) -> None:  # fmt: skip
     """Tensor memory of one run of each side beyond the weights, as the allocator sees it."""
     with variant.preserved(leaves):
-        before = peak(original)
+        before = peak_on(cuda, original)
     with variant.preserved(leaves):
-        after = peak(result)
+        after = peak_on(cuda, result)
     if before is None or after is None:
         report.notes.append("peak memory was not measured: another profiler is running, or this torch has none that tells")
         return
-    report.memory_before_mb, report.memory_after_mb = before.mb, after.mb
+    graphs = sum(r.held for b in _builds(variant) if (r := b.lowered.runner.replay) is not None) / 2**20  # values live there, and stay
+    report.memory_before_mb, report.memory_after_mb = before.mb, after.mb + graphs
     report.allocations_before, report.allocations_after = before.allocations, after.allocations
+
+
+def _builds(variant: Variant) -> list[Built]:
+    return variant.parts if variant.built is None else [variant.built]
+
+
+def _device(variant: Variant, leaves: Sequence[Tensor]) -> torch.device:
+    """Where the result runs: a GPU, if any of it does."""
+    found = [accelerator.device_of(b.captured) for b in _builds(variant)] + [x.device for x in leaves]
+    return next((d for d in found if d.type != "cpu"), torch.device("cpu"))
 
 
 def _quiet(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -131,9 +145,9 @@ def _declined(job: Job, variant: Variant, report: Report) -> bool:
     count = len(variant.capture.regions)
     left = f"{count} region{' was' if count == 1 else 's were'} not captured and run{'s as it was' if count == 1 else ' as they were'}; "
     smaller = built is not None and built.program.size_bytes() < built.captured.size_bytes()
-    if after < before or (smaller and job.goal.about_size):
+    if after < before or (smaller and job.goal.about_size) or job.backend is not None:
         report.verdict = (left if built is None else "") + _ratio(before, after)
-        if after >= before and built is not None:
+        if smaller and after >= before and built is not None:
             report.verdict = f"{built.captured.size_bytes() / max(1, built.program.size_bytes()):.2f} times smaller, {report.verdict}"
         return False
     reason = f"not faster: {after:.3g} ms against {before:.3g} ms"
@@ -194,6 +208,8 @@ def _fill(report: Report, variant: Variant, leaves: Sequence[Tensor]) -> None:
     report.bytes_before, report.bytes_after = built.captured.size_bytes(), built.running.size_bytes()
     report.passes, report.seconds = built.records, dict(built.seconds)
     report.notes.extend(built.lowered.notes)
+    if (replay := built.lowered.runner.replay) is not None:
+        report.notes.append(replay.told())
     report.log.extend(f"whole assignment {label!r}: {t.minimum:.3g} ms" for label, t in built.lowered.variants)
     report.graph = Picture.of(built.running, built.lowered.serving())
     report.warnings.extend(f"pass {r.name} was {r.undone}" for r in built.records if r.undone)
@@ -211,7 +227,9 @@ def _fill_parts(report: Report, parts: Sequence[Built]) -> None:
                 report.warnings.append(f"pass {r.name} was {r.undone}")
         with part.captured.preserved(part.captured.example or ()):
             report.sites += site_rows(part, part.captured.example or ())
-        report.notes.extend(n for n in part.lowered.notes if n not in report.notes)
+        replay = part.lowered.runner.replay
+        told = [*part.lowered.notes, *([replay.told()] if replay is not None else [])]
+        report.notes.extend(n for n in told if n not in report.notes)
     report.passes = list(records.values())
     total = sum(row.ms or 0.0 for row in report.sites) or 1.0
     report.sites = [replace(row, share=None if row.ms is None else row.ms / total) for row in report.sites]

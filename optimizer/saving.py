@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphwright import store
+from graphwright import accelerator, store
 from graphwright.capture import Capture, Guard
 from graphwright.errors import LoadError
 from graphwright.ir import Program, op_name
@@ -34,6 +34,8 @@ def archive_of(fast: Optimized) -> store.Archive:
     attributes = {k: _plain(v) for k, v in fast._attributes.items()}
     meta = {"report": fast.report.to_dict(), "attributes": {k: v for k, v in attributes.items() if v is not None},
             "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+    if (cuda := accelerator.of(fast._home())) is not None:
+        meta["gpu"] = cuda.facts
     return store.Archive(variants, meta)
 
 
@@ -60,6 +62,8 @@ def rebuilt(variants: Sequence[store.Variant], meta: Mapping[str, Any]) -> Optim
         report.warnings.extend(n for n in lowered.notes if n not in report.warnings)
         built = Built(v.program, v.program, [], lowered, unchanged=v.plan["unchanged"])
         fast._variants.append(Variant(v.program.signature.inputs, Capture(v.program), built, Guard(v.program)))
+    if (gpu := meta.get("gpu")) and (here := accelerator.of(fast._home())) is not None and here.facts["gpu"] != gpu["gpu"]:
+        report.warnings.append(f"its kernels were chosen on {gpu['gpu']} and run on {here.facts['gpu']}: optimize it here to have them chosen here")
     fast.__dict__["_report"] = report
     return fast
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from graphwright.accelerator import device_of
 from graphwright.errors import InputError
 from graphwright.ir import Program, op_name, site_of
 from graphwright.lower import Lowered, economy, lower, regions
@@ -75,19 +76,21 @@ class Built:
 
 
 def build(captured: Program, passes: Sequence[Pass], allowed: frozenset[str], say: Say,
-          between: Callable[[Program], None] = lambda program: None) -> Built:  # fmt: skip
+          between: Callable[[Program], None] = lambda program: None, backend: str | None = None) -> Built:  # fmt: skip
     """Run the passes and lower the result. ``captured.example`` and ``.calibration`` feed both.
 
     Args:
         between: told of the program after the passes, before its weights are packed.
+        backend: see ``lower``.
     """
     start = time.perf_counter()
     program, records = Pipeline(tuple(passes)).run(captured, progress=say)
     between(program)
     middle = time.perf_counter()
-    _compiled(program, "int8" in allowed)
-    lowered = lower(program, allowed=allowed, example=captured.example, progress=say)
-    if captured.example is not None:
+    if device_of(program).type == "cpu":
+        _compiled(program, "int8" in allowed)
+    lowered = lower(program, allowed=allowed, example=captured.example, progress=say, backend=backend)
+    if captured.example is not None and backend is None:
         lowered = regions.generated(lowered, captured.example, say)
     return Built(captured, program, records, lowered, {"passes": middle - start, "lowering": time.perf_counter() - middle})
 

@@ -57,7 +57,7 @@ class Quantize(Pass):
     Args:
         mode: ``"static"``: activations by ranges seen during calibration. ``"dynamic"``: by ranges computed at run
             time, per row for linears and per tensor for convolutions. ``"weight-only"``: weights alone.
-        activations: ``"uint8"`` with a zero point, or ``"int8"`` without.
+        activations: ``"uint8"`` with a zero point, or ``"int8"`` without. Rows whose ranges are found at run time are int8 on a GPU.
         observer: ``"min-max"``, ``"percentile"``, ``"mse"``, a rule of ``graphwright.passes.observers`` with its
             parameters (``Percentile(99.9)``), or ``"auto"``: mse between convolutions, min-max elsewhere. The few
             large numbers in a transformer carry meaning, and clipping them costs ten times the error of min-max.

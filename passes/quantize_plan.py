@@ -99,8 +99,8 @@ def attention_unfit(node: fx.Node) -> str | None:
     """None, or why the products of an attention op can't be rounded."""
     args = args_by_name(node)
     tensors = [args[k].meta["val"] for k in ("query", "key", "value")]
-    if any(t.dim() != 4 or t.dtype != torch.float32 or t.device.type != "cpu" for t in tensors):
-        return "int8 products inside attention need float32 tensors with 4 axes on the CPU"
+    if any(t.dim() != 4 or t.dtype not in (FLOATS if t.device.type == "cuda" else (torch.float32,)) for t in tensors):
+        return "int8 products inside attention need tensors with 4 axes, of float32 or, on a GPU, of a shorter float"
     if args.get("dropout_p"):
         return "it drops probabilities at random"
     return None

@@ -79,14 +79,15 @@ class Writer:
         return self.program.graph.inserting_before(self.program.nodes[0])
 
     def dynamic(self, anchors: list[Anchor], *, symmetric: bool) -> None:
-        """Every anchor reads its input through a pair whose scales are computed at run time."""
+        """Every anchor reads its input through a pair whose scales are computed at run time; rows on a GPU about zero, as its kernels take them."""
         pairs: dict[tuple[fx.Node, bool], fx.Node] = {}
         for a in anchors:
             rows = not a.conv
+            even = symmetric or rows and a.source.meta["val"].device.type == "cuda"
             if (a.source, rows) not in pairs:
-                pairs[a.source, rows] = self._dynamic_pair(a, rows, symmetric)
+                pairs[a.source, rows] = self._dynamic_pair(a, rows, even)
             set_arg(a.node, a.reads, pairs[a.source, rows])
-            dtype = "int8" if symmetric else "uint8"
+            dtype = "int8" if even else "uint8"
             self._about[a] = [f"input as {dtype}, a scale per {'row' if rows else 'tensor'} at run time"]
 
     def _dynamic_pair(self, a: Anchor, rows: bool, symmetric: bool) -> fx.Node:
@@ -109,7 +110,7 @@ class Writer:
         if node.target is torch.ops.graphwright.attention.default:
             args = tuple(a.values())
         else:
-            args = (a["query"], a["key"], a["value"], a["attn_mask"], a["scale"], a["is_causal"], False, 1.0, 0, 0, 0, None)
+            args = (a["query"], a["key"], a["value"], a["attn_mask"], a["scale"], a["is_causal"], False, 1.0, 0, 0, 0, None if a["query"].meta["val"].dtype == torch.float32 else a["query"].meta["val"].dtype)
         with self.program.graph.inserting_before(node):
             new = self.program.call(_OPS.attention_int8.default, *args, sites=sites_of(node))
         self.program.replace(node, new)

@@ -129,7 +129,7 @@ def _int_mm(work: Work, m: Matrix) -> Iterator[Candidate]:
 
     needs = tuple(ROWS if k == x else NATIVE for k in range(len(work.reads)))
     if other != x:
-        yield Candidate("aten.int-mm", needs, (NATIVE,), "int8", lambda: run, floor_db=20.0)
+        yield Candidate("aten.int8-mm", needs, (NATIVE,), "int8", lambda: run, floor_db=20.0)
 
 
 def may_share(work: Work) -> bool:

@@ -69,8 +69,8 @@ def unfit(values: Sequence[Any]) -> str | None:
                 return f"an input or output is a {type(value).__name__}"
         elif type(value) not in (Tensor, nn.Parameter, nn.Buffer):
             return f"it works on {type(value).__name__}, a subclass of Tensor"
-        elif value.device.type != "cpu" or value.layout is not torch.strided or value.is_quantized:
-            return f"it works on a {value.type().removeprefix('torch.')} on {value.device}: plain tensors on the CPU are optimized"
+        elif value.device.type not in ("cpu", "cuda") or value.layout is not torch.strided or value.is_quantized:
+            return f"it works on a {value.type().removeprefix('torch.')} on {value.device}: plain tensors on the CPU or a GPU are optimized"
     return None
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from graphwright import ir
+from graphwright.accelerator import random_devices
 from graphwright.capture.sites import outside_torch, short_path
 from graphwright.errors import InputError
 from graphwright.structure import Spec, flatten
@@ -85,10 +86,18 @@ def _fused_differs(model: nn.Module, leaves: Sequence[torch.Tensor], spec: Spec,
 def rejected(model: nn.Module, leaves: Sequence[torch.Tensor], error: Exception) -> InputError:
     """The model's own error as ours, with the user's line and a hint where one is known."""
     place = where(error)
-    devices = {str(t.device) for t in [*leaves, *model.parameters(), *model.buffers()]}
+    weights = [*model.parameters(), *model.buffers()]
+    devices = {str(t.device) for t in [*leaves, *weights]}
     hint = "Call the model on the same inputs without Graphwright to see its full traceback."
     if len(devices) > 1:
         hint = f"Inputs and weights lie on {', '.join(sorted(devices))}: bring them to one device first."
+    homes = {t.device for t in weights}
+    strangers = [k for k, t in enumerate(leaves) if t.device not in homes]
+    if len(homes) == 1 and strangers:
+        home = next(iter(homes))
+        names = ", ".join(f"input {k}" for k in strangers[:3])
+        lies = "lies" if len(strangers) == 1 else "lie"
+        hint += f" {names} {lies} on {leaves[strangers[0]].device}, the model on {home}: pass x.to({str(home)!r})."
     said = (str(error).strip().splitlines() or ["(no message)"])[0]
     return InputError(f"the model rejects the example inputs: {type(error).__name__}: {said}", where=place, hint=hint)
 
@@ -114,7 +123,7 @@ def untouched(model: nn.Module) -> Iterator[dict[Any, Any]]:
     versions |= {(n, k): v for n, m in model.named_modules() for k, v in m.__dict__.items()}
     state = [(m, dict(m.__dict__)) for m in model.modules()]
     holders = [(v, v.copy()) for _, attributes in state for v in attributes.values() if type(v) in (list, dict, set, OrderedDict)]  # module hooks are the ordered ones
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)):
+    with torch.random.fork_rng(devices=random_devices()):
         try:
             yield versions
         finally:
@@ -189,7 +198,7 @@ def disagreement(program: ir.Program, leaves: Sequence[torch.Tensor], said: Rehe
     before = {n: program.tensor(n).detach().clone() for n in names}
     outputs = said.outputs or []
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with torch.random.fork_rng(devices=random_devices()), torch.no_grad():
             torch.manual_seed(0)
             found = program(*mine)
     except Exception as error:  # noqa: BLE001 - whatever it is, the graph is not used

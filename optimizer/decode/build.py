@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graphwright import search
+from graphwright.accelerator import random_devices
 from graphwright.api import Job, _attributes
 from graphwright.backends.packs import shared
 from graphwright.calibrate import Calibration
@@ -81,7 +82,7 @@ def optimize_decoder(
     if isinstance(calibration, Iterable) and not isinstance(calibration, (list, tuple)):
         calibration = list(calibration)
     calls = Calls(model, convention, traits)
-    with WORKING, torch.random.fork_rng(devices=[]), shared():
+    with WORKING, torch.random.fork_rng(devices=random_devices()), shared():
         torch.manual_seed(seed)
         shelf = Shelf()
         first, second = calls.prefill(given), calls.step(given)

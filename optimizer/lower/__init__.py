@@ -26,6 +26,9 @@ from graphwright.lower.stopwatch import Stopwatch
 from graphwright.measure import Timing, interleaved
 from graphwright.memory import release
 
+#: By what the times of a backend that is asked for by name are multiplied, so that it wins wherever it serves.
+_TAKEN = 1e-6
+
 
 @dataclass(frozen=True)
 class Option:
@@ -104,13 +107,14 @@ class Lowered:
 
 
 def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mapping[str, str] | None = None,
-          example: Sequence[Tensor] | None = None, progress: Callable[[str], None] | None = None) -> Lowered:  # fmt: skip
+          example: Sequence[Tensor] | None = None, progress: Callable[[str], None] | None = None, backend: str | None = None) -> Lowered:  # fmt: skip
     """Choose and put together the kernels of a program.
 
     Args:
         allowed: precisions that may be chosen: ``"f32"``, ``"bf16"``, ``"int8"``.
         plan: take these candidates and time nothing; what can't be built here runs natively, with a note.
         example: flat inputs on which whole assignments are timed; ``program.example`` by default.
+        backend: take its kernels wherever they serve, even where others are faster.
     """
     allowed = frozenset(allowed) | {"f32"}
     analysis = analyse(program)
@@ -136,11 +140,13 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
         kept.append([c for c, _ in usable])
         times.append([t for _, t in usable])
         shown.append(tuple(_option(c, t, len(several)) for c, t in zip(several, found, strict=True)))
+    if backend is not None:
+        times = [[t * _TAKEN if c.backend == backend else t for c, t in zip(*pair, strict=True)] for pair in zip(kept, times, strict=True)]
     problem = pose(analysis, kept, times, watch.convert)
     watch.flush()
     release()
     say("choosing kernels")
-    assignments = _assignments(problem)
+    assignments = _assignments(problem) if backend is None else {f"kernels of {backend}": solve(problem)}
     example = tuple(example if example is not None else program.example or ())
     built: dict[str, tuple[list[int], list[tuple[Candidate, Callable[..., Any]]], Runner]] = {}
     cache: dict[tuple[int, int], Callable[..., Any]] = {}
@@ -158,7 +164,7 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
                 notes.append(f"whole assignment {label!r} does not run: {why}")
                 del built[label]
             runs = [(lambda r=r: r(*example)) for *_, r in built.values()]
-            timings = interleaved(runs, rounds=10, budget_s=1.5, settled=4, wait=cuda.wait if cuda else None)
+            timings = interleaved(runs, rounds=10, budget_s=1.5, settled=4)
         variants = sorted(zip(built, timings, strict=True), key=lambda v: v[1].minimum)
         best = variants[0][0]
     picks, chosen, runner = built[best]

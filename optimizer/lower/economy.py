@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphwright.accelerator import random_devices
 from graphwright.lower import Lowered
 from graphwright.lower.arrange import cheap, fixed
 from graphwright.lower.liveness import place, tensors
@@ -61,6 +62,8 @@ def economize(lowered: Lowered, example: Sequence[Tensor], limit_mb: float, say:
         example: flat inputs, on which memory is measured.
     """
     program, base = lowered.analysis.program, lowered.runner.base
+    if lowered.runner.cuda is not None:
+        return _noted(lowered, f"{NOTE} {limit_mb:.3g} MB: the order of the steps is searched on the CPU alone; on a GPU the peak stays as it is")
     with program.preserved(example):
         before = peak(lambda: lowered.runner(*example))
         if before is None or base is None or before.mb <= limit_mb:
@@ -98,7 +101,7 @@ def _noted(lowered: Lowered, note: str) -> Lowered:
 
 
 def _answer(runner: Runner, example: Sequence[Tensor]) -> list[Tensor]:
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=random_devices()):
         torch.manual_seed(0)
         return [t.clone() for t in runner(*example)]
 
@@ -113,7 +116,7 @@ def _measure(runner: Runner, base: Base, example: Sequence[Tensor]) -> _Facts:
     facts = _Facts([0] * count, [()] * count, [0] * count)
     plain = settle(base, apart=True)
     held: dict[int, set[int]] = {}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=random_devices()):
         registers = plain._start(example)
         with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
             for step in plain.steps:

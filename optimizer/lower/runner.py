@@ -298,7 +298,9 @@ class _Emitter:
         """The register that holds ``value`` as ``form``; a conversion is added where none does."""
         if (value, form) in self.slots:
             return self.slots[value, form]
-        sources = [f for f in self.forms.get(value, ()) if possible(f, form)]
+        forms = self.forms.get(value, ())
+        # rows alone where a plan's reader of them can't be built here: what they stand for serves
+        sources = [f for f in forms if possible(f, form)] or [f for f in forms if f.kind == "rows"]
         if not sources and (value, NATIVE) not in self.slots:
             constant = self.analysis.program.constant(value)
             if constant is not None:  # a constant that the program returns as it is

@@ -148,12 +148,12 @@ def sample(val: Any, form: Format, params: QParams | None) -> Any:
         return hint(val) if isinstance(val, (torch.SymInt, int)) else val
     shape = [hint(s) for s in val.shape]
     device = val.device
-    generator = torch.Generator(device).manual_seed(0)
+    seeded = lambda: torch.Generator(device).manual_seed(0)
     if form.kind == "q":
         assert params is not None
-        made = torch.randint(params.low, params.high + 1, shape, generator=generator, dtype=torch.int32, device=device).to(params.dtype)
+        made = torch.randint(params.low, params.high + 1, shape, generator=seeded(), dtype=torch.int32, device=device).to(params.dtype)
     elif val.dtype.is_floating_point:
-        made = torch.randn(shape, generator=generator, device=device).to(torch.bfloat16 if form.kind == "bf16" else val.dtype)
+        made = torch.randn(shape, generator=seeded(), device=device).to(torch.bfloat16 if form.kind == "bf16" else val.dtype)
         if form.kind == "rows":
             return row_integers(made)
     elif val.dtype == torch.bool:

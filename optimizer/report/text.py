@@ -91,7 +91,7 @@ def _circumstances(report: Report) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in report.versions.items())
     spent = f"optimized in {report.seconds.get('total', sum(report.seconds.values())):.1f} s" if report.seconds else ""
     return "; ".join(
-        p for p in (report.created[:10], str(report.machine.get("cpu", "")), threads, versions, spent) if p
+        p for p in (report.created[:10], str(report.machine.get("gpu", report.machine.get("cpu", ""))), threads, versions, spent) if p
     )
 
 

@@ -170,6 +170,7 @@ def load(path: str | os.PathLike[str]) -> Archive:
         body, checksum = _body(file, where)
         meta = from_json(body.get("meta", dict), "meta")
         foreign.require(meta.get("needs"), where)
+        _require_gpu(meta.get("gpu"), where)
         records, drafts, sums = _drafts(file, body, checksum)
         runs = read_runs(file, sums)
     placed: dict[tuple[str, str], Tensor] = {}
@@ -187,6 +188,16 @@ def load(path: str | os.PathLike[str]) -> Archive:
         plan, example = (from_json(record.get(k, t), record.where) for k, t in (("plan", dict), ("example", list)))
         variants.append(Variant(program, plan, example))
     return Archive(variants, meta)
+
+
+def _require_gpu(gpu: Any, where: str) -> None:
+    """LoadError where a file was made for a GPU and there is none; nothing is read before."""
+    if gpu is not None and not torch.cuda.is_available():
+        name = str(gpu.get("gpu", "a GPU"))[:80] if isinstance(gpu, dict) else "a GPU"
+        raise LoadError(
+            f"{where} was optimized on {name}, and torch {torch.__version__} finds no CUDA device here",
+            hint="Load it where there is such a GPU and a build of torch for it; for the CPU, optimize the model there and save that.",
+        )
 
 
 def peek(path: str | os.PathLike[str]) -> dict[str, Any]:

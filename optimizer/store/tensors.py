@@ -312,6 +312,9 @@ def read_device(word: str, where: str) -> torch.device:
             f"{where}: it was saved for {word}, and this machine has no CUDA device",
             hint="Optimize the model for the CPU and save that result.",
         )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise LoadError(f"{where}: it was saved for {word}, and this machine has {torch.cuda.device_count()} CUDA devices",
+                        hint="Let CUDA_VISIBLE_DEVICES show as many as the model was optimized with.")  # fmt: skip
     if device.type not in ("cpu", "cuda"):
         bad(where, f"device {word[:40]!r} is not supported")
     return device

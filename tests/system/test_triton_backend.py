@@ -1,0 +1,116 @@
+"""Our Triton kernels within whole runs, by Triton's interpreter: what a GPU would be offered, on tensors of the CPU.
+
+Each run in a process of its own: whether kernels are interpreted is settled when they are first imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from graphwright.kernels import gpu
+
+_RUN = '''
+import json, sys, tempfile
+import torch
+from torch import nn
+import graphwright as gw
+from graphwright.numerics import sqnr_db
+
+class Block(nn.Module):
+    def __init__(self, width=32):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 48), nn.Linear(48, width)
+    def forward(self, x):
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+class Images(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+    def forward(self, x):
+        return self.two(torch.relu(self.one(x)))
+
+recipe, dtype, kind = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3]
+torch.manual_seed(0)
+model, shape = (Block(), (5, 32)) if kind == "block" else (Images(), (1, 3, 6, 6))
+model = model.eval().to(dtype)
+batches = [torch.randn(*shape).to(dtype) for _ in range(3)]
+fast = gw.optimize(model, batches[0], recipe, calibration=batches if recipe == "int8" else None, backend="triton")
+with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    fast.save(folder + "/x.gw")
+    again = gw.load(folder + "/x.gw")
+    got, wanted = fast(batches[0]), model(batches[0])
+    same = torch.equal(again(batches[0]), got) and again._variants[0].built.lowered.plan == fast._variants[0].built.lowered.plan
+print(json.dumps({
+    "kernels": {row.site: row.kernel for row in fast.report.sites}, "db": sqnr_db(wanted.float(), got.float()),
+    "dtype": str(got.dtype) == str(dtype), "same": same, "verdict": fast.report.verdict, "text": fast.explain(),
+    "steps": [s.name for s in fast._variants[0].built.lowered.runner.steps],
+}))
+'''
+
+
+def ops_with_kernels() -> set[str]:
+    return {f.op for f in gpu.families().values()} if gpu.unavailable() is None else set()
+
+
+def run(recipe: str, dtype: str = "float32", kind: str = "block") -> dict:
+    done = subprocess.run([sys.executable, "-c", _RUN, recipe, dtype, kind], capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": "1"}, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    missing = sorted({f"graphwright.{n}" for n in names} - ops_with_kernels())
+    return pytest.mark.skipif(bool(missing), reason=f"no Triton kernel for {', '.join(missing)}")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@needs("linear_int8", "quantize_rows")
+def test_dynamic_int8(dtype):
+    found = run("int8-dynamic", dtype)
+    assert found["kernels"]["up"].startswith("triton.linear-int8") and "rows" in found["kernels"]["up"], found["text"]
+    assert found["kernels"]["down"].startswith("triton.linear-int8"), found["text"]
+    assert found["db"] > 25 and found["dtype"] and found["same"]
+    assert "times" in found["verdict"], "a backend that was asked for stands, and the report says what it costs"
+
+
+@needs("norm_quantize_rows", "linear_int8")
+def test_a_norm_hands_integers_to_the_product_after_it():
+    found = run("int8-dynamic")
+    assert found["kernels"]["norm"].startswith("triton.norm-quantize-rows"), found["text"]
+    assert not any("native→rows" in s for s in found["steps"][:2]), found["steps"]
+
+
+@needs("linear_int8")
+def test_static_int8():
+    found = run("int8")
+    assert found["kernels"]["up"].startswith("triton.linear-int8") and "static" in found["kernels"]["up"], found["text"]
+    assert found["db"] > 20 and found["same"]
+
+
+@needs("conv2d_int8")
+def test_static_int8_of_convolutions():
+    found = run("int8", kind="images")
+    assert found["kernels"]["two"].startswith("triton.conv2d-int8"), found["text"]
+    assert found["db"] > 20 and found["same"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@needs("linear_w8_groups")
+def test_weights_alone(dtype):
+    found = run("w8", dtype)
+    assert found["kernels"]["up"].startswith("triton.linear-w8"), found["text"]
+    assert found["db"] > 30 and found["dtype"] and found["same"]
+
+
+@needs("quantize_rows", "norm_quantize_rows")
+def test_kernels_that_are_not_there_are_not_offered():
+    """A recipe runs with what there is: every site has a kernel, and the numbers hold."""
+    found = run("int8-dynamic", "bfloat16")
+    assert set(found["kernels"]) >= {"norm", "up", "down"} and found["db"] > 20 and found["dtype"] and found["same"]
