@@ -22,13 +22,13 @@ from graphwright.kernels.common import not_cpu, rows_of
 from graphwright.kernels.language import INT64, VOID, Device, intrinsic, ir, known, loop
 from graphwright.kernels.native import GRAIN, Native, specialized, threads_for
 from graphwright.kernels.tile import add as add_rows
-from graphwright.kernels.tile import apart, f32, f64, i8, i64, real, scratch_of, share, store, total
+from graphwright.kernels.tile import apart, device, f32, f64, i8, i64, real, scratch_of, share, store, total
 from graphwright.kernels.vector import LANES, F, fma, load_f, splat_f, spread_of, store_f
 from graphwright.kernels.vnni import unfit
 
 #: Rows and blocks of 16 columns of a task; products in one running sum; numbers of a row that one line of 4-bit weights meets.
 ROWS, BLOCKS, CHUNK, EIGHT = 24, 4, 512, 8
-_ROWS, _BLOCKS, _FOUR, _ONE, _ZERO = (np.int64(n) for n in (ROWS, BLOCKS, 4, 1, 0))
+_ROWS, _BLOCKS, _FOUR, _TWO, _ONE, _ZERO = (np.int64(n) for n in (ROWS, BLOCKS, 4, 2, 1, 0))
 _sums, _more = (scratch_of(ROWS * BLOCKS * LANES) for _ in range(2))
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -102,11 +102,10 @@ def _by_block(per_group: Tensor) -> Tensor:
 # -- device code -----------------------------------------------------------------------------------------------------
 
 
-def tile(rows: int, blocks: int, w_line: int, kind: Callable[[], Any], products: Products) -> Any:
+def tile(rows: int, blocks: int, kind: Callable[[], Any], products: Products) -> Any:
     """``c[:rows, :16 * blocks] += sum over groups of scales * (x @ w)``; strides in bytes.
 
     Args:
-        w_line: bytes of one line of the weight.
         kind: the LLVM vector type of the sums within a group: float32, or int32.
     """
 
@@ -148,9 +147,11 @@ def _products(x, x_step, rows, w, w_step, blocks, groups, lines, scales, s_step,
         wide = _FOUR if blocks - block >= 4 else _ONE
         strip, by, out, row = w + block * w_step, scales + block * s_step, c + block * 64, _ZERO
         while row < rows:
-            high = HIGH if rows - row >= HIGH else _ONE  # noqa: F821
+            high = HIGH if rows - row >= HIGH else (_TWO if rows - row >= 2 and wide == 4 else _ONE)  # noqa: F821
             at, to = x + row * x_step, out + row * c_step
-            if high > 1:
+            if high == 2:
+                PAIR_WIDE(at, x_step, strip, w_step, groups, lines, by, s_step, to, c_step)  # noqa: F821
+            elif high > 1:
                 if wide == 4:
                     MANY_WIDE(at, x_step, strip, w_step, groups, lines, by, s_step, to, c_step)  # noqa: F821
                 else:
@@ -163,10 +164,31 @@ def _products(x, x_step, rows, w, w_step, blocks, groups, lines, scales, s_step,
         block += wide
 
 
+@device
+def _total_bytes(x, n):
+    """Sum of ``n`` int8, as a float32."""
+    numbers, sum_ = i8(x), np.int32(0)
+    for i in range(n):
+        sum_ = np.int32(sum_ + numbers[i])
+    return real(sum_)
+
+
+def _take(x, x_step, rows, inputs, group, offsets, every, blocks, c):  # device code
+    """Take from ``c``, ``blocks * 16`` wide, what the zero points take away: each group's sum of x times its ``offsets``."""
+    apart()
+    for r in range(rows):
+        for g in range(every):
+            start = g * group
+            sum_ = splat_f(-TOTAL(x + r * x_step + start * SIZE, min(group, inputs - start)))  # noqa: F821
+            for b in range(blocks):
+                to = c + (r * blocks + b) * 64
+                store_f(fma(sum_, load_f(offsets + (b * every + g) * 64), load_f(to)), to)
+
+
 def _linear(params):  # device code, with what a kind of weight and an activation need put in by ``Kind``
     """Slots: 2 x, 3 its row in bytes, 4 rows, 5 columns, 6 weight, 7 lines of a strip, 8 whole groups, 9 lines of a group, 10 scales,
-    11 all groups, 12 offsets or 0, 13 sums of x, 14 scales of rows or 0, 15 bias, 16 other or 0, 17 its row in bytes, 18 out, 19 code,
-    20 a, 21 b."""
+    11 all groups, 12 offsets or 0, 13 scales of rows or 0, 14 bias, 15 other or 0, 16 its row in bytes, 17 out, 18 code,
+    19 a, 20 b."""
     p, d = i64(params), f64(params)
     columns, strip, groups, every, sums = p[5], p[7] * W_LINE, p[8], p[11], _sums()  # noqa: F821
     blocks, bands = (columns + 15) // 16, (p[4] + _ROWS - 1) // _ROWS
@@ -176,14 +198,10 @@ def _linear(params):  # device code, with what a kind of weight and an activatio
         rows, count = min(_ROWS, p[4] - row), min(_BLOCKS, blocks - block)
         at, wide = block * 16, count * 16
         n, x, w, scales = min(wide, columns - at), p[2] + row * p[3], p[6] + block * strip, p[10] + block * every * 64
-        for r in range(rows):
-            for b in range(count):
-                taken = splat_f(real(0))
-                if p[12] != 0:
-                    of_row, offsets = f32(p[13]), p[12] + (block + b) * every * 64
-                    for g in range(every):
-                        taken = fma(splat_f(-of_row[(row + r) * every + g]), load_f(offsets + g * 64), taken)
-                store_f(taken, sums + (r * wide + b * 16) * 4)
+        for k in range(0, rows * wide * 4, 64):
+            store_f(splat_f(real(0)), sums + k)
+        if p[12] != 0:
+            TAKE(x, p[3], rows, p[7] * PER_LINE, p[9] * PER_LINE, p[12] + block * every * 64, every, count, sums)  # noqa: F821
         done = groups * p[9]
         if groups != 0:
             PRODUCTS(x, p[3], rows, w, strip, count, groups, p[9], scales, every * 64, sums, wide * 4)  # noqa: F821
@@ -191,35 +209,15 @@ def _linear(params):  # device code, with what a kind of weight and an activatio
             PRODUCTS(x + done * X_LINE, p[3], rows, w + done * W_LINE, strip, count, _ONE, p[7] - done, scales + groups * 64, every * 64, sums, wide * 4)  # noqa: F821 # fmt: skip
         for r in range(rows):
             line, by = sums + r * wide * 4, splat_f(real(1))
-            if p[14] != 0:
-                by = splat_f(f32(p[14])[row + r])
+            if p[13] != 0:
+                by = splat_f(f32(p[13])[row + r])
             for c in range(0, wide, 16):
-                store_f(fma(load_f(line + c * 4), by, load_f(p[15] + (at + c) * 4)), line + c * 4)
-            if p[16] != 0:
-                add_rows(line, p[16] + (row + r) * p[17] + at * 4, n, line)
-        y = activate(p[19], sums, rows * wide, real(d[20]), real(d[21]), _more())  # noqa: F821
+                store_f(fma(load_f(line + c * 4), by, load_f(p[14] + (at + c) * 4)), line + c * 4)
+            if p[15] != 0:
+                add_rows(line, p[15] + (row + r) * p[16] + at * 4, n, line)
+        y = activate(p[18], sums, rows * wide, real(d[19]), real(d[20]), _more())  # noqa: F821
         for r in range(rows):
-            store(0, p[18] + ((row + r) * columns + at) * 4, n, y + r * wide * 4, real(1), 0, real(0), real(0))
-
-
-def _group_sums(params):  # device code
-    """Slots: 2 x, 3 its row in bytes, 4 rows, 5 columns, 6 numbers of a group, 7 out, 8 whether x is int8."""
-    p = i64(params)
-    groups = (p[5] + p[6] - 1) // p[6]
-    first, end = share(params, p[4] * groups)
-    for k in range(first, end):
-        row, start = k // groups, k % groups * p[6]
-        n, out = min(p[6], p[5] - start), f32(p[7])
-        if p[8] != 0:
-            numbers, sum_ = i8(p[2] + row * p[3] + start), 0
-            for c in range(n):
-                sum_ += numbers[c]
-            out[k] = real(sum_)
-        else:
-            out[k] = total(p[2] + row * p[3] + start * 4, n)
-
-
-_SUMS = Native(_group_sums, "q" * 7)
+            store(0, p[17] + ((row + r) * columns + at) * 4, n, y + r * wide * 4, real(1), 0, real(0), real(0))
 
 
 class Kind:
@@ -234,10 +232,13 @@ class Kind:
 
     def __init__(self, name: str, w_line: int, x_line: int, per_line: int, high: int, kind: Callable[[], Any], products: Products):
         self.per_line = per_line
-        tiles = {n: tile(r, b, w_line, kind, products) for n, r, b in (("MANY_WIDE", high, 4), ("MANY", high, 1), ("WIDE", 1, 4), ("SINGLE", 1, 1))}
+        shapes = {"MANY_WIDE": (high, 4), "MANY": (high, 1), "PAIR_WIDE": (2, 4), "WIDE": (1, 4), "SINGLE": (1, 1)}
+        tiles = {n: tile(r, b, kind, products) for n, (r, b) in shapes.items()}
         inner = Device(specialized(_products, f"{name}_products", HIGH=np.int64(high), **tiles))  # type: ignore[arg-type]
-        names: dict[str, Any] = {"PRODUCTS": inner, "W_LINE": np.int64(w_line), "X_LINE": np.int64(x_line)}
-        self.simple, self.smooth = (Native(specialized(_linear, f"{name}_{f.__name__}", activate=f, **names), "q" * 18 + "dd") for f in (simple, smooth))
+        size = np.int64(x_line // per_line)
+        take = Device(specialized(_take, f"{name}_take", TOTAL=total if size == 4 else _total_bytes, SIZE=size))  # type: ignore[arg-type]
+        names: dict[str, Any] = {"PRODUCTS": inner, "TAKE": take, "PER_LINE": np.int64(per_line), "W_LINE": np.int64(w_line), "X_LINE": np.int64(x_line)}
+        self.simple, self.smooth = (Native(specialized(_linear, f"{name}_{f.__name__}", activate=f, **names), "q" * 17 + "dd") for f in (simple, smooth))
 
     def __call__(self, x: Tensor, packed: Packed, row_scales: Tensor | None, other: Tensor | None, activation: str, scalars: Sequence[float],
                  dtype: torch.dtype | None) -> Tensor:  # fmt: skip
@@ -257,7 +258,6 @@ class Kind:
             rows = torch.nn.functional.pad(rows, (0, -packed.width % self.per_line))
         count, step, every = rows.shape[0], rows.stride(0) * rows.element_size(), packed.scales.shape[1]
         threads = threads_for(max(GRAIN, packed.out * packed.width) * count // 4)
-        sums = self._sums(rows, step, packed, threads) if packed.offsets is not None else None
         by = None if row_scales is None else row_scales.reshape(-1).float().contiguous()
         residual, residual_step = 0, 0
         if other is not None:
@@ -267,17 +267,10 @@ class Kind:
         native = self.smooth if activation in SMOOTH else self.simple
         native(
             threads, rows.data_ptr(), step, count, packed.out, packed.weight.data_ptr(), lines, lines // each, each, packed.scales.data_ptr(), every,
-            *((0, 0) if packed.offsets is None else (packed.offsets.data_ptr(), sums.data_ptr())), 0 if by is None else by.data_ptr(),  # type: ignore[union-attr]
+            0 if packed.offsets is None else packed.offsets.data_ptr(), 0 if by is None else by.data_ptr(),
             packed.bias.data_ptr(), residual, residual_step, out.data_ptr(), CODE[activation], *scalars_of(activation, scalars),
         )  # fmt: skip
         return out if dtype is None else out.to(dtype)
-
-    def _sums(self, rows: Tensor, step: int, packed: Packed, threads: int) -> Tensor:
-        """What each group of x adds up to, ``[rows, groups]`` float32."""
-        sums = torch.empty(rows.shape[0], packed.scales.shape[1])
-        few = min(threads, threads_for(rows.shape[0] * packed.width // 4))
-        _SUMS(few, rows.data_ptr(), step, rows.shape[0], packed.width, packed.step, sums.data_ptr(), int(rows.dtype == torch.int8))
-        return sums
 
 
 # -- what is supported -----------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ def _line(at: Any, rows: list[Any], blocks: list[Any], line: Any, sums: list[Any
 
 
 _KIND = Kind("linear_w4a8", 64, EIGHT, EIGHT, 6, lambda: I.llvm, _line)
+_SIMPLE, _SMOOTH = _KIND.simple, _KIND.smooth  # under these names they are found and compiled ahead
 
 
 def pack(weight: Tensor, scales: Tensor, zero_points: Tensor | None, bias: Tensor | None, group: int) -> Packed:

@@ -38,6 +38,7 @@ def _line(at: Any, rows: list[Any], blocks: list[Any], line: Any, sums: list[Any
 
 
 _KIND = Kind("linear_w8_groups", LANES, 4, 1, 4, lambda: F.llvm, _line)
+_SIMPLE, _SMOOTH = _KIND.simple, _KIND.smooth  # under these names they are found and compiled ahead
 
 
 def pack(weight: Tensor, scales: Tensor, zero_points: Tensor | None, bias: Tensor | None, group: int) -> Packed:

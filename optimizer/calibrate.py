@@ -46,7 +46,7 @@ def missing(what: str) -> CalibrationError:
     return CalibrationError(
         f"{what} needs calibration data, and none were given",
         hint="Pass calibration=[batch, ...], each batch in the form of example_inputs (a few hundred samples serve), "
-        "or gw.Calibration(loader, prepare=fn, batches=n); recipes int8-dynamic and w8 need none.",
+        "or gw.Calibration(loader, prepare=fn, batches=n); recipes int8-dynamic, w8 and w4 need none.",
     )
 
 
