@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphwright.kernel import Cost, Kernel, Sample
-from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth, unfit_epilogue
-from graphwright.kernels.common import GRID, grid, not_cpu, per_channel, pieces
+from graphwright.kernel import Kernel, Sample
+from graphwright.kernels.activations import CODE, SMOOTH, scalars_of, simple, smooth, unfit_epilogue
+from graphwright.kernels.common import GRID, grid, not_cpu, per_channel
+from graphwright.kernels.conv2d_samples import cost, sample
 from graphwright.kernels.linear_int8 import real_row, store_row
 from graphwright.kernels.native import Native, specialized, threads_for
 from graphwright.kernels.tile import F32, KIND, SHIFT, U8, device, f32, f64, i32, i64, real, scratch_of, share, u8
@@ -178,9 +179,9 @@ def _conv(params):  # device code, with ``activate`` put in by ``specialized``
     """Slots: 2 x, 3 bytes of a pixel, of a line, of a picture, 6 pictures, 7 height and width of the result, 9 columns, 10 weight,
     11 lines of a window, 12 groups of four in each, 13 stride down and right, 15 shift, 16 scales, 17 bias, 18 other or 0,
     19 its kind, 20 its scale, 21 its zero point, 22 out, 23 kind, 24 code, 25 a, 26 b, 27 grid, 31 rows and pixels of a task,
-    33 whether 16 and 17 are in steps of the result."""
+    33 whether 16 and 17 are in steps of the result, 34 bytes from line to line of a window, 35 columns of a pixel of the result and other."""
     p, d = i64(params), f64(params)
-    columns, taps, steps, kind, code = p[9], p[11], p[12], p[23], p[24]
+    columns, taps, steps, kind, code, pitch = p[9], p[11], p[12], p[23], p[24], p[35]
     high, wide, rows, pixels = p[7], p[8], p[31], p[32]
     a, b, inverse, low, top = real(d[25]), real(d[26]), real(d[27]), real(d[29]), real(d[30])
     other_scale, other_zero, other_size = real(d[20]), real(d[21]), 4 if p[19] == _F32 else 1
@@ -197,17 +198,17 @@ def _conv(params):  # device code, with ``activate`` put in by ``specialized``
         real_columns = min(width, columns - at)
         for y in range(lines):
             source = p[2] + picture * p[5] + (y0 + y) * p[13] * p[4] + x0 * p[14] * p[3]
-            products(source, p[14] * p[3], n, taps, p[4], p[10] + block * taps * steps * 64, taps * steps * 64, count, steps,
+            products(source, p[14] * p[3], n, taps, p[34], p[10] + block * taps * steps * 64, taps * steps * 64, count, steps,
                      sums + y * n * width * 4, width * 4)  # fmt: skip
         for y in range(lines):
             line, pixel = sums + y * n * width * 4, (picture * high + y0 + y) * wide + x0
-            out = p[22] + (pixel * columns + at) * size
-            other = p[18] + (pixel * columns + at) * other_size if p[18] != 0 else p[18]
+            out = p[22] + (pixel * pitch + at) * size
+            other = p[18] + (pixel * pitch + at) * other_size if p[18] != 0 else p[18]
             if p[33] != 0 and real_columns == width:
                 for c in range(0, width, 16):
                     round_columns(line + c * 4, n, width * 4, p[15] + (at + c) * 4, p[16] + (at + c) * 4, p[17] + (at + c) * 4,
-                                  other + c * other_size if other != 0 else other, p[19], columns * other_size,
-                                  other_scale * inverse, low, top, p[28], out + c, columns)  # fmt: skip
+                                  other + c * other_size if other != 0 else other, p[19], pitch * other_size,
+                                  other_scale * inverse, low, top, p[28], out + c, pitch)  # fmt: skip
                 continue
             # in steps of the result, the bias has the residual's zero point in it already
             for r in range(n):
@@ -215,16 +216,16 @@ def _conv(params):  # device code, with ``activate`` put in by ``specialized``
                 real_row(row, width, p[15] + at * 4, np.int32(1), real(1), p[16] + at * 4, p[17] + at * 4, row)
                 if other != 0:
                     if p[33] != 0:
-                        add_other(row, real_columns, other + r * columns * other_size, p[19], other_scale * inverse, real(0))
+                        add_other(row, real_columns, other + r * pitch * other_size, p[19], other_scale * inverse, real(0))
                     else:
-                        add_other(row, real_columns, other + r * columns * other_size, p[19], other_scale, other_zero)
+                        add_other(row, real_columns, other + r * pitch * other_size, p[19], other_scale, other_zero)
             y_ = line if p[33] != 0 else activate(code, line, n * width, a, b, _more())  # noqa: F821
             for r in range(n):
                 store_row(kind, y_ + r * width * 4, real_columns, real(1) if p[33] != 0 else inverse, p[28], low, top,
-                          out + r * columns * size)  # fmt: skip
+                          out + r * pitch * size)  # fmt: skip
 
 
-_SLOTS = "q" * 18 + "dd" + "qqq" + "dd" + GRID + "qqq"
+_SLOTS = "q" * 18 + "dd" + "qqq" + "dd" + GRID + "qqqqq"
 _SIMPLE = Native(specialized(_conv, "conv2d_int8_simple", activate=simple), _SLOTS)
 _SMOOTH = Native(specialized(_conv, "conv2d_int8_smooth", activate=smooth), _SLOTS)
 
@@ -249,14 +250,18 @@ def ready(
 
 
 class Convolution:
-    """A convolution with all that is constant worked out; called with x and the residual."""
+    """A convolution with all that is constant worked out; called with x and the residual.
+
+    ``deep`` is the dilation downwards. With ``out`` it writes the channels from ``at`` on of a larger result, of whose shape the
+    residual is.
+    """
 
     def __init__(
         self, packed: Packed, x_scale: float, x_zero_point: int, stride: Sequence[int], padding: Sequence[int], other_scale: float,
         other_zero_point: int, activation: str, scalars: Sequence[float], scale: float, zero_point: int, low: int, high: int,
-        dtype: torch.dtype | None, residual: bool,
+        dtype: torch.dtype | None, residual: bool, deep: int = 1,
     ):  # fmt: skip
-        self.packed, self.dtype = packed, dtype or torch.float32
+        self.packed, self.dtype, self.deep = packed, dtype or torch.float32, deep
         self.stride, self.padding, self.zero = tuple(stride), tuple(padding), x_zero_point
         bounds = list(grid(scale, zero_point, low, high))
         quantizes = self.dtype != torch.float32
@@ -273,13 +278,14 @@ class Convolution:
         self.tail = CODE[activation], *scalars_of(activation, scalars), *bounds
         self._plans: dict[Any, tuple[Any, ...]] = {}
 
-    def __call__(self, x: Tensor, other: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, other: Tensor | None = None, out: Tensor | None = None, at: int = 0) -> Tensor:
         shape = x.shape
         plan = self._plans.get(shape)
         if plan is None:
             plan = self._plans[shape] = self._planned(*shape)
         size, steps, work, framed, before, after = plan
-        out = torch.empty_strided(size, steps, dtype=self.dtype)
+        if out is None:
+            out = torch.empty_strided(size, steps, dtype=self.dtype)
         if not work:
             return out
         x = x.contiguous(memory_format=torch.channels_last)
@@ -288,15 +294,15 @@ class Convolution:
         residual, kind = 0, F32
         if other is not None:
             other = other.contiguous(memory_format=torch.channels_last)
-            residual, kind = other.data_ptr(), KIND[other.dtype]
-        self.native(threads_for(work), x.data_ptr(), *before, residual, kind, *self.other, out.data_ptr(), *after)
+            residual, kind = other.data_ptr() + at * other.element_size(), KIND[other.dtype]
+        self.native(threads_for(work), x.data_ptr(), *before, residual, kind, *self.other, out.data_ptr() + at * out.element_size(), *after, out.shape[1])
         return out
 
     def _planned(self, n: int, c: int, h: int, w: int) -> tuple[Any, ...]:
         """All that follows from a shape: size and strides of the result, work (0: none), size of the frame, slots."""
         packed, (down, right), (above, left) = self.packed, self.stride, self.padding
         columns, _, kh, kw = packed.shape
-        high, wide = (h + 2 * above - kh) // down + 1, (w + 2 * left - kw) // right + 1
+        high, wide = (h + 2 * above - self.deep * (kh - 1) - 1) // down + 1, (w + 2 * left - kw) // right + 1
         size, steps = (n, columns, high, wide), (high * wide * columns, 1, wide * columns, columns)
         count = n * columns * high * wide
         if not count:
@@ -309,7 +315,7 @@ class Convolution:
         pixels = -(-wide // -(-wide // PIXELS))
         before = (c, w * c, h * w * c, n, high, wide, columns, packed.weight.data_ptr(), kh, kw * c // DEPTH, down, right,
                   self.shift.data_ptr(), self.scales.data_ptr(), self.offset.data_ptr())  # fmt: skip
-        return size, steps, work, framed, before, (KIND[self.dtype], *self.tail, max(1, PIXELS // pixels), pixels, self.steps)
+        return size, steps, work, framed, before, (KIND[self.dtype], *self.tail, max(1, PIXELS // pixels), pixels, self.steps, w * c * self.deep)
 
 
 def frame(x: Tensor, height: int, width: int, channels: int, above: int, left: int, fill: int) -> Tensor:
@@ -351,53 +357,22 @@ def unfit_rest(shape: tuple[int, ...], activation: str, other: torch.dtype | Non
     return unfit_epilogue(activation, other, dtype, integers=True)
 
 
-def cost(
-    x: Tensor, x_scale: float, x_zero_point: int, weight: Tensor, weight_scales: Tensor, bias: Tensor | None,
-    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, other: Tensor | None, other_scale: float,
-    other_zero_point: int, activation: str, scalars: Sequence[float], scale: float, zero_point: int, low: int, high: int,
-    dtype: torch.dtype | None,
-) -> Cost:  # fmt: skip
-    n, _, h, w = x.shape
-    o, c, kh, kw = weight.shape
-    pixels = n * max(0, (h + 2 * padding[0] - kh) // stride[0] + 1) * max(0, (w + 2 * padding[1] - kw) // stride[1] + 1)
-    moved = pieces(x, weight, weight_scales, bias, other) + pixels * o * (dtype or torch.float32).itemsize
-    return Cost(moved, pixels * o * (2 * c * kh * kw + 3 + ARITHMETIC.get(activation, 30)))
-
-
 def samples() -> Iterator[Sample]:
-    def make(name: str, n: int, c: int, h: int, w: int, o: int, k: tuple[int, int], *, stride: tuple[int, int] = (1, 1),
-             padding: tuple[int, int] = (0, 0), bias: bool = True, other: Any = None, activation: str = "none",
-             scalars: tuple[float, ...] = (), dtype: Any = None, bench: bool = False) -> Sample:  # fmt: skip
-        def args(g: torch.Generator) -> tuple[Any, ...]:
-            x = torch.randint(0, 256, (n, c, h, w), generator=g, dtype=torch.uint8)
-            weight = torch.randint(-127, 128, (o, c, *k), generator=g).to(torch.int8)
-            size = [(s + 2 * p - f) // t + 1 for s, p, f, t in zip((h, w), padding, k, stride, strict=True)]
-            residual = None
-            if other is not None:
-                integers = torch.randint(-100, 100, (n, o, *size), generator=g)
-                residual = integers.float() if other == torch.float32 else (integers + 100 * (other == torch.uint8)).to(other)
-            points = (0.4, 128, 0, 255) if dtype == torch.uint8 else (0.4, 0, -128, 127)
-            x = x.contiguous(memory_format=torch.channels_last)
-            return (x, 0.02, 121, weight, torch.rand(o, generator=g) * 0.01 + 0.005, torch.randn(o, generator=g) if bias else None,
-                    stride, padding, (1, 1), 1, residual, 0.05, 100 if other == torch.uint8 else 0, activation, scalars, *points, dtype)  # fmt: skip
-
-        return Sample(name, args, bench)
-
     byte, signed = torch.uint8, torch.int8
-    yield make("1x64x56x56 3x3 relu to u8", 1, 64, 56, 56, 64, (3, 3), padding=(1, 1), activation="relu", dtype=byte, bench=True)
-    yield make("1x64x56x56 1x1 residual relu to u8", 1, 64, 56, 56, 256, (1, 1), other=byte, activation="relu", dtype=byte, bench=True)
-    yield make("1x512x7x7 3x3 relu to u8", 1, 512, 7, 7, 512, (3, 3), padding=(1, 1), activation="relu", dtype=byte, bench=True)
-    yield make("1x1024x14x14 1x1 stride 2 to u8", 1, 1024, 14, 14, 2048, (1, 1), stride=(2, 2), dtype=byte, bench=True)
-    yield make("1x3x224x224 7x7 stride 2 relu to u8", 1, 3, 224, 224, 64, (7, 7), stride=(2, 2), padding=(3, 3), activation="relu",
+    yield sample("1x64x56x56 3x3 relu to u8", 1, 64, 56, 56, 64, (3, 3), padding=(1, 1), activation="relu", dtype=byte, bench=True)
+    yield sample("1x64x56x56 1x1 residual relu to u8", 1, 64, 56, 56, 256, (1, 1), other=byte, activation="relu", dtype=byte, bench=True)
+    yield sample("1x512x7x7 3x3 relu to u8", 1, 512, 7, 7, 512, (3, 3), padding=(1, 1), activation="relu", dtype=byte, bench=True)
+    yield sample("1x1024x14x14 1x1 stride 2 to u8", 1, 1024, 14, 14, 2048, (1, 1), stride=(2, 2), dtype=byte, bench=True)
+    yield sample("1x3x224x224 7x7 stride 2 relu to u8", 1, 3, 224, 224, 64, (7, 7), stride=(2, 2), padding=(3, 3), activation="relu",
                dtype=byte, bench=True)  # fmt: skip
-    yield make("2x5x9x11 3x2 to f32", 2, 5, 9, 11, 7, (3, 2), padding=(2, 1), stride=(1, 2), bias=False)
-    yield make("3x8x4x70 1x3 residual f32 silu", 3, 8, 4, 70, 33, (1, 3), padding=(0, 1), other=torch.float32, activation="silu")
-    yield make("1x16x6x5 3x3 residual i8 hardswish to i8", 1, 16, 6, 5, 32, (3, 3), padding=(1, 1), other=signed, activation="hardswish",
+    yield sample("2x5x9x11 3x2 to f32", 2, 5, 9, 11, 7, (3, 2), padding=(2, 1), stride=(1, 2), bias=False)
+    yield sample("3x8x4x70 1x3 residual f32 silu", 3, 8, 4, 70, 33, (1, 3), padding=(0, 1), other=torch.float32, activation="silu")
+    yield sample("1x16x6x5 3x3 residual i8 hardswish to i8", 1, 16, 6, 5, 32, (3, 3), padding=(1, 1), other=signed, activation="hardswish",
                dtype=signed)  # fmt: skip
-    yield make("2x12x5x5 3x3 residual u8 to i8, ragged", 2, 12, 5, 5, 19, (3, 3), other=byte, dtype=signed)
-    yield make("1x4x3x3 residual f32 to u8", 1, 4, 3, 3, 16, (1, 1), other=torch.float32, activation="relu", dtype=byte)
-    yield make("1x1x1x1", 1, 1, 1, 1, 1, (1, 1))
-    yield make("0x4x5x5", 0, 4, 5, 5, 16, (3, 3))
+    yield sample("2x12x5x5 3x3 residual u8 to i8, ragged", 2, 12, 5, 5, 19, (3, 3), other=byte, dtype=signed)
+    yield sample("1x4x3x3 residual f32 to u8", 1, 4, 3, 3, 16, (1, 1), other=torch.float32, activation="relu", dtype=byte)
+    yield sample("1x1x1x1", 1, 1, 1, 1, 1, (1, 1))
+    yield sample("0x4x5x5", 0, 4, 5, 5, 16, (3, 3))
 
 
 KERNEL = Kernel("graphwright.conv2d_int8", "cpu", "llvm", run, supports, cost, samples, tolerance=(1e-5, 1), ready=ready)

@@ -123,31 +123,44 @@ def _weight_only(work: Work, m: Matrix) -> Iterator[Candidate]:
 
 
 def _convolution(work: Work, m: Matrix) -> Iterator[Candidate]:
-    """Two-dimensional ones without groups and dilation, from uint8; the residual as integers where it is read so."""
-    from graphwright.kernels.conv2d_int8 import unfit_rest
-
+    """Two-dimensional ones, from uint8; the residual as integers where it is read so."""
     q = work.read_qparams[m.x] if work.reads[m.x].quantized else None
-    plain = m.rank == 2 and m.groups == 1 and all(d == 1 or k == 1 for d, k in zip(m.dilation, m.weight.shape[2:], strict=False))
-    if q is None or q.dtype != torch.uint8 or not plain or work.val(m.x).dim() != 4:
+    if q is None or q.dtype != torch.uint8 or m.rank != 2 or work.val(m.x).dim() != 4:
         return
     other, form, dtype = None, NATIVE_LAST, None
     if m.other is not None:
         dtype = work.val(m.other).dtype
         if work.reads[m.other].quantized and work.read_qparams[m.other].dtype in _BYTES:  # type: ignore[union-attr]
             other, form = work.read_qparams[m.other], Q_LAST
-    if unfit_rest(tuple(m.weight.shape), m.activation, dtype, None):
+    build = _builder(m, dtype)
+    if build is None:
         return
     needs = tuple(Q_LAST if k == m.x else form if k == m.other else NATIVE for k in range(len(work.reads)))
     for given, tag, out in _outs(work, last=True):
-        yield Candidate(f"llvm.int8-{tag}", needs, (given,), "int8", functools.partial(_build_convolution, m, q, other, out))
+        yield Candidate(f"llvm.int8-{tag}", needs, (given,), "int8", functools.partial(_build_convolution, build, m, q, other, out))
 
 
-def _build_convolution(m: Matrix, q: QParams, other: QParams | None, out: QParams | None) -> Callable[..., Tensor]:
-    from graphwright.kernels.conv2d_int8 import Convolution, pack
+def _builder(m: Matrix, other: torch.dtype | None) -> Callable[..., Callable[..., Tensor]] | None:
+    """What makes the convolution that serves this one: ``(x_scale, x_zero_point, *the arguments from other's scale on)``. None: none serves it."""
+    from graphwright.kernels import conv2d_int8, conv2d_int8_depthwise, conv2d_int8_groups
 
     assert m.int_weight is not None
+    held, shape = (m.int_weight.values, m.int_weight.scales, m.bias), tuple(m.weight.shape)
+    if conv2d_int8_depthwise.unfit_rest(shape, m.groups, m.padding, m.activation, other, None) is None:
+        return lambda scale, zero, *rest: conv2d_int8_depthwise.Convolution(conv2d_int8_depthwise.pack(*held), scale, zero, m.stride, m.padding, m.dilation, *rest)
+    if m.groups == 1 and all(d == 1 or k == 1 for d, k in zip(m.dilation, shape[2:], strict=True)):
+        if conv2d_int8.unfit_rest(shape, m.activation, other, None):
+            return None
+        return lambda scale, zero, *rest: conv2d_int8.Convolution(conv2d_int8.pack(*held), scale, zero, m.stride, m.padding, *rest)
+    if conv2d_int8_groups.unfit_groups(shape, m.groups, m.activation, other, None):
+        return None
+    return lambda scale, zero, *rest: conv2d_int8_groups.Grouped(*held, scale, zero, m.stride, m.padding, m.dilation, m.groups, *rest)
+
+
+def _build_convolution(
+    build: Callable[..., Callable[..., Tensor]], m: Matrix, q: QParams, other: QParams | None, out: QParams | None
+) -> Callable[..., Tensor]:
     residual = (1.0, 0) if other is None else (other.scale, other.zero_point)
-    run = Convolution(pack(m.int_weight.values, m.int_weight.scales, m.bias), q.scale, q.zero_point, m.stride, m.padding, *residual,
-                      m.activation, m.scalars, *_grid(out), m.other is not None)  # fmt: skip
+    run = build(q.scale, q.zero_point, *residual, m.activation, m.scalars, *_grid(out), m.other is not None)
     x, o = m.x, m.other
     return (lambda *r: run(r[x])) if o is None else (lambda *r: run(r[x], r[o]))
