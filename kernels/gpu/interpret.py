@@ -53,5 +53,14 @@ def mend() -> None:
         product = (wide(a) @ wide(b)).numpy()
         return interpreter.TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
 
+    patch = interpreter._patch_lang_core
+
+    def patch_all(lang: Any, *scope: Any) -> None:
+        """As it comes, it doesn't know gfx942's fp8 by name."""
+        patch(lang, *scope)
+        inner = lang.dtype.to_ir
+        lang.dtype.to_ir = lambda kind, builder: builder.get_fp8e4b8_ty() if kind.name == "fp8e4b8" else inner(kind, builder)
+
+    interpreter._patch_lang_core = patch_all
     interpreter._convert_float = convert
     interpreter.InterpreterBuilder.create_dot = dot
