@@ -21,7 +21,7 @@ from graphwright.errors import InternalError
 from graphwright.ir import Program
 from graphwright.lower.graph import Analysis, analyse
 from graphwright.lower.runner import Fused, Runner, emit
-from graphwright.lower.select import NoAssignment, Problem, pose, solve
+from graphwright.lower.select import NoAssignment, Price, Problem, pose, solve
 from graphwright.lower.stopwatch import Stopwatch
 from graphwright.measure import Timing, interleaved
 from graphwright.memory import release
@@ -140,9 +140,11 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
         kept.append([c for c, _ in usable])
         times.append([t for _, t in usable])
         shown.append(tuple(_option(c, t, len(several)) for c, t in zip(several, found, strict=True)))
+    price: Price = watch.convert
     if backend is not None:
+        price = lambda *asked: watch.convert(*asked) * _TAKEN  # what its kernels read has to be made
         times = [[t * _TAKEN if c.backend == backend else t for c, t in zip(*pair, strict=True)] for pair in zip(kept, times, strict=True)]
-    problem = pose(analysis, kept, times, watch.convert)
+    problem = pose(analysis, kept, times, price)
     watch.flush()
     release()
     say("choosing kernels")

@@ -70,7 +70,7 @@ def needs(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(missing), reason=f"no Triton kernel for {', '.join(missing)}")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 @needs("linear_int8", "quantize_rows")
 def test_dynamic_int8(dtype):
     found = run("int8-dynamic", dtype)
@@ -80,6 +80,7 @@ def test_dynamic_int8(dtype):
     assert "times" in found["verdict"], "a backend that was asked for stands, and the report says what it costs"
 
 
+@pytest.mark.slow
 @needs("norm_quantize_rows", "linear_int8")
 def test_a_norm_hands_integers_to_the_product_after_it():
     found = run("int8-dynamic")
@@ -87,6 +88,7 @@ def test_a_norm_hands_integers_to_the_product_after_it():
     assert not any("native→rows" in s for s in found["steps"][:2]), found["steps"]
 
 
+@pytest.mark.slow
 @needs("linear_int8")
 def test_static_int8():
     found = run("int8")
@@ -94,6 +96,7 @@ def test_static_int8():
     assert found["db"] > 20 and found["same"]
 
 
+@pytest.mark.slow
 @needs("conv2d_int8")
 def test_static_int8_of_convolutions():
     found = run("int8", kind="images")
@@ -101,6 +104,7 @@ def test_static_int8_of_convolutions():
     assert found["db"] > 20 and found["same"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @needs("linear_w8_groups")
 def test_weights_alone(dtype):
@@ -109,6 +113,7 @@ def test_weights_alone(dtype):
     assert found["db"] > 30 and found["dtype"] and found["same"]
 
 
+@pytest.mark.slow
 @needs("quantize_rows", "norm_quantize_rows")
 def test_kernels_that_are_not_there_are_not_offered():
     """A recipe runs with what there is: every site has a kernel, and the numbers hold."""
