@@ -15,6 +15,8 @@ import torch
 
 #: What a term may be, by dtype: float32 arithmetic, whole numbers (held in 64 bits), or true and false.
 FAMILY = {torch.float32: "f", torch.bool: "b", torch.int64: "i", torch.int32: "i", torch.int8: "i", torch.uint8: "i"}
+#: The same where halves are read and written too.
+WITH_HALVES = FAMILY | {torch.float16: "f", torch.bfloat16: "f"}
 
 
 class Unfit(Exception):

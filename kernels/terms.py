@@ -44,20 +44,27 @@ class Value:
 class Terms:
     """Finds the region's space and the terms of its results.
 
+    Args:
+        count, steps, outputs: of the region: how many inputs it has, its ops, and the numbers of its results.
+        values: the inputs' tensors, then what each step gave; their numbers are not looked at, so that they may lie on any device.
+        families: what numbers of each dtype are held in; others are refused.
+
     Attributes:
         space: sizes of the axes, the last being the row.
         reads: what is read, by the number that a read's text says.
         fixed: the last axis has to stay the innermost: something is reduced over it, or glued along it.
     """
 
-    def __init__(self, count: int, steps: Sequence[Any], outputs: Sequence[int], values: Sequence[Any]):
+    def __init__(self, count: int, steps: Sequence[Any], outputs: Sequence[int], values: Sequence[Any],
+                 families: Mapping[torch.dtype, str] = FAMILY):  # fmt: skip
+        self.families = families
         self.values = [Value(v) for v in values]
         self.count, self.outputs = count, tuple(outputs)
-        self.memory = {v.untyped_storage().data_ptr(): k for k, v in enumerate(values[:count])}
+        self.memory = {_memory(v): k for k, v in enumerate(values[:count])}
         self.reads: list[Place] = []
         self.fixed = False
         self._known: dict[Any, Term] = {}
-        calls = [(n, _bound(op, args, kwargs)) for n, (op, args, kwargs) in enumerate(steps, count) if not self._is_look(values[n])]
+        calls = [(n, named_arguments(op, args, kwargs)) for n, (op, args, kwargs) in enumerate(steps, count) if not self._is_look(values[n])]
         self.space = self._space(calls)
         for n, (name, named) in calls:
             self.values[n] = self._value(n, name, named)
@@ -68,7 +75,7 @@ class Terms:
 
     def _is_look(self, value: Any) -> bool:
         parts = value if isinstance(value, (tuple, list)) else (value,)
-        return all(isinstance(p, Tensor) and p.numel() and p.untyped_storage().data_ptr() in self.memory for p in parts)
+        return all(isinstance(p, Tensor) and p.numel() and _memory(p) in self.memory for p in parts)
 
     def _space(self, calls: Sequence[Any]) -> tuple[int, ...]:
         shapes = [tuple(self.values[n].tensor.shape) for n, _ in calls if isinstance(self.values[n].tensor, Tensor)]
@@ -92,9 +99,9 @@ class Terms:
 
     def _value(self, n: int, name: str, named: dict[str, Any]) -> Value:
         tensor = self.values[n].tensor
-        if not isinstance(tensor, Tensor) or tensor.dtype not in FAMILY:
+        if not isinstance(tensor, Tensor) or tensor.dtype not in self.families:
             raise Unfit(f"a result of {getattr(tensor, 'dtype', type(tensor).__name__)}")
-        family = FAMILY[tensor.dtype]
+        family = self.families[tensor.dtype]
         if name in ("cat", "concat"):
             return self._glued(tensor, named, family)
         if name not in ROWS:
@@ -147,7 +154,7 @@ class Terms:
         if "value" not in arg:
             return None  # a dtype, a memory format: the result says it
         value = self.values[arg["value"]]
-        if not isinstance(value.tensor, Tensor) or value.tensor.dtype not in FAMILY:
+        if not isinstance(value.tensor, Tensor) or value.tensor.dtype not in self.families:
             raise Unfit(f"an operand of {getattr(value.tensor, 'dtype', type(value.tensor).__name__)}")
         if value.term is None:
             return self._read(value.tensor, space)
@@ -165,14 +172,19 @@ class Terms:
             raise Unfit(f"{tuple(x.shape)} is spread over {space}")
         strides = [0 if n == 1 else s for n, s in zip(shape, (0,) * lead + x.stride(), strict=True)]
         strides += [0] * (len(self.space) - len(space))  # one number per row
-        place = Place(self.memory[x.untyped_storage().data_ptr()], x.storage_offset() * x.element_size(), tuple(strides), x.dtype)
+        place = Place(self.memory[_memory(x)], x.storage_offset() * x.element_size(), tuple(strides), x.dtype)
         if place not in self._known:
-            self._known[place] = Term("read", FAMILY[x.dtype], text=str(len(self.reads)))
+            self._known[place] = Term("read", self.families[x.dtype], text=str(len(self.reads)))
             self.reads.append(place)
         return self._known[place]
 
 
-def _bound(op: str, args: Any, kwargs: Any) -> tuple[str, dict[str, Any]]:
+def _memory(x: Tensor) -> int:
+    """What tells one piece of memory from another, on the ``meta`` device too."""
+    return x.untyped_storage()._cdata
+
+
+def named_arguments(op: str, args: Any, kwargs: Any) -> tuple[str, dict[str, Any]]:
     """An op's name, and its arguments by name."""
     if op == "getitem":
         return "getitem", {}

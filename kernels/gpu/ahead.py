@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -151,23 +151,28 @@ def digest(launch: Launch, target: str) -> str:
 def compile(build: Build) -> Built:
     """Compile one build and read the machine code; never raises."""
     family, config, args, launch = _resolve(build)
-    mark = digest(launch, build.target)
+    found = compile_launch(launch, build.target)
+    matrix = family.matrix(config, *args, build.target)
+    if not found.problem and matrix and not any(matrix in name for name, _ in found.matrix) and build.part == _main_part(family, config, args):
+        return replace(found, problem=f"no {matrix} in the machine code, but {', '.join(n for n, _ in found.matrix) or 'no matrix instruction'}")
+    return found
+
+
+def compile_launch(launch: Launch, target: str) -> Built:
+    """Compile what a launch would run on a target, and read the machine code; never raises."""
+    mark = digest(launch, target)
     try:
-        options = {"num_warps": config.warps, "num_stages": config.stages}
-        made = triton.compile(source_of(launch, build.target), target=TARGETS[build.target], options=options)
-        found = _read_amd(made, mark) if build.target.startswith("gfx") else _read_nvidia(made, mark)
+        options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
+        made = triton.compile(source_of(launch, target), target=TARGETS[target], options=options)
+        found = _read_amd(made, mark) if target.startswith("gfx") else _read_nvidia(made, mark)
     except Exception as error:  # the compiler's own: any kind  # noqa: BLE001
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return Built(mark, problem=f"{type(error).__name__}: {' / '.join(lines[-2:])[:300]}")
-    matrix = family.matrix(config, *args, build.target)
-    problem = ""
     if found.spills:
-        problem = f"{found.spills} spilled"
-    elif found.shared > SHARED[build.target]:
-        problem = f"{found.shared} bytes of shared memory; {build.target} has {SHARED[build.target]}"
-    elif matrix and not any(matrix in name for name, _ in found.matrix) and build.part == _main_part(family, config, args):
-        problem = f"no {matrix} in the machine code, but {', '.join(n for n, _ in found.matrix) or 'no matrix instruction'}"
-    return Built(**{**asdict(found), "matrix": found.matrix, "problem": problem})
+        return replace(found, problem=f"{found.spills} spilled")
+    if found.shared > SHARED[target]:
+        return replace(found, problem=f"{found.shared} bytes of shared memory; {target} has {SHARED[target]}")
+    return found
 
 
 def _main_part(family: Family, config: Config, args: tuple[Any, ...]) -> int:

@@ -147,7 +147,7 @@ def _decode(value: Any, double: bool) -> Any:
         return Slot(said)
     if kind == "device":
         return torch.device(said)
-    return torch.float64 if double and said == "float32" else getattr(torch, said)
+    return torch.float64 if double and said in ("float32", "float16", "bfloat16") else getattr(torch, said)
 
 
 def _op(name: str) -> Any:

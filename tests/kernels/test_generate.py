@@ -7,37 +7,20 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from graphwright.backends.inductor import Fragment, FragmentModule
+from graphwright.backends.inductor import FragmentModule
 from graphwright.kernels.formulas import Unfit
 from graphwright.kernels.generate import generate
 from graphwright.kernels.generated import Generated
 from graphwright.kernels.native import unavailable
 from graphwright.numerics import Exact, rms
+from graphwright.testing.regions import F, fragments, inputs_of, region, v
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=str(unavailable()))
-
-F = "float32"
-
-
-def v(n):
-    return {"value": n}
-
 
 def source_of(fragment):
     with torch.no_grad():
         return generate(fragment.inputs, fragment.steps, fragment.outputs, FragmentModule(fragment).trace(fragment.zeros()))
-
-
-def inputs_of(fragment, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    made = []
-    for dtype, shape, strides in fragment.inputs:
-        x = torch.empty_strided(shape, strides, dtype=getattr(torch, dtype))
-        x.copy_(torch.randn(shape, generator=g) if dtype == F else torch.randint(0, 2, shape, generator=g))
-        made.append(x)
-    return made
 
 
 def check(fragment, inputs=None, slack=0.0):
@@ -55,17 +38,6 @@ def check(fragment, inputs=None, slack=0.0):
             assert new.dtype == old.dtype
     assert all(torch.equal(a, b) or a.isnan().any() for a, b in zip(before, inputs, strict=True))
     return made
-
-
-def dense(*shape):
-    return torch.empty(shape).stride()
-
-
-def region(inputs, steps, *outputs):
-    """A fragment of contiguous float inputs by shape, or of whole records."""
-    records = tuple(i if isinstance(i[0], str) else (F, tuple(i), dense(*i)) for i in inputs)
-    said = tuple((f"aten.{op}", args, kwargs[0] if kwargs else {}) for op, args, *kwargs in steps)
-    return Fragment(records, said, outputs or (len(records) + len(steps) - 1,))
 
 
 ROTARY = region(
@@ -191,65 +163,6 @@ def test_what_is_refused_and_why(fragment, why):
 
 
 # -- any region ------------------------------------------------------------------------------------------------------
-
-_UNARY = ["neg.default", "relu.default", "tanh.default", "sigmoid.default", "abs.default", "square.default", "silu.default", "erf.default"]
-
-
-@st.composite
-def fragments(draw):
-    """Regions over one space: inputs of every kind of broadcast and stride, elementwise ops, reductions, glued halves."""
-    rank = draw(st.integers(1, 4))
-    shape = [draw(st.integers(1, 6)) for _ in range(rank - 1)] + [draw(st.sampled_from([2, 6, 16, 34, 600]))]
-    records, kinds = [], []  # kinds: "full" or "row" (one number per row)
-    for _ in range(draw(st.integers(1, 4))):
-        keep = [draw(st.booleans()) or draw(st.booleans()) for _ in shape]
-        size = [n if k else 1 for n, k in zip(shape, keep, strict=True)]
-        order = draw(st.permutations(range(rank)))
-        strides, reach = [0] * rank, draw(st.sampled_from([1, 1, 2]))
-        for a in order:
-            strides[a], reach = reach, reach * size[a]
-        records.append((F, tuple(size), tuple(strides)))
-        kinds.append(size)
-    sizes, steps = list(kinds), []
-
-    def push(op, args, size, **kwargs):
-        steps.append((op, args, kwargs))
-        sizes.append(size)
-        return len(sizes) - 1
-
-    full = [0]
-    zero = push("add.Tensor", [v(0), v(draw(st.integers(0, len(records) - 1)))], None, alpha=1)
-    sizes[zero] = [max(a, b) for a, b in zip(sizes[0], sizes[steps[-1][1][1]["value"]], strict=True)]
-    for k in range(1, len(records)):
-        zero = push("add.Tensor", [v(zero), v(k)], [max(a, b) for a, b in zip(sizes[zero], sizes[k], strict=True)], alpha=1)
-    full, rows, space = [zero], [], sizes[zero]
-    for _ in range(draw(st.integers(2, 10))):
-        x = draw(st.sampled_from(full[-4:]))
-        match draw(st.sampled_from(["unary", "binary", "row", "norm", "reduce", "glue", "choose"])):
-            case "unary":
-                full.append(push(draw(st.sampled_from(_UNARY)), [v(x)], space))
-            case "binary":
-                y = draw(st.sampled_from([*full, *range(len(records))]))
-                full.append(push(draw(st.sampled_from(["add.Tensor", "mul.Tensor", "sub.Tensor", "maximum.default"])), [v(x), v(y)], space))
-            case "row" if rows:
-                full.append(push("mul.Tensor", [v(x), v(draw(st.sampled_from(rows)))], space))
-            case "reduce" if space[-1] > 1:
-                op = draw(st.sampled_from(["mean.dim", "amax.default", "sum.dim_IntList"]))
-                rows.append(push(op, [v(x), [-1], True], [*space[:-1], 1]))
-                rows.append(push("sigmoid.default", [v(rows[-1])], [*space[:-1], 1]))
-            case "norm" if space[-1] > 1:
-                full.append(push("softmax.int", [v(x), -1, None], space))
-            case "glue" if space[-1] % 2 == 0 and x < len(records):
-                half = space[-1] // 2
-                a = push("slice.Tensor", [v(0), rank - 1, 0, half, 1], None)
-                b = push("neg.default", [v(a)], None)
-                full.append(push("cat.default", [[v(b), v(a)], -1], space))
-            case "choose":
-                test = push("gt.Scalar", [v(x), 0.1], space)
-                full.append(push("where.self", [v(test), v(x), v(draw(st.sampled_from(full)))], space))
-    outputs = {full[-1], draw(st.sampled_from(full)), *(rows[-1:] if draw(st.booleans()) else [])}
-    said = tuple((f"aten.{op}", args, kwargs) for op, args, kwargs in steps)
-    return Fragment(tuple(records), said, tuple(sorted(outputs)))
 
 
 @settings(max_examples=25, deadline=None)
