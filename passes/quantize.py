@@ -69,9 +69,9 @@ class Quantize(Pass):
         attention: round queries, keys, values and probabilities inside attention to int8 too (not when weight-only), with
             scales found at run time. Such a program can't be trained.
         embeddings: store the tables of look-ups as int8 too, a scale per row: smaller files, the same speed.
-        bits: of the weights of linears, 8 or 4 (``"weight-only"``). What 4 bits can't serve (convolutions, a weight that a look-up
-            reads too) has 8 and a scale per channel; the report says where.
-        group: how many neighbouring inputs of an output channel share a scale (``"weight-only"``). Kernels read groups of 32, 64, 128 and
+        bits: of the weights of linears, 8 or 4 (``"weight-only"``, and ``"dynamic"`` with inputs as int8 about zero). What 4 bits can't
+            serve (convolutions, a weight that a look-up reads too) has 8 and a scale per channel; the report says where.
+        group: how many neighbouring inputs of an output channel share a scale (``"weight-only"``, or 4 bits). Kernels read groups of 32, 64, 128 and
             other multiples of 8 up to 512, and all of the inputs; None: a scale per channel, with 4 bits 128. With 8 bits a layer whose
             inputs are no multiple has a scale per channel.
         symmetric: of weights with groups: 0 in the middle of the numbers, or where each group wants it (a zero point for each); None:
@@ -105,8 +105,10 @@ class Quantize(Pass):
             rule(self.observer)
         if self.group is not None and (isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 1):
             raise RecipeError(f"Quantize(group={self.group!r}): a group is some number of inputs", hint="Write group=128.")
-        if (self.bits == 4 or self.group is not None) and self.mode != "weight-only":
-            raise RecipeError(f"Quantize(mode={self.mode!r}): 4 bits and groups are for weights alone", hint='Write mode="weight-only".')
+        if self.mode == "static" and self._by_groups is not None:
+            raise RecipeError('Quantize(mode="static"): no product takes 4 bits or groups with inputs under one scale', hint='Write mode="weight-only", or "dynamic".')
+        if self.mode == "dynamic" and self._by_groups is not None and self.bits == 8:
+            raise RecipeError('Quantize(mode="dynamic", group=...): groups of 8 bits are for weights alone', hint='Write mode="weight-only", or bits=4.')
         if self._by_groups is None and (self.symmetric is False or self.embedding_bits == 4):
             raise RecipeError("Quantize: zero points of weights and 4-bit embeddings belong to groups", hint="Write bits=4, or group=128.")
         if self._by_groups is not None and not self.per_channel:
@@ -149,7 +151,7 @@ class Quantize(Pass):
         if self.mode == "static":
             anchors = self._static(program, anchors, ranges, writer, result)
         elif self.mode == "dynamic":
-            writer.dynamic(anchors, symmetric=self.activations == "int8")
+            writer.dynamic(anchors, symmetric=self.activations == "int8" or self.bits == 4)
         anchors = [a for a in every if a.table or a in anchors]  # in graph order: the first reader comes first
         writer.weights(anchors, per_channel=self.per_channel, by_groups=self._by_groups)
         rounded = {node: writer.attention(node) for node in attentions}

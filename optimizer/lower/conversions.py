@@ -66,5 +66,6 @@ def _kind(source: str, target: str, params: QParams | None, like: Tensor) -> Cal
 
 def row_integers(x: Tensor) -> tuple[Tensor, Tensor]:
     """A value as integers ``[*, d]`` with a scale per row, ``[*, 1]``."""
-    run = triton.kernel("graphwright.quantize_rows")
+    on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[-1] <= 32768
+    run = triton.kernel("graphwright.quantize_rows") or (llvm.kernel("graphwright.quantize_rows") if on_cpu else None)
     return quantize_rows(x) if run is None else run(x)

@@ -39,7 +39,7 @@ def program_of(x, dynamic=None, **options):
     torch.manual_seed(0)
     program = capture(Block().eval(), (x,), dynamic=dynamic).program
     program.example = (x,)
-    return Pipeline((*default_recipe(), Quantize(mode="weight-only", **options))).run(program)[0]
+    return Pipeline((*default_recipe(), Quantize(**{"mode": "weight-only", **options}))).run(program)[0]
 
 
 def names_of(work):
@@ -83,6 +83,21 @@ def test_rows_of_any_number():
         x = torch.randn(rows, 96)
         with torch.no_grad():
             assert sqnr_db(program(x)[0], lowered.runner(x)[0]) > 100
+
+
+def test_rows_of_int8_meet_four_bits_as_integers():
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(2))
+    program = program_of(x, mode="dynamic", bits=4, group=32)
+    linears = [w for w in analyse(program).works if "linear" in w.op]
+    for work in linears:
+        assert names_of(work) - {"aten.int-mm"} == {"llvm.w4", "llvm.w4-bytes", "llvm.w4a8"}
+        assert not [f for f in Stopwatch(0, fresh=True).work(work, list(backends.candidates(work, BOTH))) if isinstance(f, str)]
+    lowered = lower(program, allowed={"int8"}, plan={w.node.name: "llvm.w4a8" for w in linears})
+    assert {lowered.plan[w.node.name] for w in linears} == {"llvm.w4a8"}
+    with torch.no_grad():
+        got, said, exact = lowered.runner(x)[0], program(x)[0], program_of(x, bits=4, group=32)(x)[0]
+    assert sqnr_db(said, got) > 45, "a number on the boundary may be rounded to either side"
+    assert sqnr_db(exact, got) < 60, "rows were rounded"
 
 
 def test_groups_that_no_kernel_reads_run_as_float():

@@ -174,6 +174,18 @@ def test_bias_is_corrected_where_there_are_data(captured: Any, run: Any) -> None
     assert float((after(x)[0] - program(x)[0]).detach().mean(0).abs().max()) < 1e-5
 
 
+def test_rows_of_int8_by_four_bits(captured: Any, run: Any, body: Any) -> None:
+    model = nn.Sequential(nn.Linear(64, 32), nn.GELU(), nn.Linear(32, 5))
+    program = captured(model, torch.randn(6, 64))
+    after, result = run(program, *START, Quantize(mode="dynamic", bits=4, group=32))
+    said = dict(result.changes)
+    assert "64 as int4, a scale and a zero point per 32 inputs, input as int8, a scale per row at run time, SQNR" in said["0"]
+    text = body(after)
+    assert text.count("quantize_dynamic(") == 4 and text.count("True, True, -128, 127, torch.int8") == 2 and text.count("dequantize_packed(") == 2
+    x = torch.randn(6, 64)
+    assert sqnr_db(program(x)[0], after(x)[0]) > 12
+
+
 def test_halves_stay_halves(captured: Any, run: Any) -> None:
     x = torch.randn(3, 64)
     program = captured(nn.Linear(64, 8).bfloat16(), x.bfloat16())
@@ -203,7 +215,7 @@ def test_eight_bits_without_whole_groups_have_a_scale_per_channel(captured: Any,
 
 
 @pytest.mark.parametrize(("options", "told"), [
-    ({"bits": 4}, "4 bits and groups are for weights alone"), ({"group": 64}, "4 bits and groups are for weights alone"),
+    ({"bits": 4}, "no product takes 4 bits"), ({"group": 64}, "or groups with inputs under one scale"), ({"mode": "dynamic", "group": 64}, "groups of 8 bits are for weights alone"),
     ({"mode": "weight-only", "bits": 3}, "bits=3.*there are 8, 4"), ({"mode": "weight-only", "group": 0}, "group=0"),
     ({"mode": "weight-only", "group": 64.0}, "group=64.0"), ({"mode": "weight-only", "symmetric": False}, "belong to groups"),
     ({"mode": "weight-only", "bits": 4, "per_channel": False}, "groups are finer"), ({"mode": "weight-only", "bits": 4, "embedding_bits": 4}, "embeddings=True"),

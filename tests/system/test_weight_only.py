@@ -13,6 +13,7 @@ from torch import nn
 import graphwright as gw
 from graphwright import reporting
 from graphwright.kernels.vnni import unfit
+from graphwright.lower.stopwatch import Stopwatch
 from graphwright.numerics import sqnr_db
 
 
@@ -88,3 +89,18 @@ def test_the_report_tells_what_runs_on_stored_integers(options, name):
         kernels = {o.name for o in r.options}
         assert kernels & {"llvm.w4", "llvm.w8-groups"} and kernels & {"onednn.f32", "mkl.f32"}, "integers against floats, by the stopwatch"
         assert r.decision == name or r.decision == "f32" and f"{name} measured slower than float here" in r.reason
+
+
+@pytest.mark.skipif(unfit() is not None, reason=str(unfit()))
+def test_four_bits_by_rows_of_int8_survive_the_disk(monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(256, 300), nn.GELU(), nn.Linear(300, 96)).eval(), torch.randn(7, 256)
+    # the stopwatch is told what to show: that it can show this is the matter of other tests
+    monkeypatch.setattr(Stopwatch, "work", lambda self, work, options: [1e-6 if c.name == "llvm.w4a8" else 100.0 for c in options])
+    fast = gw.optimize(model, x, [*gw.default_recipe(), gw.Quantize(mode="dynamic", bits=4, group=64)])
+    assert [r.kernel for r in fast.report.sites if "linear" in r.op] == ["llvm.w4a8"] * 2
+    fast.save(tmp_path / "m.gw")
+    again = gw.load(tmp_path / "m.gw")
+    with torch.no_grad():
+        assert torch.equal(again(x), fast(x)) and sqnr_db(model(x), fast(x)) > 12
+    assert (tmp_path / "m.gw").stat().st_size < 80_000 + fast.report.bytes_after < 80_000 + fast.report.bytes_before / 5
