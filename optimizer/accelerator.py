@@ -13,7 +13,7 @@ import functools
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +108,13 @@ class Cuda:
         Raises:
             RuntimeError: it waits for the device, or does something else that can't be recorded.
         """
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, pool=pool):
-            result = run()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            # other threads (a loader that pins memory) may go on using the device
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                result = run()
+        finally:
+            torch.cuda.set_stream(here)  # a recording that fails leaves its own behind
         return graph, result
 
     def replay(self, graph: Any) -> None:
@@ -138,6 +142,11 @@ def device_of(program: Program) -> torch.device:
     """Where a program runs: on the GPU that any of its inputs or tensors lies on, else on the CPU."""
     values = [*(n.meta.get("val") for n in program.placeholders), *program.tensors().values()]
     return next((v.device for v in values if isinstance(v, Tensor) and v.device.type not in ("cpu", "meta")), torch.device("cpu"))
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Launches inside go to this device: Triton's go to the current one, wherever the tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def random_devices() -> list[int]:
@@ -215,4 +224,4 @@ def _triton() -> str:
         return ""
 
 
-__all__ = ["Clock", "Cuda", "device_of", "of", "random_devices"]
+__all__ = ["Clock", "Cuda", "device_of", "of", "on", "random_devices"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graphwright import backends, search
-from graphwright.accelerator import random_devices
+from graphwright.accelerator import on, random_devices
 from graphwright.calibrate import Calibration, calls, collect, missing
 from graphwright.capture import Capture, Guard, capture
 from graphwright.capture.export import positional_names
@@ -124,7 +124,7 @@ class Job:
     def first(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
         """Optimize for the given inputs, with evaluation and report."""
         start, self._measuring = time.perf_counter(), True
-        with torch.random.fork_rng(devices=random_devices()):
+        with torch.random.fork_rng(devices=random_devices()), on(_home(model)):
             torch.manual_seed(self.seed)
             variant, leaves = self._variant(model, args, kwargs, self.dynamic)
             if self.evaluate is not None and self.goal.max_drop is not None:
@@ -143,15 +143,16 @@ class Job:
         if self.result._report is None and not self.result._variants and not self._measuring:
             return self.first(model, args, kwargs)
         dynamic = self.dynamic if self.dynamic is not None or not again else "auto"
-        try:
-            variant = self._variant(model, args, kwargs, dynamic)[0]
-        except CalibrationError as error:
-            wider = self._sizes_of_both(model, args, kwargs)
-            if wider is None:
-                raise CoverageError(f"this call's inputs need calibration data of their own: {error}",
-                                    hint="Optimize again, with batches that have these sizes.") from error  # fmt: skip
-            variant = self._variant(model, args, kwargs, wider)[0]
-        self.economize(variant)
+        with on(_home(model)):
+            try:
+                variant = self._variant(model, args, kwargs, dynamic)[0]
+            except CalibrationError as error:
+                wider = self._sizes_of_both(model, args, kwargs)
+                if wider is None:
+                    raise CoverageError(f"this call's inputs need calibration data of their own: {error}",
+                                        hint="Optimize again, with batches that have these sizes.") from error  # fmt: skip
+                variant = self._variant(model, args, kwargs, wider)[0]
+            self.economize(variant)
         return variant
 
     def _sizes_of_both(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, dict[int, str]] | None:
@@ -336,6 +337,11 @@ def arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
             raise InputError("a dict of example inputs has argument names for keys", where="optimize(example_inputs=...)")
         return (), dict(example)
     return (example if type(example) is tuple else (example,)), {}
+
+
+def _home(model: nn.Module) -> torch.device:
+    """Where the model lies: its first parameter or buffer."""
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def _attributes(model: nn.Module) -> dict[str, Any]:

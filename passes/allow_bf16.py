@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from graphwright.accelerator import random_devices
 from graphwright.errors import RecipeError
 from graphwright.ir import Program, site_of
 from graphwright.manager import Pass, PassResult
@@ -55,7 +56,7 @@ class AllowBf16(Pass):
         measured = _Measured(program, set(wanted))
         for node in program.nodes:
             node.meta["bf16"] = _moves(node) or node in measured.wanted
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=random_devices()):
             torch.manual_seed(0)
             for leaves in itertools.islice([program.example, *program.calibration], _BATCHES + 1):
                 measured.run(*leaves)

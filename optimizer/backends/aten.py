@@ -79,7 +79,7 @@ def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
                         (NATIVE,), "f32", call, aliases=True)  # fmt: skip
         if _same_qparams(work):
             yield Candidate("aten.q-from-last", (Q_LAST,) * len(floats), (Q,), "int8", call, aliases=True)
-    if "bf16" in allowed and all(floats) and work.is_float and (view or work.has(ELEMENTWISE) or work.has(CONTRACTION) or work.has(POOL)):
+    if "bf16" in allowed and all(floats) and work.is_float and work.out.dtype == torch.float32 and (view or work.has(ELEMENTWISE) or work.has(CONTRACTION) or work.has(POOL)):
         cast = lambda: _bf16(work)
         yield Candidate("aten.bf16", (BF16,) * len(floats), (BF16,), "bf16", cast, aliases=shares, timed=timed)
         if last is not None:

@@ -60,7 +60,7 @@ class Replay:
     """
 
     def __init__(self, launch: Launch, program: Program, cuda: Cuda):
-        self._launch, self._program, self._cuda = launch, program, cuda
+        self._launch, self._program, self._cuda, self.device = launch, program, cuda, cuda.device
         self.reason = unfit(program, cuda.device)
         self.held = 0
         self._written = [m.input for m in program.signature.mutations if m.buffer is None and m.input is not None]
@@ -178,7 +178,18 @@ def unfit(program: Program, device: torch.device) -> str | None:
         for val in values if isinstance(values, (tuple, list)) else [values]:
             if isinstance(val, Tensor) and val.device.type not in (device.type, "meta"):
                 return f"{node.name} is computed on {val.device}"
+            if _unknown(val):
+                return f"what {node.name} gives depends on numbers that the host has to read"
     return None
+
+
+def _unknown(val: Any) -> bool:
+    """Whether a size, or a number, is only known once the device has computed it."""
+    if is_static(val):
+        return False
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return bool(free_unbacked_symbols(val))
 
 
 def _compare(wanted: Sequence[Any], found: Sequence[Any]) -> None:

@@ -95,7 +95,10 @@ class Runner(nn.Module):
     def forward(self, *leaves: Tensor) -> tuple[Any, ...]:
         if self._poison:
             return run_poisoned(self, leaves)
-        return self.launched(leaves) if self.replay is None else self.replay(leaves)
+        if self.replay is None:
+            return self.launched(leaves)
+        with accelerator.on(self.replay.device):
+            return self.replay(leaves)
 
     def launched(self, leaves: Sequence[Tensor]) -> tuple[Any, ...]:
         """The steps, one call after the other."""

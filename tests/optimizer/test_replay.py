@@ -135,3 +135,13 @@ def test_host_work_is_told_ahead():
     program = capture(Net().eval(), (torch.randn(4, 8),)).program
     assert unfit(program, torch.device("cpu")) is None
     assert unfit(program, torch.device("cuda", 0)) == "input x is on cpu"
+
+
+class Sizing(nn.Module):
+    def forward(self, x):
+        return torch.nonzero(x > 0)
+
+
+def test_sizes_that_depend_on_numbers_are_not_recorded():
+    found = capture(Sizing().eval(), (torch.randn(4, 8),)).program
+    assert found is None or "depends on numbers" in str(unfit(found, torch.device("cpu")))
