@@ -144,7 +144,7 @@ def conv2d_int8_finish(
     from_ = shared + r[:, None].to(tl.int64) * COLUMNS + n[None, :]
     acc = tl.zeros((R, N), tl.int32)
     for k in tl.static_range(SPLIT):
-        acc += tl.load(from_ + k * rows.to(tl.int64) * COLUMNS, inside, other=0)
+        acc += tl.load(from_ + k * tl.cast(rows, tl.int64) * COLUMNS, inside, other=0)
     shift = shift_of(sums, n, n < COLUMNS, x_zero, UNSIGNED)
     finish(acc, r, n, inside, n < COLUMNS, shift, x_scale, scales, bias, other, out, COLUMNS, other_scale, other_zero, a, b, inverse, low, high, zero,
            ACT, ROUND)  # fmt: skip
