@@ -248,8 +248,12 @@ def _parts(key: str) -> tuple[str, str, str, str]:
 
 def read(family: str) -> dict[str, Any]:
     """What is on record of a family's builds, by key; empty where nothing is."""
+    return _record(family).get("builds", {})
+
+
+def _record(family: str) -> dict[str, Any]:
     path = TABLES / f"{family}.json"
-    return json.loads(path.read_text())["builds"] if path.exists() else {}
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def write(family: str, table: dict[str, Any], folder: Path | None = None) -> None:
@@ -259,8 +263,17 @@ def write(family: str, table: dict[str, Any], folder: Path | None = None) -> Non
     ((folder or TABLES) / f"{family}.json").write_text(f'{{"triton": {json.dumps(triton.__version__)}, "builds": {{\n{rows}\n}}}}\n')
 
 
-def differs(built: Built, known: dict[str, Any]) -> str | None:
-    """None, or what is worse than on record: another verdict, spills, a tenth more registers or shared memory, other matrix instructions."""
+def _recorded_here(key: str) -> bool:
+    return _record(key.partition(" | ")[0]).get("triton") == triton.__version__
+
+
+def differs(built: Built, known: dict[str, Any], same_compiler: bool = True) -> str | None:
+    """None, or what is worse than on record: another verdict, spills, a tenth more registers or shared memory, other matrix instructions.
+
+    Another version of Triton than that of the record is held to what must hold everywhere alone: no spills, the matrix instruction.
+    """
+    if not same_compiler:
+        return built.problem if built.problem and not known["problem"] else None
     if bool(built.problem) != bool(known["problem"]):
         return f"{built.problem or 'good'}; on record: {known['problem'] or 'good'}"
     for name in ("registers", "shared"):
@@ -298,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line(key, built), flush=True)
     complaints = [f"changed since it was recorded: {key}" for key in sorted(changed)]
     if options.check:
-        complaints += [f"{key}: {d}" for key, built in made.items() if key not in changed and (d := differs(built, table[key]))]
+        complaints += [f"{key}: {d}" for key, built in made.items() if key not in changed and (d := differs(built, table[key], _recorded_here(key)))]
     fresh = {**table, **{key: {**asdict(b), "matrix": dict(b.matrix)} for key, b in made.items()}}
     fresh = {b.key: fresh[b.key] for b in everything if b.key in fresh}
     if options.check and not options.target:
