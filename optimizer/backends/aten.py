@@ -61,6 +61,7 @@ def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
         yield from _attention(work)
     if work.device == "cuda" and (m := matrix(work)) is not None:
         yield from _int_mm(work, m)
+        yield from _epilogue(work, m)
     floats = [isinstance(work.val(k), Tensor) and work.val(k).dtype == torch.float32 for k in range(len(work.reads))]
     view, shares = work.has(VIEW), may_share(work)
     # ops that merely look at their input are not worth a stopwatch
@@ -107,6 +108,17 @@ def _attention(work: Work) -> Iterator[Candidate]:
         return y.transpose(1, 2).flatten(2) if merge else y
 
     yield Candidate("aten.sdpa", (NATIVE,) * len(work.reads), (NATIVE,), "f32", lambda: run, floor_db=floor)
+
+
+def _epilogue(work: Work, m: Matrix) -> Iterator[Candidate]:
+    """A linear with bias and activation in cuBLAS's own epilogue."""
+    if m.conv or m.other is not None or m.bias is None or m.activation not in ("relu", "gelu_tanh") or not work.is_float or not work.static:
+        return
+    if work.val(m.x).dtype != m.weight.dtype:
+        return
+    x, weight, bias, gelu, shape = m.x, m.weight.detach().t(), m.bias.detach(), m.activation == "gelu_tanh", tuple(work.out.shape)
+    run = lambda *r: torch._addmm_activation(bias, r[x].reshape(-1, weight.shape[0]), weight, use_gelu=gelu).view(shape)
+    yield Candidate("aten.epilogue", (NATIVE,) * len(work.reads), (NATIVE,), "f32", lambda: run)
 
 
 def _int_mm(work: Work, m: Matrix) -> Iterator[Candidate]:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -23,15 +24,16 @@ class Pretend(Cuda):
     Args:
         refuses: what recording fails with.
         spoils: a replay gives numbers that are off by this much.
+        wall: events tell the time of the wall instead of ``now``.
 
     Attributes:
         log: what was asked, in order.
         now: milliseconds on the clock of events; calls that take time add to it.
     """
 
-    def __init__(self, refuses: Exception | None = None, spoils: float = 0.0):
+    def __init__(self, refuses: Exception | None = None, spoils: float = 0.0, wall: bool = False):
         super().__init__(torch.device("cpu"))
-        self.refuses, self.spoils = refuses, spoils
+        self.refuses, self.spoils, self.wall = refuses, spoils, wall
         self.log: list[str] = []
         self.now, self.bytes = 0.0, 0
         self.busy = False
@@ -95,7 +97,7 @@ class _Event:
 
     def record(self) -> None:
         self._cuda.log.append("mark")
-        self.at = self._cuda.now
+        self.at = 1e3 * time.perf_counter() if self._cuda.wall else self._cuda.now
 
     def synchronize(self) -> None:
         self._cuda.log.append("reached")

@@ -163,6 +163,22 @@ def test_cublas_int8_products_agree_with_the_op(monkeypatch):
     assert offered == 2
 
 
+def test_cublas_epilogues_agree_with_the_op():
+    from graphwright.backends import aten
+    from graphwright.backends.onednn import matrix
+    from graphwright.lower.stopwatch import _oracle
+
+    offered = 0
+    program, _ = Pipeline(resolve("default")).run(capture(Two().eval(), (torch.randn(24, 32),)).program)
+    for work in analyse(program).works:
+        m = matrix(work)
+        for candidate in aten._epilogue(work, m) if m is not None else ():
+            native = next(c for c in backends.candidates(work, frozenset({"f32"})) if c.name == "aten.native")
+            assert check(work, candidate, candidate.build(), *_oracle(work, native)) is None
+            offered += 1
+    assert offered == 1  # the other has a residual
+
+
 # -- where kernels are offered -----------------------------------------------------------------------------------------------
 
 
