@@ -89,10 +89,10 @@ class Fragment:
         """Name of its library: machine, versions and content."""
         return hashlib.sha256(json.dumps([_VERSION, machine(), _OPTIONS, self.text], sort_keys=True).encode()).hexdigest()[:40]
 
-    def zeros(self) -> list[Tensor]:
-        """Inputs of the right shapes and strides, all zero; a stride may be 0."""
+    def zeros(self, device: str = "cpu") -> list[Tensor]:
+        """Inputs of the right shapes and strides, all zero; a stride may be 0. On ``"meta"`` they take no memory."""
         reach = [1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) for _, shape, strides in self.inputs]
-        return [torch.zeros(n, dtype=getattr(torch, dtype)).as_strided(shape, strides)
+        return [torch.zeros(n, dtype=getattr(torch, dtype), device=device).as_strided(shape, strides)
                 for n, (dtype, shape, strides) in zip(reach, self.inputs, strict=True)]  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graphwright.backends.aten import COPIES
-from graphwright.backends.base import NATIVE, NATIVE_LAST, Candidate, Work
+from graphwright.backends.base import NATIVE, NATIVE_LAST, Candidate, Work, served
 from graphwright.backends.inductor import Fragment, Run, encode
 from graphwright.lower.graph import Analysis, Region
 from graphwright.ops import CAST, CONTRACTION, ELEMENTWISE, NORM, POOL, QUANT, RANDOM, REDUCTION, SHAPE, SOFTMAX, VIEW
@@ -34,7 +34,7 @@ def eligible(work: Work, candidate: Candidate, *, free: bool = False) -> bool:
     """Whether a work may be part of a region: plain float arithmetic or a view.
 
     Args:
-        free: sizes may be open and values channels last; else sizes are known and forms native.
+        free: sizes may be open, values channels last, on a GPU and halves there; else sizes are known, forms native, and all is on the CPU.
     """
     if candidate.precision != "f32" or candidate.clobbers is not None or len(candidate.gives) != 1:
         return False
@@ -43,14 +43,22 @@ def eligible(work: Work, candidate: Candidate, *, free: bool = False) -> bool:
     if not work.reads or not (work.static or free) or work.target is not operator.getitem and not _known(work):
         return False
     values = [v for x in (work.out, *(r.value.meta["val"] for r in work.reads)) for v in (x if isinstance(x, (tuple, list)) else [x])]
-    if not all(isinstance(v, Tensor) and v.dtype in _DTYPES and v.device.type == "cpu" and not (work.static and v.numel() == 0)
-               for v in [*values, *_constants(work)]):  # fmt: skip
+    if not all(isinstance(v, Tensor) and _fits(v, free) and not (work.static and v.numel() == 0) for v in [*values, *_constants(work)]):
+        return False
+    if len({v.device for v in [*values, *_constants(work)]}) > 1:
         return False
     try:
         encode([*work.args, *work.kwargs.values()], lambda value: 0)
     except TypeError:
         return False
     return True
+
+
+def _fits(value: Tensor, free: bool) -> bool:
+    """A tensor of a dtype that regions take where it lies."""
+    if value.dtype in _DTYPES:
+        return value.device.type == "cpu" or free and value.device.type == "cuda"
+    return free and served(value)
 
 
 def _known(work: Work) -> bool:

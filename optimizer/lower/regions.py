@@ -5,7 +5,7 @@
     lowered = restored(lowered, saved)                 # what a file says was taken; times nothing
 
 Each is checked against the ops and raced against the chain; what is faster is taken if the whole is faster with it. A saved
-region is plain data: ``{"nodes": [...], "strides": [...], "ms": ..., "chain_ms": ..., "maker": "llvm" or "inductor"}``. Compiled code lies in the private
+region is plain data: ``{"nodes": [...], "strides": [...], "ms": ..., "chain_ms": ..., "maker": "llvm", "triton" or "inductor"}``. Compiled code lies in the private
 cache; where it is missing our kernels are compiled when they are first called, as are Inductor's, and where that can't be, the chain runs and a note says what it costs.
 """
 
@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphwright.accelerator import Clock, device_of, of
 from graphwright.backends import inductor
 from graphwright.backends.base import Format
 from graphwright.backends.inductor import Fragment, FragmentModule, NotCompiled
 from graphwright.errors import InternalError
 from graphwright.kernels.formulas import Unfit
-from graphwright.kernels.native import unavailable
 from graphwright.lower import Choice, Lowered, spaces
 from graphwright.lower.chains import Chosen, bind, chain, eligible, find, fragment_of, sound
 from graphwright.lower.graph import Region, schedule
@@ -68,7 +68,7 @@ class _Taken:
     chain_ms: float
 
 
-_WORDS = {"llvm": "a kernel of our own", "inductor": "Inductor"}
+_WORDS = {"llvm": "a kernel of our own", "triton": "a Triton kernel of our own", "inductor": "Inductor"}
 
 
 def generated(lowered: Lowered, example: Sequence[Tensor], say: Callable[[str], None] = lambda text: None) -> Lowered:
@@ -77,7 +77,8 @@ def generated(lowered: Lowered, example: Sequence[Tensor], say: Callable[[str], 
     Args:
         example: flat inputs, on which everything is timed.
     """
-    if unavailable() is not None:
+    who = spaces.maker(device_of(lowered.analysis.program))
+    if spaces.unavailable(who) is not None:
         return lowered
     chosen = dict(zip(lowered.analysis.works, lowered.chosen, strict=True))
     found = spaces.find(lowered.analysis, chosen)
@@ -88,13 +89,13 @@ def generated(lowered: Lowered, example: Sequence[Tensor], say: Callable[[str], 
         for group in (g for g in groups if g.ms >= _WORTH * total):
             say(f"generating a kernel for {_name(group)}")
             try:
-                run = spaces.make(group.fragment)
+                run = spaces.make(group.fragment, who)
             except Unfit as error:
                 again = [r for r in (spaces.bare(lowered.analysis, r) for r in group.regions) if r is not None]
                 found += again
                 notes += [] if again else [f"{_name(group)}: no kernel can be generated: {error}"]
                 continue
-            one, said = _judged(lowered, group, chosen, example, run, "llvm")
+            one, said = _judged(lowered, group, chosen, example, run, who)
             notes.append(f"{_name(group)}: {said}")
             taken += [] if one is None else [one]
     lowered = _noted(lowered, notes)
@@ -207,7 +208,7 @@ def _samples(lowered: Lowered, region: Region, example: Sequence[Tensor]) -> lis
         if step.work in region.works:
             for value, x in _tensors(step, args):
                 if value in region.reads and value not in kept:
-                    kept[value] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype).copy_(x)
+                    kept[value] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
         return step.call(*args)
 
     emit(lowered.analysis, lowered.chosen, apart=True).step_through(example, look)
@@ -221,8 +222,8 @@ def _judged(lowered: Lowered, group: _Group, chosen: Chosen, example: Sequence[T
     reads = _samples(lowered, region, example)
     try:
         problem = check(group.fragment, [*reads, *group.constants[0]], run)
-    except (RuntimeError, InternalError) as error:
-        problem = str(error).splitlines()[0][:200]
+    except Exception as error:  # Triton's compiler has errors of its own  # noqa: BLE001
+        problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
     if problem:
         return None, f"the code by {who} is not right ({problem}); the chain runs"
     before = [f for f in lowered.fused if set(f.region.works) == set(region.works)]
@@ -266,7 +267,11 @@ def check(fragment: Fragment, inputs: Sequence[Tensor], run: inductor.Run) -> st
 
 
 def race(calls: Sequence[Callable[..., Any]], reads: Sequence[Tensor]) -> list[float]:
-    """Least milliseconds of each call, timed in turns."""
+    """Least milliseconds of each call, timed in turns; on a GPU as recorded graphs, by its own clock."""
+    cuda = of(reads[0].device)
+    if cuda is not None:
+        clock, ready = Clock(cuda), [Clock(cuda).ready(c, reads) for c in calls]
+        return list(map(min, zip(*[[1e3 * clock.once(r, reads) for r in ready] for _ in range(20)], strict=True)))
     return [t.minimum for t in interleaved([lambda c=c: c(*reads) for c in calls], rounds=40, budget_s=0.6, warmup=2)]
 
 
@@ -280,15 +285,16 @@ def _raced(lowered: Lowered, taken: Sequence[_Taken], example: Sequence[Tensor],
         shapes, strides = ([list(r[k]) for r in one.group.fragment.inputs] for k in (1, 2))
         for region, constants in zip(one.group.regions, one.group.constants, strict=True):
             call = _call(region, one.group.fragment, constants, one.run, chosen)
-            fused.append(Fused(region, f"{one.maker}.region{len(fused) + 1}", call, one.maker == "llvm", *_forms(region, chosen)))
+            fused.append(Fused(region, f"{one.maker}.region{len(fused) + 1}", call, one.maker != "inductor", *_forms(region, chosen)))
             saved.append({"nodes": [w.node.name for w in region.works], "shapes": shapes[: len(region.reads)], "strides": strides[: len(region.reads)],
                           "ms": one.ms, "chain_ms": one.chain_ms, "maker": one.maker})  # fmt: skip
     runner = emit(lowered.analysis, lowered.chosen, fused)
     who = _WORDS[taken[0].maker] if taken[0].maker == "inductor" else "generated kernels"
     say(f"timing the whole with {len(fused) - len(kept)} regions through {who}")
     with lowered.analysis.program.preserved(example):
+        wait = None if runner.cuda is None else runner.cuda.wait
         for _ in range(2):  # a loss is not believed on one race
-            plain, with_regions = interleaved([lambda: lowered.runner(*example), lambda: runner(*example)], rounds=10, budget_s=1.5)
+            plain, with_regions = interleaved([lambda: lowered.runner(*example), lambda: runner(*example)], rounds=10, budget_s=1.5, wait=wait)
             if with_regions.minimum < plain.minimum:
                 break
     variants = [(f"regions through {who}", with_regions), ("without them", plain), *lowered.variants[1:]]
@@ -312,6 +318,7 @@ def restored(lowered: Lowered, saved: Any) -> Lowered:
     """``lowered`` with the regions that a file names; what does not fit or can't be had runs as a chain, with a note."""
     chosen = dict(zip(lowered.analysis.works, lowered.chosen, strict=True))
     by_name = {w.node.name: w for w in lowered.analysis.works}
+    who = spaces.maker(device_of(lowered.analysis.program))
     fused: list[Fused] = []
     kept, notes = [], []
     late = 0
@@ -320,7 +327,7 @@ def restored(lowered: Lowered, saved: Any) -> Lowered:
             works = [by_name[name] for name in entry["nodes"]]
             cost = float(entry["chain_ms"]) - float(entry["ms"])
             region = Region.of(lowered.analysis, sorted(works, key=lowered.analysis.works.index))
-            ours, shapes = entry.get("maker") == "llvm", entry.get("shapes")
+            ours, shapes = entry.get("maker") in ("llvm", "triton"), entry.get("shapes")
             fits = all(eligible(w, chosen[w][0], free=ours) for w in works)
             if not works or not math.isfinite(cost) or not fits or not _sound(region, entry["strides"], shapes):
                 raise ValueError("its ops or strides may not be those of a region")
@@ -331,12 +338,12 @@ def restored(lowered: Lowered, saved: Any) -> Lowered:
             continue
         if ours:
             try:
-                call = _call(region, fragment, constants, spaces.make(fragment), chosen)
+                call = _call(region, fragment, constants, spaces.make(fragment, who), chosen)
             except Unfit as error:
                 notes.append(f"{region.head.site}: no kernel can be generated for its region here ({error}); its {len(works)} ops run one by one, "
                              f"which took {max(cost, 0.0):.2g} ms longer where it was measured")  # fmt: skip
                 continue
-            fused.append(Fused(region, f"llvm.region{len(fused) + 1}", call, True, *_forms(region, chosen)))
+            fused.append(Fused(region, f"{who}.region{len(fused) + 1}", call, True, *_forms(region, chosen)))
             kept.append(entry)
             continue
         run, why = inductor.open_library(fragment), inductor.reason()

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from graphwright.backends.base import Slot, Work
 from graphwright.backends.inductor import Fragment, FragmentModule, Run
-from graphwright.kernels.formulas import FAMILY, REDUCTIONS, ROWS, Call, Term, Unfit
+from graphwright.kernels import gpu, native
+from graphwright.kernels.formulas import REDUCTIONS, ROWS, WITH_HALVES, Call, Term, Unfit
 from graphwright.kernels.generate import generate
 from graphwright.kernels.generated import Generated
 from graphwright.lower.chains import Chosen, Grouping, eligible, sound
@@ -58,11 +59,11 @@ def _computable(work: Work) -> bool:
     def term(value: Any) -> Any:
         if isinstance(value, (Slot, Tensor)):
             tensor = work.val(value.index) if isinstance(value, Slot) else value
-            return Term("read", FAMILY[tensor.dtype], text="0")
+            return Term("read", WITH_HALVES[tensor.dtype], text="0")
         return None if isinstance(value, (torch.dtype, torch.device, torch.memory_format, torch.layout)) else value
 
     try:
-        space, family = _space(work), FAMILY[work.out.dtype]
+        space, family = _space(work), WITH_HALVES[work.out.dtype]
         made = ROWS[_name(work)](Call({k: term(v) for k, v in work.named.items()}, family, space[-1], len(space)))
     except (Unfit, KeyError, AttributeError):
         return False
@@ -121,21 +122,48 @@ def _with_looks(analysis: Analysis, groups: Sequence[list[Work]], chosen: Chosen
     return [sorted([*works, *more], key=place.__getitem__) for works, more in zip(groups, looks, strict=True)]
 
 
-def make(fragment: Fragment) -> Run:
+def maker(device: torch.device) -> str:
+    """Whose kernels serve tensors there: ``"triton"`` on a GPU (and in Triton's interpreter), ``"llvm"`` on the CPU."""
+    return "triton" if device.type == "cuda" or gpu.interpreting() else "llvm"
+
+
+def unavailable(who: str) -> str | None:
+    """None, or why a maker's kernels can't run here."""
+    return native.unavailable() if who == "llvm" else gpu.unavailable()
+
+
+def make(fragment: Fragment, who: str = "llvm") -> Run:
     """The generated kernel of a region, compiled when it is first called.
+
+    Args:
+        who: as ``maker`` says.
 
     Raises:
         Unfit: none can be generated, and why.
     """
-    return _made(fragment.text)
+    return _made(fragment.text, who)
 
 
 @functools.lru_cache(256)
-def _made(text: str) -> Generated:
+def _made(text: str, who: str) -> Any:
     fragment = Fragment.of(text)
+    if who == "triton":
+        return _triton(fragment)
     with torch.no_grad():
         values = FragmentModule(fragment).trace(fragment.zeros())
     return Generated(generate(fragment.inputs, fragment.steps, fragment.outputs, values))
+
+
+def _triton(fragment: Fragment) -> Any:
+    from graphwright.kernels.gpu import generate as text
+    from graphwright.kernels.gpu.generated import Generated as OnGpu
+
+    try:
+        with torch.no_grad():
+            values = FragmentModule(fragment).trace(fragment.zeros("meta"))
+    except (RuntimeError, NotImplementedError) as error:
+        raise Unfit(f"an op has no outline without its numbers ({str(error).splitlines()[0][:120]})") from error
+    return OnGpu(text.generate(fragment.inputs, fragment.steps, fragment.outputs, values))
 
 
 class Sized:
@@ -164,7 +192,7 @@ class Sized:
         if len(self._known) >= _SIZES or not all(sound(shape, strides) and x.numel() for (_, shape, strides), x in zip(inputs, reads, strict=True)):
             return self._plain
         try:
-            made = _made(Fragment((*inputs, *old.inputs[len(inputs) :]), old.steps, old.outputs).text)
+            made = _made(Fragment((*inputs, *old.inputs[len(inputs) :]), old.steps, old.outputs).text, maker(reads[0].device))
         except Unfit:
             return self._plain
         constants, single = self._constants, len(old.outputs) == 1
@@ -185,7 +213,7 @@ class Sized:
 def _agree(wanted: Tensor, got: Tensor) -> bool:
     if not wanted.is_floating_point():
         return torch.equal(wanted, got)
-    return wanted.shape == got.shape and sqnr_db(wanted.nan_to_num(), got.nan_to_num()) >= FLOORS_DB["f32"]
+    return wanted.shape == got.shape and sqnr_db(wanted.nan_to_num(), got.nan_to_num()) >= FLOORS_DB["f32" if wanted.dtype == torch.float32 else "bf16"]
 
 
-__all__ = ["Sized", "Unfit", "bare", "find", "make"]
+__all__ = ["Sized", "Unfit", "bare", "find", "make", "maker", "unavailable"]

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from graphwright.backends.inductor import Fragment, FragmentModule
 from graphwright.kernels import gpu
-from graphwright.kernels.gpu.generate import generate
 from graphwright.kernels.gpu.generated import Generated
 from graphwright.kernels.gpu.launch import Config
+from graphwright.lower import spaces
 from graphwright.numerics import Exact, rms
 from graphwright.testing.regions import F, inputs_of, region, v
 
@@ -76,10 +76,7 @@ def made_of(fragment: Fragment) -> Generated:
     Raises:
         Unfit: there can be none.
     """
-    outlines = [torch.empty(1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)), dtype=getattr(torch, dtype), device="meta").as_strided(shape, strides)
-                for dtype, shape, strides in fragment.inputs]  # fmt: skip
-    with torch.no_grad():
-        return Generated(generate(fragment.inputs, fragment.steps, fragment.outputs, FragmentModule(fragment).trace(outlines)))
+    return spaces.make(fragment, "triton")  # type: ignore[return-value]
 
 
 def check(fragment: Fragment, config: Config | None = None, inputs: Sequence[Tensor] | None = None, slack: float = 0.0) -> str | None:
@@ -146,7 +143,7 @@ def _compiled(fragment: Fragment, options: argparse.Namespace) -> Iterator[tuple
     from graphwright.kernels.gpu import ahead
 
     made = made_of(fragment)
-    inputs = [torch.empty_strided(shape, strides, dtype=getattr(torch, dtype), device="meta") for dtype, shape, strides in fragment.inputs]
+    inputs = fragment.zeros("meta")
     for config in _few(made.family.configs, options.first):
         for launch in made.family.plan(*inputs, config=config).launches:
             for target in options.target or ahead.TARGETS:

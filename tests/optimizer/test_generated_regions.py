@@ -100,7 +100,7 @@ def test_a_file_of_a_day_when_more_could_be_generated(always, tmp_path, monkeypa
     model, x = Rotary().eval(), torch.randn(2, 12, 32)
     gw.optimize(model, x).save(tmp_path / "m.gw")
 
-    def refuse(fragment):
+    def refuse(fragment, who):
         raise spaces.Unfit("no longer")
 
     monkeypatch.setattr(spaces, "make", refuse)
@@ -112,8 +112,8 @@ def test_a_file_of_a_day_when_more_could_be_generated(always, tmp_path, monkeypa
 def test_wrong_code_is_not_taken(always, monkeypatch):
     real = spaces.make
 
-    def spoiled(fragment):
-        run = real(fragment)
+    def spoiled(fragment, who):
+        run = real(fragment, who)
         return lambda tensors: [t * 1.001 for t in run(tensors)]
 
     monkeypatch.setattr(spaces, "make", spoiled)

@@ -119,3 +119,44 @@ def test_kernels_that_are_not_there_are_not_offered():
     """A recipe runs with what there is: every site has a kernel, and the numbers hold."""
     found = run("int8-dynamic", "bfloat16")
     assert set(found["kernels"]) >= {"norm", "up", "down"} and found["db"] > 20 and found["dtype"] and found["same"]
+
+
+_REGIONS = '''
+import json, tempfile
+import torch
+from torch import nn
+import graphwright as gw
+from graphwright import search
+from graphwright.lower import regions
+from graphwright.numerics import sqnr_db
+
+regions.race = lambda calls, reads: [1.0, 0.5, *[1.0] * len(calls[2:])][: len(calls)]
+real = regions.interleaved
+regions.interleaved = lambda calls, **k: sorted(real(calls, **k), key=lambda t: -t.minimum)
+regions._WORTH = 0.0
+search.revert = lambda built, why: built
+
+class Gate(nn.Module):
+    def forward(self, x, y):
+        z = torch.tanh(x) * torch.sigmoid(y) + x * 2
+        return torch.softmax(z / 3 + y, -1) * x
+
+x, y = torch.randn(5, 24).half(), torch.randn(5, 24).half()
+fast = gw.optimize(Gate().eval(), (x, y), dynamic=None)
+with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    fast.save(folder + "/x.gw")
+    again = gw.load(folder + "/x.gw")
+    got = fast(x, y)
+    print(json.dumps({"names": [f.name for f in fast._variants[0].built.lowered.fused], "notes": [str(n) for n in fast.report.notes],
+        "again": [f.name for f in again._variants[0].built.lowered.fused], "same": torch.equal(again(x, y), got),
+        "db": sqnr_db(Gate()(x.double(), y.double()), got), "dtype": str(got.dtype)}))
+'''
+
+
+def test_regions_of_halves_become_triton_kernels():
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", _REGIONS], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["names"] == found["again"] == ["triton.region1"], found
+    assert found["same"] and found["db"] > 60 and found["dtype"] == "torch.float16", found
