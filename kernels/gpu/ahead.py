@@ -200,9 +200,12 @@ def _read_nvidia(made: Any, mark: str) -> Built:
 
 def _read_amd(made: Any, mark: str) -> Built:
     code = made.asm["amdgcn"]
-    sizes = {name: int(value) for name, value in re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", code)}
+    wanted = "vgpr_count|vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size"
+    sizes = {name: int(value) for name, value in re.findall(rf"\.({wanted}):\s+(\d+)", code)}
+    # Scalar registers spill to lanes of vector registers; only what lies in private memory is slow.
+    spills = sizes["vgpr_spill_count"] + sizes["sgpr_spill_count"] if sizes["private_segment_fixed_size"] else 0
     instructions = len(re.findall(r"^\t[a-z]\w+_\w+", code, re.MULTILINE))
-    return Built(mark, sizes["vgpr_count"], sizes["vgpr_spill_count"] + sizes["sgpr_spill_count"], made.metadata.shared, instructions,
+    return Built(mark, sizes["vgpr_count"], spills, made.metadata.shared, instructions,
                  _counted(_MFMA.findall(code)))  # fmt: skip
 
 
