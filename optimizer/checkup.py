@@ -77,14 +77,14 @@ def drawn(path: Path, seed: int = 0) -> list[Call]:
     found = []
     for variant in store.load(path).variants:
         flat = []
-        for shape, dtype in variant.example:
+        for (shape, dtype), node in zip(variant.example, variant.program.placeholders, strict=True):
             kind = getattr(torch, dtype.removeprefix("torch."))
             values = (
                 torch.randn(shape, generator=random)
                 if kind.is_floating_point
                 else torch.randint(0, 2, shape, generator=random)
             )
-            flat.append(values.to(kind))
+            flat.append(values.to(node.meta["val"].device, kind))
         args, kwargs = variant.program.signature.inputs.unflatten(flat)
         found.append(Call(tuple(args), dict(kwargs)))
     return found

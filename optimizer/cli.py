@@ -195,7 +195,7 @@ def _model_and_inputs(model: str, inputs: list[str] | None, seed: int) -> tuple[
     from graphwright.userfile import inputs_of, model_of
 
     built, given = model_of(model)
-    example = inputs_of(inputs, seed) if inputs else given
+    example = inputs_of(inputs, seed, built) if inputs else given
     if example is None:
         raise InputError(
             "no example inputs",
@@ -301,10 +301,10 @@ def bench(
     with Progress(quiet=quiet) as say:
         say(f"loading {file}")
         models: dict[str, Any] = {}
-        given = inputs_of(inputs, seed) if inputs else None
+        given = None
         if against:
-            models["original"], own = model_of(against)
-            given = own if given is None else given
+            models["original"], given = model_of(against)
+        given = inputs_of(inputs, seed, models.get("original")) if inputs else given
         models[file.name] = gw.load(file)
         example = given if given is not None else drawn(file, seed)[0]
         say(f"timing {rounds} rounds")
@@ -364,7 +364,7 @@ def verify(
     from graphwright.userfile import inputs_of, model_of
 
     original, own = model_of(against) if against else (None, None)
-    given = inputs_of(inputs, seed) if inputs else own
+    given = inputs_of(inputs, seed, original) if inputs else own
     holds = True
     with Progress(quiet=quiet) as say:
         say(f"loading {file}")

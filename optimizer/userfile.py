@@ -93,13 +93,14 @@ def score_of(target: str) -> Callable[[Any], float]:
     return lambda model: call(target, "--evaluate", lambda: function(model))
 
 
-def inputs_of(specs: Sequence[str], seed: int = 0) -> tuple[Tensor, ...] | dict[str, Tensor] | Any:
+def inputs_of(specs: Sequence[str], seed: int = 0, model: nn.Module | None = None) -> tuple[Tensor, ...] | dict[str, Tensor] | Any:
     """Example inputs from `--inputs`.
 
     Args:
         specs: one `file.py:name`, or shapes such as `8x3x224x224`, `8x128:int64`, `mask=8x128:int64`. Floats are
             drawn from the normal distribution, integers and booleans from {0, 1}.
         seed: of the random numbers.
+        model: what is drawn lies where its first parameter lies; on the CPU without one.
 
     Returns:
         The named object, a tuple for unnamed shapes, or a dict for named ones.
@@ -122,7 +123,8 @@ def inputs_of(specs: Sequence[str], seed: int = 0) -> tuple[Tensor, ...] | dict[
     if any(names) and len(set(names)) < len(names):
         raise InputError(f"a name occurs twice in {', '.join(names)}", where="--inputs")
     random = torch.Generator().manual_seed(seed)
-    tensors = [_draw(s["dims"], s["dtype"] or "float32", random) for s in shapes if s]
+    home = next((p.device for p in model.parameters()), None) if model is not None else None
+    tensors = [_draw(s["dims"], s["dtype"] or "float32", random).to(home) for s in shapes if s]
     return dict(zip(names, tensors, strict=True)) if any(names) else tuple(tensors)
 
 
