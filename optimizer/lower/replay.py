@@ -1,7 +1,8 @@
 """A runner's launches recorded as CUDA graphs, one per shape of its inputs, and replayed: one launch instead of hundreds.
 
 A graph reads and writes fixed memory. Inputs are copied into buffers of its own before it runs, and results out of them after it,
-so that a later call overwrites nothing that the caller holds. What can't be recorded is launched step by step, and the reason kept.
+so that a later call overwrites nothing that the caller holds. An input that the program writes (a cache) is written where it lies:
+a graph then is for that memory, and holds it. What can't be recorded is launched step by step, and the reason kept.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class _Record:
     """One graph.
 
     Attributes:
-        inputs: the memory that it reads.
+        inputs: the memory that it reads; those that the program writes are the caller's own.
         outputs: what it fills, and values that are no tensors.
         same: outputs that are inputs handed back, by position: which.
     """
@@ -65,8 +66,8 @@ class Replay:
         self.held = 0
         self._written = [m.input for m in program.signature.mutations if m.buffer is None and m.input is not None]
         self._random = any(RANDOM in row.traits for n in program.nodes if (row := ops.row(n.target)) is not None)
-        # where sizes are open, a shape is worth recording once it has come back: a growing cache never does
-        self._at_once = all(is_static(n.meta["val"]) for n in program.placeholders)
+        # where sizes are open, or memory is the caller's, a call is worth recording once it has come back: a growing cache never does
+        self._at_once = not self._written and all(is_static(n.meta["val"]) for n in program.placeholders)
         self._records: dict[Any, _Record] = {}
         self._seen: dict[Any, None] = {}
         self._pool: Any = None
@@ -90,17 +91,20 @@ class Replay:
         if self.reason is not None:
             return f"no CUDA graph: {self.reason}; kernels are launched one by one"
         if not self.shapes:
-            return "CUDA graphs: a shape of the inputs is recorded when it comes " + ("first" if self._at_once else "again")
+            what = "a shape of the inputs" if not self._written else "memory that it writes"
+            return f"CUDA graphs: {what} is recorded when it comes " + ("first" if self._at_once else "again")
         plural = f"{self.shapes} shape{'s' if self.shapes > 1 else ''} of the inputs"
         return f"CUDA graphs: launches are recorded for {plural} and replayed; {self.held / 2**20:.1f} MB of device memory are held for their values"
 
     # -- inside ------------------------------------------------------------------------------------------------------------
 
     def _record_for(self, leaves: Sequence[Tensor]) -> _Record | None:
-        key = tuple((x.shape, x.stride(), x.dtype) for x in leaves)
+        key = tuple((x.shape, x.stride(), x.dtype, x.data_ptr() if k in self._written else 0) for k, x in enumerate(leaves))
         found = self._records.get(key)
         if found is not None or len(self._records) >= _MOST:
             return found
+        if any(leaves[k].is_inference() for k in self._written):
+            return None
         if not self._at_once and key not in self._seen:
             if len(self._seen) >= _SEEN:
                 self._seen.pop(next(iter(self._seen)))
@@ -118,13 +122,13 @@ class Replay:
     def _made(self, leaves: Sequence[Tensor]) -> _Record:
         """Warmed up, recorded, and checked against the launches on the same inputs; buffers and inputs are as before."""
         cuda, before = self._cuda, self._cuda.held()
-        inputs = [torch.empty_like(x) for x in leaves]
+        inputs = [x.detach() if k in self._written else torch.empty_like(x) for k, x in enumerate(leaves)]
         written = [self._program.tensor(m.buffer) for m in self._program.signature.mutations if m.buffer is not None]
+        written += [inputs[k] for k in self._written]
         kept = [(t, t.clone()) for t in written]
 
         def afresh() -> None:
-            for mine, x in zip(inputs, leaves, strict=True):
-                mine.copy_(x)
+            self._copy_in(inputs, leaves)
             for tensor, value in kept:
                 tensor.copy_(value)
 
@@ -133,7 +137,7 @@ class Replay:
                 for _ in range(2):
                     afresh()
                     wanted = [t.clone() if isinstance(t, Tensor) else t for t in self._launch(inputs)]
-                wanted += [inputs[k].clone() for k in self._written] + [t.clone() for t in written]
+                wanted += [t.clone() for t in written]
                 afresh()
             cuda.wait()
             self._pool = self._pool or cuda.pool()
@@ -142,24 +146,26 @@ class Replay:
             cuda.replay(graph)
             cuda.wait()
             if not self._random:
-                _compare(wanted, [*outputs, *(inputs[k] for k in self._written), *written])
+                _compare(wanted, [*outputs, *written])
         finally:
             afresh()
         self.held += max(0, cuda.held() - before)
         same = {i: k for i, o in enumerate(outputs) for k, x in enumerate(inputs) if o is x}
         return _Record(graph, inputs, outputs, same)
 
+    def _copy_in(self, inputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+        for k, (mine, x) in enumerate(zip(inputs, leaves, strict=True)):
+            if k not in self._written:
+                mine.copy_(x)
+
     def _run(self, record: _Record, leaves: Sequence[Tensor]) -> tuple[Any, ...]:
         cuda = self._cuda
         with torch.no_grad():
             if self._last is not None:
                 cuda.order(self._last)  # the call before may have been on another stream
-            for mine, x in zip(record.inputs, leaves, strict=True):
-                mine.copy_(x)
+            self._copy_in(record.inputs, leaves)
             cuda.replay(record.graph)
             outs = tuple(leaves[record.same[i]] if i in record.same else o.clone() if isinstance(o, Tensor) else o for i, o in enumerate(record.outputs))
-            for k in self._written:
-                leaves[k].copy_(record.inputs[k])
             self._last = self._last or cuda.event(timing=False)
             self._last.record()
         return outs

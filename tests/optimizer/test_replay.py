@@ -81,12 +81,17 @@ def test_buffers_are_written_once_per_call():
 
 
 def test_written_inputs_reach_the_caller_and_inputs_come_back_as_themselves():
-    x, y = torch.ones(3), torch.full((3,), 5.0)
-    runner, _ = replayed(Writing(), x.clone(), y)
-    for _ in range(2):
-        mine = torch.ones(3)
+    y = torch.full((3,), 5.0)
+    runner, cuda = replayed(Writing(), torch.ones(3), y)
+    held = [torch.ones(3) for _ in range(3)]
+    for mine in held:  # other memory each time: nothing to record
         total, same = runner(mine, y)
         assert same is y and torch.equal(mine, torch.full((3,), 2.0)) and torch.equal(total, mine + y)
+    assert runner.replay.shapes == 0 and "record" not in cuda.log
+    for k in range(1, 4):  # one cache, written where it lies
+        total, same = runner(held[0], y)
+        assert same is y and torch.equal(held[0], torch.full((3,), 2.0 ** (k + 1))) and torch.equal(total, held[0] + y)
+    assert runner.replay.shapes == 1 and cuda.log.count("record") == 1
 
 
 @pytest.mark.parametrize("model", [Net(), Counting()])
