@@ -114,6 +114,14 @@ def test_weights_alone(dtype):
 
 
 @pytest.mark.slow
+@needs("linear_w4")
+def test_four_bits():
+    found = run("w4", "float16")
+    assert found["kernels"]["up"].startswith("triton.linear-w4"), found["text"]
+    assert found["db"] > 15 and found["dtype"] and found["same"]
+
+
+@pytest.mark.slow
 @needs("quantize_rows", "norm_quantize_rows")
 def test_kernels_that_are_not_there_are_not_offered():
     """A recipe runs with what there is: every site has a kernel, and the numbers hold."""
