@@ -3,13 +3,12 @@
     y = activation((x8 - x_point) @ w8^T * x_scale * w_scale + bias + other)
     (x8 - p) @ w8^T = x8 @ w8^T - p * sum_k w8[:, k]
 
-Zero points so cost one product per result, given the sums of the weight's rows. uint8 becomes int8 by its top bit (128 less, zero
+Zero points so cost one product per result, given the sums of the weight's rows, which are added up once. uint8 becomes int8 by its top bit (128 less, zero
 point and all), since the matrix units take two operands of one kind.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from graphwright.kernel import Cost, Sample
 from graphwright.kernels.gpu.language import CODE, activate, nearest, to_grid
-from graphwright.kernels.gpu.launch import Config, Launch, bucket, cdiv, power_of_two
+from graphwright.kernels.gpu.launch import Config, Launch, bucket, power_of_two
+from graphwright.kernels.gpu.prepared import once
 
 #: The longest row of floats that is quantized here, and the longest sum that int32 holds for sure.
 WIDEST_ROW, LONGEST = 32768, 65536
@@ -154,17 +154,6 @@ def finish_tile(
 
 
 @triton.jit
-def column_sums_kernel(w, sums, rows, columns, step, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """``sums[r] = sum_k w[r, k]``: w [rows, columns] int8, sums int32."""
-    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    held = tl.zeros((ROWS, BLOCK), tl.int32)
-    for k in range(0, columns, BLOCK):
-        c = k + tl.arange(0, BLOCK)
-        held += tl.load(w + r.to(tl.int64)[:, None] * step + c[None, :], (r < rows)[:, None] & (c < columns)[None, :], other=0).to(tl.int32)
-    tl.store(sums + r, tl.sum(held, 1), r < rows)
-
-
-@triton.jit
 def round_rows_kernel(x, q, scales, points, columns, step, padded, BLOCK: tl.constexpr):
     """A row of floats as ``quantize_dynamic`` has it from 0 to 255, less 128: q int8, a scale, and a zero point (less 128)."""
     r = tl.program_id(0)
@@ -182,30 +171,6 @@ def round_rows_kernel(x, q, scales, points, columns, step, padded, BLOCK: tl.con
     tl.store(points + r, point.to(tl.int32) - 128)
 
 
-# -- the weight's sums -------------------------------------------------------------------------------------------------
-
-_ahead: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
-
-
-def prepare(weight: Tensor) -> Tensor:
-    """Add up the rows of ``weight [o, i]`` int8 once: calls with zero points that get this very tensor need not do it again.
-
-    Gives the sums, ``[o]`` int32. They are forgotten with the tensor, and no longer used once it is changed in place.
-    """
-    sums, key = weight.sum(1, dtype=torch.int32), id(weight)
-    _ahead[key] = (weakref.ref(weight, lambda _: _ahead.pop(key, None)), _version(weight), sums)
-    return sums
-
-
-def _version(x: Tensor) -> int:
-    return -1 if x.is_inference() else x._version
-
-
-def _known_sums(weight: Tensor) -> Tensor | None:
-    found = _ahead.get(id(weight))
-    return found[2] if found is not None and found[0]() is weight and found[1] == _version(weight) else None
-
-
 # -- host code ---------------------------------------------------------------------------------------------------------
 
 
@@ -215,11 +180,27 @@ def flat(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
+def _at_16_bytes(x: Tensor) -> bool:
+    return x.shape[1] % 16 == 0 and x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0
+
+
+def _padded(x: Tensor) -> Tensor:
+    bits = x.contiguous().view(torch.int8)
+    return (torch.nn.functional.pad(bits, (0, -x.shape[1] % 16)) if x.shape[1] % 16 else bits.clone()).view(x.dtype)
+
+
 def aligned(x: Tensor) -> Tensor:
     """Bytes ``[rows, columns]`` so that each row begins at a multiple of 16 bytes and ends at one, with zeros: x itself, or a copy."""
-    if x.shape[1] % 16:
-        return torch.nn.functional.pad(x, (0, -x.shape[1] % 16))
-    return x if x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
+    return x if _at_16_bytes(x) else _padded(x)
+
+
+def aligned_weight(weight: Tensor) -> Tensor:
+    """``aligned``, where the copy is made once for all calls with this tensor."""
+    return weight if _at_16_bytes(weight) else once(_padded, weight)
+
+
+def _row_sums(weight: Tensor) -> Tensor:
+    return weight.sum(1, dtype=torch.int32)
 
 
 def prologue(a: Arguments) -> tuple[Tensor, Tensor, Tail, dict[str, Any], list[Launch]]:
@@ -228,7 +209,7 @@ def prologue(a: Arguments) -> tuple[Tensor, Tensor, Tail, dict[str, Any], list[L
     Rows of x and the weight are padded with zeros to whole multiples of 16 bytes where they are not; a zero on both sides adds nothing.
     """
     rows, out, width = a.sizes
-    x, weight, device, before = flat(a.x), aligned(flat(a.weight)), a.x.device, list[Launch]()
+    x, weight, device, before = flat(a.x), aligned_weight(a.weight), a.x.device, list[Launch]()
     scales, points, point, shift = a.x_scales, a.x_zero_points, 0 if a.x_scales is not None else a.x_zero_point, 0
     if x.is_floating_point():
         padded = weight.shape[1]
@@ -242,11 +223,7 @@ def prologue(a: Arguments) -> tuple[Tensor, Tensor, Tail, dict[str, Any], list[L
         x = aligned(x)
         if x.dtype == torch.uint8:
             x, shift, point = x.view(torch.int8), 128, point - 128
-    sums = None
-    if not a.symmetric and (sums := _known_sums(a.weight)) is None:
-        sums = torch.empty(out, dtype=torch.int32, device=device)
-        before.append(Launch(column_sums_kernel, (cdiv(out, 8),), (weight, sums, out, weight.shape[1], weight.stride(0)), {"ROWS": 8, "BLOCK": 512},
-                             Config.of(warps=4, stages=3)))  # fmt: skip
+    sums = None if a.symmetric else once(_row_sums, a.weight)
     y = torch.empty((*a.x.shape[:-1], out), dtype=a.dtype or torch.float32, device=device)
     other = None if a.other is None else flat(a.other)
     numbers = (*a.scalars, 0.0, 0.0)[:2]
@@ -361,14 +338,11 @@ def odd_samples() -> Iterator[Sample]:
 
 
 def meta(rows: int, out: int, width: int, x: torch.dtype, y: torch.dtype, activation: str = "none") -> tuple[Any, ...]:
-    """Arguments without data, for compilation ahead of time: int8 with scales of rows and a residual, uint8 under one scale and with the
-    weight's sums known, or floats."""
+    """Arguments without data, for compilation ahead of time: int8 with scales of rows and a residual, uint8 under one scale, or floats."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     weight, signed = empty(out, width, dtype=torch.int8), x == torch.int8
-    if x == torch.uint8:
-        prepare(weight)
     return (empty(rows, width, dtype=x), 0.02, 121, weight, empty(out), empty(out), empty(rows, out, dtype=torch.float16) if signed else None,
             activation, (), 0.05, 128, 0, 255, y, empty(rows, 1) if signed else None, None)  # fmt: skip

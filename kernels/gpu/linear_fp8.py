@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from graphwright.kernel import Cost, Sample
-from graphwright.kernels.gpu.int8_parts import FLOATS, WIDEST_ROW, Tail, finish, finish_tile, flat
+from graphwright.kernels.gpu.int8_parts import FLOATS, WIDEST_ROW, Tail, aligned_weight, finish, finish_tile, flat
 from graphwright.kernels.gpu.language import CODE, tile_of
 from graphwright.kernels.gpu.launch import Config, Estimate, Family, Launch, Plan, bucket, cdiv, power_of_two
 
@@ -135,17 +135,10 @@ def linear_fp8_kernel(
                 a, b, scale, zero_point, low, high, ACT, 0, PARTS)  # fmt: skip
 
 
-def _aligned(x: Tensor) -> Tensor:
-    """The weight so that each row begins at a multiple of 16 bytes and ends at one, with zeros: itself, or a copy."""
-    if x.shape[1] % 16 == 0 and x.stride(1) == 1 and x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    return torch.nn.functional.pad(x.contiguous().view(torch.int8), (0, -x.shape[1] % 16)).contiguous().view(x.dtype)
-
-
 def plan(*args: Any, config: Config) -> Plan:
     a = Arguments(*args)
     rows, out, _ = a.sizes
-    weight = _aligned(a.weight)
+    weight = aligned_weight(a.weight)
     width = weight.shape[1]
     q, scales, before = round_rows(flat(a.x), a.by_row, a.kind, width)
     tail = tail_of(a, scales)

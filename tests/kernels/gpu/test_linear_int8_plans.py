@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-
 import torch
 from torch import Tensor
 
-from graphwright.kernels.gpu import int8_parts, linear_int8, linear_int8_few
+from graphwright.kernels.gpu import linear_int8, linear_int8_few
 from graphwright.kernels.gpu.launch import Launch
 
 
@@ -21,34 +19,30 @@ def launches(*args: object) -> list[str]:
     return [launch.fn.__name__ for launch in linear_int8.plan(*args, config=config).launches]
 
 
-def test_known_sums_save_a_launch_until_the_weight_changes() -> None:
+def test_the_sums_of_a_weight_are_added_up_once_and_again_when_it_changes() -> None:
     x, weight = torch.zeros(4, 32, dtype=torch.int8), torch.ones(16, 32, dtype=torch.int8)
-    args = arguments(x, weight)
-    both, one = ["column_sums_kernel", "linear_int8_kernel"], ["linear_int8_kernel"]
-    assert launches(*args) == both
-    assert torch.equal(int8_parts.prepare(weight), torch.full((16,), 32, dtype=torch.int32))
-    assert launches(*args) == one
-    assert launches(*arguments(x, weight.clone())) == both, "another tensor's sums"
+
+    def sums(zero_point: int = 5, x: Tensor = x) -> Tensor | None:
+        launch = linear_int8.plan(*arguments(x, weight, zero_point), config=linear_int8.CONFIGS[-1]).launches[-1]
+        return launch.args[launch.fn.arg_names.index("sums")]
+
+    first = sums()
+    assert first is not None and torch.equal(first, torch.full((16,), 32, dtype=torch.int32))
+    assert sums() is first
     weight[0, 0] = 7
-    assert launches(*args) == both, "the sums are those of the weight as it was"
-    key = id(weight)
-    int8_parts.prepare(weight)
-    del args, weight
-    gc.collect()
-    assert key not in int8_parts._ahead
-
-
-def test_numbers_without_zero_points_need_no_sums() -> None:
-    x, weight = torch.zeros(4, 32, dtype=torch.int8), torch.ones(16, 32, dtype=torch.int8)
-    assert launches(*arguments(x, weight, zero_point=0)) == ["linear_int8_kernel"]
-    assert launches(*arguments(x.view(torch.uint8), weight, zero_point=0)) == ["column_sums_kernel", "linear_int8_kernel"], "uint8 is shifted by 128"
-    assert launches(*arguments(x.float(), weight)) == ["round_rows_kernel", "column_sums_kernel", "linear_int8_kernel"]
+    again = sums()
+    assert again is not None and again[0] == 38
+    assert sums(zero_point=0) is None, "without a zero point they are not needed"
+    assert sums(zero_point=0, x=x.view(torch.uint8)) is again, "uint8 is shifted by 128"
+    assert launches(*arguments(x.float(), weight)) == ["round_rows_kernel", "linear_int8_kernel"]
 
 
 def test_rows_begin_and_end_at_multiples_of_16_bytes() -> None:
     for width, step in ((32, 32), (33, 33), (32, 40), (7, 7)):
         x, weight = (torch.zeros(n, step, dtype=torch.int8)[:, :width] for n in (4, 16))
-        launch: Launch = linear_int8.plan(*arguments(x, weight), config=linear_int8.CONFIGS[-1]).launches[-1]
+        plans = [linear_int8.plan(*arguments(x, weight), config=linear_int8.CONFIGS[-1]) for _ in range(2)]
+        assert plans[0].launches[-1].args[1] is plans[1].launches[-1].args[1], "the weight is copied once"
+        launch: Launch = plans[0].launches[-1]
         for held in launch.args[:2]:
             assert held.stride(0) % 16 == 0 and held.shape[1] % 16 == 0 and held.data_ptr() % 16 == 0
         assert launch.args[0].shape[1] == launch.args[1].shape[1] == -(-width // 16) * 16
