@@ -12,11 +12,15 @@ from torch import Generator, Tensor
 from graphwright import ops
 from graphwright.kernel import Sample
 from graphwright.microbench.shapes import Shapes
+from graphwright.ops import sparse
 
 Args = dict[str, Any]
 
 #: Weights under one scale and zero point come in groups of so many inputs.
 GROUP = 128
+
+#: Side of the blocks of a block-sparse weight.
+SIDE = 32
 
 _FLOAT_OUT = {"scale": 1.0, "zero_point": 0, "low": 0, "high": 0, "dtype": None}
 _UINT8_OUT = {"scale": 0.05, "zero_point": 128, "low": 0, "high": 255, "dtype": torch.uint8}
@@ -89,6 +93,30 @@ def _linear_w4a8(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> Ar
     return {**_linear_w4(shape, dtype, g), "x": _bytes(m, k, g=g), "x_scales": _scales(m, 1, g=g)}
 
 
+def _sparse24(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> Args:
+    """Two weights of every four, the largest."""
+    m, k, n = shape
+    fours = torch.randn(n, k // 4, 4, generator=g) / k**0.5
+    kept = fours.abs().argsort(-1) >= 2
+    weight, indices = sparse.compress((fours * kept).reshape(n, k).to(dtype))
+    return {"x": torch.randn(m, k, generator=g).to(dtype), "weight": weight, "indices": indices, **_tail(n, g)}
+
+
+def _blocks(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> Args:
+    """Half of the blocks of 32x32 are there."""
+    m, k, n = shape
+    kept = torch.rand(n // SIDE, k // SIDE, generator=g) < 0.5
+    weight = torch.randn(n, k, generator=g) / k**0.5 * kept.repeat_interleave(SIDE, 0).repeat_interleave(SIDE, 1)
+    values, columns, starts = sparse.to_blocks(weight.to(dtype), SIDE, kept)
+    return {"x": torch.randn(m, k, generator=g).to(dtype), "values": values, "columns": columns, "starts": starts, "out": n, "transposed": False, **_tail(n, g)}
+
+
+def _blocks_int8(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> Args:
+    m, k, n = shape
+    made = _blocks(shape, torch.float32, g)
+    return {**made, "values": _bytes(*made["values"].shape, g=g), "weight_scales": _scales(n, g=g), "x": _bytes(m, k, g=g), "x_scales": _scales(m, 1, g=g)}
+
+
 def _conv2d_int8(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> Args:
     n, c, h, w, o, window, stride = shape
     x = _bytes(n, c, h, w, g=g, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
@@ -136,6 +164,9 @@ CASES = (
     Case("graphwright.linear_w8_groups", "linear", _linear_w8_groups),
     Case("graphwright.linear_w4", "linear", _linear_w4, fits=lambda s: s[1] % 2 == 0),
     Case("graphwright.linear_w4a8", "linear", _linear_w4a8, fits=lambda s: s[1] % 2 == 0),
+    Case("graphwright.linear_sparse24", "linear", _sparse24, fits=lambda s: s[1] % 8 == 0),
+    Case("graphwright.linear_block_sparse", "linear", _blocks, "half", lambda s: s[1] % SIDE == s[2] % SIDE == 0),
+    Case("graphwright.linear_block_sparse", "linear", _blocks_int8, "half int8", lambda s: s[1] % SIDE == s[2] % SIDE == 0),
     Case("graphwright.conv2d_int8", "conv", _conv2d_int8),
     Case("graphwright.conv2d_winograd", "conv", _conv2d_float, fits=lambda s: s[5:] == (3, 1)),
     Case("graphwright.norm_quantize", "rows", lambda s, d, g: {**_norm(s, d, g), **_UINT8_OUT}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graphwright import ops
+from graphwright.ops import sparse, weight_only
 from graphwright.ops.fused import activate
 
 Args = dict[str, Any]
@@ -45,13 +47,45 @@ def _reference(op: str) -> Callable[..., Any]:
 
 def _float_weight(a: Args) -> Tensor:
     """The weight in the dtype of x (float32 for integers), made ahead."""
-    weight, dtype = a["weight"], a["x"].dtype if a["x"].is_floating_point() else torch.float32
+    weight, dtype = _dense_weight(a), a["x"].dtype if a["x"].is_floating_point() else torch.float32
+    if weight.is_floating_point():
+        return weight.to(dtype)
     if a.get("weight_scales") is not None:
         scales = a["weight_scales"]
         return (weight.float() * scales.reshape(-1, *[1] * (weight.ndim - 1))).to(dtype)
-    from graphwright.ops import weight_only
+    q, middle = (weight_only.unpack(weight), 8) if weight.dtype == torch.uint8 else (weight, 0)
+    return weight_only.real_weight(q, a["scales"], a.get("zero_points"), middle, a["group"], torch.float32).to(dtype)
 
-    return weight_only.real_weight(a).to(dtype)
+
+def _dense_weight(a: Args) -> Tensor:
+    """The weight with its zeros in place."""
+    if a.get("indices") is not None:
+        return sparse.expand(a["weight"], a["indices"])
+    if a.get("starts") is not None:
+        dense = sparse.from_blocks(a["values"], a["columns"], a["starts"], a["out"] if a["transposed"] else a["x"].shape[-1])
+        return dense.t() if a["transposed"] else dense
+    return a["weight"]
+
+
+def dense_int8(a: Args, device: str) -> Callable[[], Any]:
+    """Our own int8 kernel on the weight with its zeros in place."""
+    from graphwright import kernels
+
+    _need(device == "cpu" and a["x"].dtype == torch.int8, "for int8 on the CPU")
+    kernel = next(k for k in kernels.load()["graphwright.linear_int8"] if k.device == "cpu")
+    row = next(r for r in ops.rows() if r.name == kernel.op)
+    named = {**a, "x_scale": 1.0, "x_zero_point": 0, "weight": _dense_weight(a).contiguous(), "scale": 1.0, "zero_point": 0, "low": 0, "high": 0}
+    return kernel.prepared(*(named.get(name) for name in row.params))
+
+
+def torch_bsr(a: Args, device: str) -> Callable[[], Any]:
+    """PyTorch's own block-sparse linear."""
+    _need(a["values"].is_floating_point() and not a["transposed"], "for floats")
+    x, end = a["x"], _ending(a)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that sparse tensors are in beta
+        weight = torch.sparse_bsr_tensor(a["starts"], a["columns"], a["values"], size=(a["out"], x.shape[-1]))
+    return lambda: end(F.linear(x, weight, a["bias"]))
 
 
 def _real_input(a: Args) -> Tensor:
@@ -166,10 +200,8 @@ def aten_w8(a: Args, device: str) -> Callable[[], Any]:
 
 def aten_w4(a: Args, device: str) -> Callable[[], Any]:
     """ATen's int4 weight-only product, weights packed."""
-    from graphwright.ops import weight_only
-
     group, x, bias, end = a["group"], a["x"].to(torch.bfloat16), a["bias"], _ending(a)
-    q = weight_only.unpack_nibbles(a["weight"])
+    q = weight_only.unpack(a["weight"])
     n, k = q.shape
     _need(device == "cpu" and group in (32, 64, 128, 256) and k % group == 0 and n % 16 == 0, "groups of 32 to 256, multiples of 16")
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
@@ -249,6 +281,8 @@ PEERS: dict[str, dict[str, Maker]] = {
     "graphwright.linear_w8_groups": _PRODUCT,
     "graphwright.linear_w4": {**_PRODUCT, "aten": aten_w4},
     "graphwright.linear_w4a8": _PRODUCT,
+    "graphwright.linear_sparse24": _PRODUCT,
+    "graphwright.linear_block_sparse": {**_PRODUCT, "dense_int8": dense_int8, "torch_bsr": torch_bsr},
     "graphwright.conv2d_int8": {**_CONV, "onednn": onednn_conv},
     "graphwright.conv2d_winograd": _CONV,
     "graphwright.attention": {"sdpa": sdpa},
