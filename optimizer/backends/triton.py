@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -385,7 +386,7 @@ def _written(work: Work, fixed: dict[str, Any], bind: Bind) -> Iterator[Candidat
 
 
 def _attention(work: Work) -> Iterator[Candidate]:
-    """Attention with int8 products, where the program has it so."""
+    """Attention with int8 products, where the program has it so; one that rounds queries and keys alone will do as well."""
     a = work.named
     query, key, value, mask = (a[k] for k in ("query", "key", "value", "mask"))
     if not work.is_float or not all(isinstance(t, Slot) and work.val(t.index).dim() == 4 for t in (query, key, value)):
@@ -396,8 +397,8 @@ def _attention(work: Work) -> Iterator[Candidate]:
     def bind(grid: dict[str, Any], r: tuple[Any, ...]) -> dict[str, Any]:
         return {**fixed, **grid, **{k: r[t.index] if isinstance(t, Slot) else t for k, t in tensors.items()}}
 
-    for form, tag, grid in _outs(work):
-        yield from _offer(work, "graphwright.attention_int8", tag, (NATIVE,) * len(work.reads), (form,), "int8",
+    for op, (form, tag, grid) in itertools.product(("graphwright.attention_int8", "graphwright.attention_int8_qk"), list(_outs(work))):
+        yield from _offer(work, op, tag, (NATIVE,) * len(work.reads), (form,), "int8",
                           functools.partial(bind, grid), _cast(work) if form == NATIVE else lambda y: y, floor_db=_ROWS_DB)  # fmt: skip
 
 

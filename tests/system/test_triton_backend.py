@@ -35,9 +35,17 @@ class Images(nn.Module):
     def forward(self, x):
         return self.two(torch.relu(self.one(x)))
 
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(32, 96)
+    def forward(self, x):
+        q, k, v = self.qkv(x).view(1, 8, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
 recipe, dtype, kind = sys.argv[1], getattr(torch, sys.argv[2]), sys.argv[3]
 torch.manual_seed(0)
-model, shape = (Block(), (5, 32)) if kind == "block" else (Images(), (1, 3, 6, 6))
+model, shape = {"block": (Block(), (5, 32)), "images": (Images(), (1, 3, 6, 6)), "attention": (Attending(), (1, 8, 32))}[kind]
 model = model.eval().to(dtype)
 batches = [torch.randn(*shape).to(dtype) for _ in range(3)]
 fast = gw.optimize(model, batches[0], recipe, calibration=batches if recipe == "int8" else None, backend="triton")
@@ -101,6 +109,14 @@ def test_static_int8():
 def test_static_int8_of_convolutions():
     found = run("int8", kind="images")
     assert found["kernels"]["two"].startswith("triton.conv2d-int8"), found["text"]
+    assert found["db"] > 20 and found["same"]
+
+
+@pytest.mark.slow
+@needs("attention_int8_qk", "linear_int8")
+def test_attention():
+    found = run("int8-dynamic", kind="attention")
+    assert any(k.startswith("triton.attention-int8") for k in found["kernels"].values()), found["text"]
     assert found["db"] > 20 and found["same"]
 
 
