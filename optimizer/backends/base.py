@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from graphwright import ops
 from graphwright.ir import Program, args_by_name, op_name, site_of
 from graphwright.kernels.gpu import interpreting
+from graphwright.ops.axes import same
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -294,6 +295,11 @@ def has_layouts(value: Any) -> bool:
     return isinstance(value, Tensor) and value.dim() in (4, 5) and served(value)
 
 
+def alike(x: Tensor, y: Tensor) -> bool:
+    """Whether two fake tensors have the same shape, symbolic sizes by name."""
+    return x.dim() == y.dim() and all(same(a, b) for a, b in zip(x.shape, y.shape, strict=True))
+
+
 def by_integers(name: str) -> bool:
     """Whether the candidate of this name reads weights as integers."""
     return "int8" in name or name.partition(".")[2].removeprefix("linear-").startswith(("w8", "w4"))
@@ -321,6 +327,7 @@ __all__ = [
     "Refused",
     "Slot",
     "Work",
+    "alike",
     "args_by_name",
     "by_integers",
     "channels_last",

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from graphwright.backends import llvm
-from graphwright.backends.base import NATIVE, NATIVE_LAST, Q_LAST, Candidate, Format, Q, QParams, Work
+from graphwright.backends.base import NATIVE, NATIVE_LAST, Q_LAST, Candidate, Format, Q, QParams, Work, alike
 from graphwright.backends.onednn import Matrix, matrix
 from graphwright.backends.packs import packed
-from graphwright.ops.axes import same
 
 _BYTES = (torch.uint8, torch.int8)
 
@@ -52,10 +51,7 @@ def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
 
 def whole_residual(work: Work, m: Matrix) -> bool:
     """Whether the residual, where there is one, has the shape of the result, symbolic sizes by name."""
-    if m.other is None:
-        return True
-    x, y = work.val(m.other), work.out
-    return x.dim() == y.dim() and all(same(a, b) for a, b in zip(x.shape, y.shape, strict=True))
+    return m.other is None or alike(work.val(m.other), work.out)
 
 
 def _outs(work: Work, last: bool) -> Iterator[tuple[Format, str, QParams | None]]:

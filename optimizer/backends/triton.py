@@ -30,12 +30,12 @@ from graphwright.backends.base import (
     Refused,
     Slot,
     Work,
+    alike,
     hint,
     served,
 )  # fmt: skip
 from graphwright.backends.onednn import Matrix, matrix
 from graphwright.kernels import gpu
-from graphwright.ops.axes import same
 from graphwright.ops.fused import activation_of
 
 #: its kernels are for tensors there (and in the interpreter, see ``backends.devices``)
@@ -173,11 +173,6 @@ def _grid(q: QParams) -> dict[str, Any]:
     return {"scale": q.scale, "zero_point": q.zero_point, "low": q.low, "high": q.high, "dtype": q.dtype}
 
 
-def _alike(x: Tensor, y: Tensor) -> bool:
-    """Whether two fake tensors have the same shape, symbolic sizes by name."""
-    return x.dim() == y.dim() and all(same(a, b) for a, b in zip(x.shape, y.shape, strict=True))
-
-
 # -- products ----------------------------------------------------------------------------------------------------------
 
 
@@ -186,9 +181,9 @@ def _matrix(work: Work, m: Matrix, allowed: frozenset[str]) -> Iterator[Candidat
     w = m.int_weight
     if "int8" not in allowed or w is None or not work.is_float or not served(work.val(m.x)):
         return
-    if w.axis != 0 or m.other is not None and not _alike(work.val(m.other), work.out):
+    if w.axis != 0 or m.other is not None and not alike(work.val(m.other), work.out):
         return
-    if w.bits == 4 and not m.conv:
+    if w.bits == 4 and not m.conv and not work.reads[m.x].quantized:
         yield from _four_bits(work, m)
     if w.values.dtype != torch.int8:
         return
@@ -290,8 +285,6 @@ def _four_bits(work: Work, m: Matrix) -> Iterator[Candidate]:
     """Linears with a weight of 4-bit numbers: by float inputs, or by rows of int8 about zero."""
     w, read, at, other = m.int_weight, work.reads[m.x], m.x, m.other
     assert w is not None
-    if read.quantized:
-        return
     points = None if w.zero_points is None else w.zero_points.detach().float()
     fixed = {**_behind(m), "weight": w.values.detach(), "scales": w.scales.detach(), "zero_points": points, "group": w.group, "dtype": work.out.dtype}
     if not read.rows and not read.even:
@@ -369,7 +362,7 @@ def _product(work: Work) -> Iterator[Candidate]:
     """Products of two values of one shape, such as a gate's, that are read as integers."""
     a = work.named
     x, gate = a["self"], a["other"]
-    if not work.is_float or not (isinstance(x, Slot) and isinstance(gate, Slot)) or not all(_alike(work.val(s.index), work.out) for s in (x, gate)):
+    if not work.is_float or not (isinstance(x, Slot) and isinstance(gate, Slot)) or not all(alike(work.val(s.index), work.out) for s in (x, gate)):
         return
     i, j = x.index, gate.index
     if all(work.val(k).dtype == work.out.dtype for k in (i, j)):
