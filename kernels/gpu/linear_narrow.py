@@ -205,7 +205,7 @@ def supports(
 
 
 def fits(config: Config, x: Tensor, weight: Tensor, *rest: Any) -> str | None:
-    return unfit_tiles(config, x.numel() // max(x.shape[-1], 1), weight.shape[0], x.shape[-1])
+    return unfit_tiles(config, x.numel() // max(x.shape[-1], 1), weight.shape[0], x.shape[-1], rest[1])
 
 
 def _matrix(config: Config, x: Tensor, *rest: Any) -> str:

@@ -225,7 +225,7 @@ def supports(
 
 
 def fits(config: Config, x: Tensor, x_scales: Tensor, weight: Tensor, *rest: Any) -> str | None:
-    return unfit_tiles(config, x.numel() // max(x.shape[-1], 1), weight.shape[0], x.shape[-1])
+    return unfit_tiles(config, x.numel() // max(x.shape[-1], 1), weight.shape[0], x.shape[-1], rest[1])
 
 
 def matrix(config: Config, *args: Any) -> str:

@@ -42,8 +42,10 @@ def unfit(
     return None if dtype in (None, *FLOATS) else f"result of {dtype}; wanted float16, bfloat16 or float32"
 
 
-def unfit_tiles(config: Config, rows: int, out: int, width: int) -> str | None:
+def unfit_tiles(config: Config, rows: int, out: int, width: int, zero_points: Tensor | None) -> str | None:
     """None, or why tiles make no sense for ``[rows, width]`` by ``[out, width]``."""
+    if zero_points is not None and config["BN"] > 16 * config.warps:  # seen in the machine code: the widened weight goes through shared memory
+        return f"zero points of {config['BN']} rows are laid out as {config.warps} warps read the weight only up to {16 * config.warps} rows"
     if config["BM"] > max(16, power_of_two(rows)):
         return f"tiles of {config['BM']} rows for {rows}"
     if config["BM"] <= 16 and rows > 64:
