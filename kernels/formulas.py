@@ -176,7 +176,7 @@ def _float(text: str, cost: float) -> Rule:
 ROWS |= {
     "neg": _unary("-{0}"), "relu": _float("real(0.0) if {0} < real(0.0) else {0}", 1), "abs": _float("magnitude({0})", 1),
     "square": lambda c: squared(c.term("self")), "sqrt": _float("root({0})", 6), "rsqrt": _float("real(1.0) / root({0})", 10),
-    "reciprocal": _float("real(1.0) / {0}", 4), "exp": _float("exp({0})", 20), "erf": _float("erf({0})", 18),
+    "reciprocal": _float("real(1.0) / {0}", 4), "exp": _float("exp({0})", 20), "log": _float("log({0})", 20), "erf": _float("erf({0})", 18),
     "tanh": _float("tanh({0})", 16), "sigmoid": _float("sigmoid({0})", 16), "silu": _float("silu({0})", 17),
     "floor": _float("down({0})", 1), "relu6": _float("clipped({0}, real(0.0), real(6.0))", 2),
     "hardsigmoid": _float("clipped({0} + real(3.0), real(0.0), real(6.0)) * real(0.16666666666666666)", 4),
@@ -346,6 +346,15 @@ def _softmax(c: Call) -> Term:
     x = c.term("self", "f")
     powers = call("tile.exp({0} - {1})", "f", x, top(x), cost=20.0)
     return mul(powers, inverse(total(powers)))
+
+
+@_row("log_softmax", "_log_softmax")
+def _log_softmax(c: Call) -> Term:
+    c.last_axis(c["dim"])
+    x = c.term("self", "f")
+    below = call("{0} - {1}", "f", x, top(x))
+    powers = call("tile.exp({0})", "f", below, cost=20.0)
+    return call("{0} - log({1})", "f", below, total(powers), cost=1.0)
 
 
 @_row("layer_norm")

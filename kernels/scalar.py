@@ -13,7 +13,23 @@ import numpy as np
 
 from graphwright.kernels import tile
 from graphwright.kernels.language import FLOAT32, UINT8, Device, intrinsic, known
-from graphwright.kernels.tile import device, erf, f32, i8, i32, i64, real, root, share, sigmoid, tanh, u8, wide_scratch  # noqa: F401
+from graphwright.kernels.tile import (  # noqa: F401
+    bits,
+    device,
+    erf,
+    f32,
+    from_bits,
+    i8,
+    i32,
+    i64,
+    real,
+    root,
+    share,
+    sigmoid,
+    tanh,
+    u8,
+    wide_scratch,
+)
 
 inf, nan = float("inf"), float("nan")
 _ZERO, _ONE, _HALF = real(0), real(1), real(0.5)
@@ -62,6 +78,34 @@ def exp(x):
     y = tile.exp(real(88.0) if x > real(88.0) else x)
     y = y * tile.exp(x - real(88.0)) if x > real(88.0) else y
     return real(inf) if x > real(88.72284) else y
+
+
+@device
+def log(x):
+    """The natural logarithm within 8e-8 of its value: -inf at 0, NaN below.
+
+    x = 2^n (1 + r) with r in [sqrt(1/2) - 1, sqrt(2) - 1]; log(1 + r) is r - r^2 / 2 + r^3 times a polynomial of degree 7.
+    """
+    tiny = x < real(1.1754943508222875e-38)  # not normalized: fewer bits, another exponent
+    y = x * real(8388608.0) if tiny else x
+    b = bits(y)
+    e = (b - 0x3F3504F3) >> 23
+    n = real(e - 23 if tiny else e)
+    r = from_bits(np.int32(b - (e << 23))) - _ONE
+    p = real(-0.07363942265510559)
+    p = p * r + real(0.1262092888355255)
+    p = p * r + real(-0.13201940059661865)
+    p = p * r + real(0.14226998388767242)
+    p = p * r + real(-0.1662137657403946)
+    p = p * r + real(0.19999833405017853)
+    p = p * r + real(-0.2500085234642029)
+    p = p * r + real(0.3333335518836975)
+    z = r * r
+    low = z * r * p - n * real(2.1219444e-4)  # 0.693359375 - 2.12e-4 is log 2, its first part exact in any product with n
+    v = (low - _HALF * z + r) + n * real(0.693359375)
+    v = x if x > real(3.4028234663852886e38) else v
+    v = real(-inf) if x == _ZERO else v
+    return v if x >= _ZERO else real(nan)
 
 
 @device

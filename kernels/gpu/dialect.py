@@ -9,7 +9,7 @@ from graphwright.kernels.formulas import Unfit
 
 #: What the formulas' functions are called in a Triton kernel; a bare name is one of ``graphwright.kernels.gpu.scalar``.
 FUNCTIONS = {
-    "tile.exp": "tl.exp", "erf": "tl.erf", "sigmoid": "tl.sigmoid", "magnitude": "tl.abs", "down": "tl.floor", "root": "tl.sqrt",
+    "tile.exp": "tl.exp", "erf": "tl.erf", "log": "tl.log", "sigmoid": "tl.sigmoid", "magnitude": "tl.abs", "down": "tl.floor", "root": "tl.sqrt",
     **{n: n for n in ("clipped", "exp", "expm1", "gelu", "gelu_tanh", "larger", "silu", "smaller", "tanh")},
 }  # fmt: skip
 

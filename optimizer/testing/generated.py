@@ -67,6 +67,8 @@ def regions(small: bool) -> Iterator[tuple[str, Fragment]]:
     n, d = (3, 4100) if small else (4096, 32000)
     yield "long-rows", region([(H, (n, d))], [("mul.Tensor", [v(0), 0.5]), ("amax.default", [v(1), [-1], True]), ("sub.Tensor", [v(1), v(2)]),
                                               ("softmax.int", [v(3), -1, None]), ("var.correction", [v(1), [-1]], {"correction": 1, "keepdim": True})], 2, 4, 5)
+    n, d = (4, 90) if small else (2048, 8192)
+    yield "log-softmax", region([(B, (n, d))], [("div.Tensor", [v(0), 0.7]), ("log_softmax.int", [v(1), -1, None])])
     yield "one-row", region([(1, 300), (300,)], [("add.Tensor", [v(0), v(1)]), ("softmax.int", [v(2), -1, None]), ("sum.dim_IntList", [v(3), [-1], True])], 3, 4)
 
 

@@ -109,7 +109,7 @@ def test_rows_of_every_length(rows, columns):
 SPECIAL = torch.tensor([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 88.5, 89.0, -104.0, 1e-38, 3e38, -3e38, 0.5, 20.0, -20.0])
 
 
-@pytest.mark.parametrize("op", ["exp", "relu", "sigmoid", "tanh", "abs", "neg", "sqrt", "rsqrt", "reciprocal", "square", "floor", "erf",
+@pytest.mark.parametrize("op", ["exp", "log", "relu", "sigmoid", "tanh", "abs", "neg", "sqrt", "rsqrt", "reciprocal", "square", "floor", "erf",
                                 "hardsigmoid", "relu6", "isnan"])  # fmt: skip
 def test_the_ends_of_the_range(op):
     fragment = region([(16,)], [(f"{op}.default", [v(0)]), ("mul.Tensor", [v(1), 1.0])])
@@ -119,6 +119,15 @@ def test_the_ends_of_the_range(op):
         return
     got, want = Generated(source_of(fragment))([SPECIAL])[0], FragmentModule(fragment)(SPECIAL)[0]
     torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-37, equal_nan=True)
+
+
+def test_logarithms():
+    x = torch.exp(torch.linspace(-103.0, 88.7, 4099, dtype=torch.float64)).float()
+    x[:2000] = torch.linspace(0.5, 1.5, 2000)
+    fragment = region([(4099,)], [("log.default", [v(0)]), ("mul.Tensor", [v(1), 1.0])])
+    torch.testing.assert_close(Generated(source_of(fragment))([x])[0].double(), x.double().log(), rtol=1.2e-7, atol=0.0)
+    check(region([(5, 33)], [("mul.Tensor", [v(0), 9.0]), ("log_softmax.int", [v(1), -1, None])]))
+    check(region([(700,)], [("abs.default", [v(0)]), ("log.default", [v(1)])]))
 
 
 def test_comparisons_and_choices_with_nan():

@@ -168,7 +168,7 @@ SPECIAL = torch.tensor([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 88.
 
 
 @interpreted
-@pytest.mark.parametrize("op", ["exp", "relu", "sigmoid", "tanh", "abs", "neg", "sqrt", "rsqrt", "reciprocal", "square", "floor", "erf", "silu", "relu6", "hardsigmoid"])
+@pytest.mark.parametrize("op", ["exp", "log", "relu", "sigmoid", "tanh", "abs", "neg", "sqrt", "rsqrt", "reciprocal", "square", "floor", "erf", "silu", "relu6", "hardsigmoid"])
 def test_the_ends_of_the_range(op):
     fragment = region([(16,)], [(f"{op}.default", [v(0)]), ("mul.Tensor", [v(1), 1.0])])
     got, want = made_of(fragment)([SPECIAL])[0], FragmentModule(fragment)(SPECIAL)[0]
