@@ -68,6 +68,17 @@ def _linear_int8_rows(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) 
     return {**_linear_int8(shape, dtype, g), "x": torch.randn(*shape[:2], generator=g).to(dtype), "x_scale": 1.0, "x_zero_point": 0}
 
 
+def _linear_int8_scales(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> Args:
+    return {**_linear_int8(shape, dtype, g), "x": _bytes(*shape[:2], g=g), "x_scale": 1.0, "x_zero_point": 0, "x_scales": _scales(shape[0], 1, g=g)}
+
+
+def _linear_fp8(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> Args:
+    m, k, n = shape
+    weight = (torch.randn(n, k, generator=g) * 40).to(torch.float8_e4m3fn)
+    return {"x": torch.randn(m, k, generator=g).to(dtype), "weight": weight, "weight_scales": _scales(n, g=g), "by_row": True,
+            "kind": torch.float8_e4m3fn, "dtype": dtype, **_tail(n, g)}  # fmt: skip
+
+
 def _linear_w8(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> Args:
     m, k, n = shape
     return {"x": torch.randn(m, k, generator=g).to(dtype), "weight": _bytes(n, k, g=g), "weight_scales": _scales(n, g=g), **_tail(n, g)}
@@ -160,6 +171,8 @@ def _rows(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> Args:
 CASES = (
     Case("graphwright.linear_int8", "linear", _linear_int8, "u8"),
     Case("graphwright.linear_int8", "linear", _linear_int8_rows, "rows"),
+    Case("graphwright.linear_int8", "linear", _linear_int8_scales, "i8"),
+    Case("graphwright.linear_fp8", "linear", _linear_fp8),
     Case("graphwright.linear_w8", "linear", _linear_w8),
     Case("graphwright.linear_w8_groups", "linear", _linear_w8_groups),
     Case("graphwright.linear_w4", "linear", _linear_w4, fits=lambda s: s[1] % 2 == 0),

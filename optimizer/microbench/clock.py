@@ -110,12 +110,16 @@ def copy_bandwidth(device: str = "cpu") -> float:
 
 @functools.cache
 def peak(unit: str, device: str = "cpu") -> float:
-    """10^9 operations per second of a large matrix product in ``unit`` (``"int8"``, ``"f32"``, ``"fp16"``), measured once per process."""
+    """10^9 operations per second of a large matrix product in ``unit`` (``"int8"``, ``"f32"``, ``"fp16"``, ``"fp8"``), measured once per process."""
     size = 2048 if device == "cpu" else 8192
     return 2 * size**3 / min(t.least for t in timed(_products(unit, device, size), device, rounds=5, budget_s=3.0, cold=False)) / 1e6
 
 
 def _products(unit: str, device: str, size: int) -> list[Call]:
+    if unit == "fp8":
+        u, v = (torch.randn(size, size, device=device).to(torch.float8_e4m3fn) for _ in range(2))
+        one = torch.ones((), device=device)
+        return [lambda: torch._scaled_mm(u, v.t(), one, one, out_dtype=torch.bfloat16, use_fast_accum=True)]
     if unit != "int8":
         a, b = (torch.randn(size, size, device=device, dtype=torch.float32 if unit == "f32" else torch.float16) for _ in range(2))
         return [lambda: a @ b]

@@ -121,6 +121,14 @@ def _int_product(a: Args) -> tuple[Callable[[Tensor], Tensor], Tensor]:
             return end(y if bias is None else y + bias).to(x.dtype)
 
         return rows, x
+    if (steps := a.get("x_scales")) is not None:
+        _need(x.dtype == torch.int8 and a.get("x_zero_points") is None, "rows with zero points")
+
+        def scaled(x: Tensor) -> Tensor:
+            y = torch._int_mm(x, weight).float() * (steps * scales)
+            return end(y if bias is None else y + bias)
+
+        return scaled, x
     scale, point = a["x_scale"], a["x_zero_point"] - 128
     signed = (x.to(torch.int16) - 128).to(torch.int8)
 
@@ -277,6 +285,7 @@ _CONV = {"float": conv_float}
 PEERS: dict[str, dict[str, Maker]] = {
     "graphwright.linear_int8": {**_PRODUCT, "int_mm": int_mm, "onednn": onednn_linear, "inductor": int_mm_inductor, "autotuned": int_mm_autotuned,
                                 "torchao": torchao_dynamic},
+    "graphwright.linear_fp8": _PRODUCT,
     "graphwright.linear_w8": {**_PRODUCT, "aten": aten_w8, "torchao": torchao_w8},
     "graphwright.linear_w8_groups": _PRODUCT,
     "graphwright.linear_w4": {**_PRODUCT, "aten": aten_w4},

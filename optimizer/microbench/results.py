@@ -28,7 +28,7 @@ class Result:
     Attributes:
         verdict: ``"ok"``, or why the kernel was not run or what was wrong; then nothing is timed.
         bytes, flops: the least that the call moves and computes.
-        unit: what does the arithmetic: ``"int8"``, ``"f32"``, ``"fp16"``.
+        unit: what does the arithmetic: ``"int8"``, ``"f32"``, ``"fp16"``, ``"fp8"``.
         times: of calls with cold caches (unless asked otherwise), weights packed ahead; ``replay``: in a CUDA graph, caches warm.
         gb_per_s, gop_per_s: by the median.
         of_copy, of_peak: shares of the machine's copy bandwidth and matrix rate, measured in the same run.

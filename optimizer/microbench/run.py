@@ -44,6 +44,8 @@ def unit_of(kernel: Kernel) -> str:
     whole = ("linear_int8", "conv2d_int8", "w4a8", "attention_int8")
     if any(word in kernel.op for word in whole):
         return "int8"
+    if "fp8" in kernel.op and kernel.device != "cpu":
+        return "fp8"
     return "f32" if kernel.device == "cpu" else "fp16"
 
 
