@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -31,10 +32,13 @@ class Cuda:
 
     Args:
         device: with its index.
+
+    Attributes:
+        working: held by whoever warms up and records: all do so on one stream, for which cuBLAS then has its workspace.
     """
 
     def __init__(self, device: torch.device):
-        self.device = device
+        self.device, self.working = device, threading.RLock()
         self._flushed: Tensor | None = None
 
     # -- what it is --------------------------------------------------------------------------------------------------------
@@ -85,14 +89,18 @@ class Cuda:
 
     # -- streams and graphs ------------------------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def _side(self) -> Any:
+        return torch.cuda.Stream(self.device)
+
     def recording(self) -> bool:
         """Whether the current stream is being recorded, by whomever."""
         return torch.cuda.is_current_stream_capturing()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Launch on a stream of its own, after what the current one has been given; the current one then waits for it."""
-        here, side = torch.cuda.current_stream(self.device), torch.cuda.Stream(self.device)
+        """Launch on the stream that is recorded, after what the current one has been given; the current one then waits for it."""
+        here, side = torch.cuda.current_stream(self.device), self._side
         side.wait_stream(here)
         with torch.cuda.stream(side):
             yield
@@ -111,7 +119,7 @@ class Cuda:
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             # other threads (a loader that pins memory) may go on using the device
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=self._side, capture_error_mode="thread_local"):
                 result = run()
         finally:
             torch.cuda.set_stream(here)  # a recording that fails leaves its own behind
@@ -189,10 +197,11 @@ class Clock:
             return call
         cuda = self.cuda
         try:
-            with cuda.aside():
-                call(*inputs)
-            cuda.wait()
-            graph, result = cuda.record(lambda: call(*inputs))
+            with cuda.working:
+                with cuda.aside():
+                    call(*inputs)
+                cuda.wait()
+                graph, result = cuda.record(lambda: call(*inputs))
         except RuntimeError:
             cuda.wait()
             return call

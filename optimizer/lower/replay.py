@@ -112,7 +112,7 @@ class Replay:
             return None
         try:
             # inference tensors could not be written by calls outside of inference mode
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), self._cuda.working:
                 self._records[key] = self._made(leaves)
         except Exception as error:  # what can't be recorded fails in as many ways as there are kernels  # noqa: BLE001
             said = (str(error).strip().splitlines() or [""])[0][:200]
