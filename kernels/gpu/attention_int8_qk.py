@@ -130,7 +130,7 @@ def _values(rows_at, ve, E: tl.constexpr, EP: tl.constexpr):
 
 
 @triton.jit
-def _soft_dot(q, f, k_at, k_off, s_at, v_at, vt, ve, mask_at, mt, rows, start, t, top, total, acc,
+def _soft_dot(q, f, k_at, k_off, s_at, v_at, vt, ve, mask_at, lines, mt, rows, start, t, top, total, acc,
               E: tl.constexpr, EP: tl.constexpr, MASKED: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """One block of keys: the largest score so far, the sum of exponentials and the result's sums after it."""
     x = tl.dot(q, tl.trans(tl.load(k_at + k_off)), out_dtype=tl.int32).to(tl.float32)
@@ -140,9 +140,9 @@ def _soft_dot(q, f, k_at, k_off, s_at, v_at, vt, ve, mask_at, mt, rows, start, t
         inside = (n < t)[None, :]
         away = tl.where(inside, 0.0, float("-inf"))  # added: one number takes fewer registers than a condition
         if MASK == 1:
-            away = tl.where(tl.load(mask_at + n.to(tl.int64)[None, :] * mt, inside, other=0) != 0, away, float("-inf"))
+            away = tl.where(tl.load(mask_at + lines + (tl.arange(0, BN) * mt)[None, :], inside, other=0) != 0, away, float("-inf"))
         if MASK == 2:
-            m = tl.load(mask_at + n.to(tl.int64)[None, :] * mt, inside, other=0.0).to(tl.float32)
+            m = tl.load(mask_at + lines + (tl.arange(0, BN) * mt)[None, :], inside, other=0.0).to(tl.float32)
             lowest = tl.where(m == float("-inf"), float("-inf"), -1.5e38)  # the least float is no infinity
             m = m * _LOG2E
             away += tl.where(m < -1.5e38, lowest, m)
@@ -185,9 +185,12 @@ def attention_kernel(q8, qs, k8, ks, value, mask, out, heads, groups, s, t, padd
     k_at, k_off = k8 + kept * padded * DP, n[:, None] * DP + d[None, :]
     s_at = ks + kept * (padded // BN)
     v_at = value + batch * vb + group.to(tl.int64) * vg
+    lines = tl.zeros((1, 1), tl.int32)
     mask_at = mask
     if MASK > 0:
-        mask_at = mask + batch * mb + h.to(tl.int64) * mh + (tl.minimum(rows, s - 1).to(tl.int64)[:, None] * ms if LINES else tl.zeros((1, 1), tl.int64))
+        mask_at = mask + batch * mb + h.to(tl.int64) * mh + (block * BM).to(tl.int64) * ms
+        if LINES:
+            lines = (tl.minimum(rows, s - 1) - block * BM)[:, None] * ms
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
     acc = tl.zeros((BM, EP), tl.float32)
@@ -196,11 +199,13 @@ def attention_kernel(q8, qs, k8, ks, value, mask, out, heads, groups, s, t, padd
     if MASK == 0:
         clear = (tl.minimum(t, block * BM) if CAUSAL else t) // BN * BN
         for start in range(0, clear, BN):
-            top, total, acc = _soft_dot(q, f, k_at, k_off, s_at, v_at, vt, ve, mask_at, mt, rows, start, t, top, total, acc, E, EP, False, MASK, CAUSAL, BN)
+            top, total, acc = _soft_dot(q, f, k_at, k_off, s_at, v_at, vt, ve, mask_at, lines, mt, rows, start, t, top, total, acc, E, EP, False, MASK, CAUSAL, BN)
             k_at, s_at, v_at = k_at + BN * DP, s_at + 1, v_at + BN * vt
     for start in range(clear, last, BN):
-        top, total, acc = _soft_dot(q, f, k_at, k_off, s_at, v_at, vt, ve, mask_at, mt, rows, start, t, top, total, acc, E, EP, True, MASK, CAUSAL, BN)
+        top, total, acc = _soft_dot(q, f, k_at, k_off, s_at, v_at, vt, ve, mask_at, lines, mt, rows, start, t, top, total, acc, E, EP, True, MASK, CAUSAL, BN)
         k_at, s_at, v_at = k_at + BN * DP, s_at + 1, v_at + BN * vt
+        if MASK > 0:
+            mask_at += BN * mt
     y = acc * tl.where(total == 0, 0.0, 1.0 / total)[:, None]
     if QUANTIZE:
         y = to_levels(y, inverse, zero_point, low, high)
@@ -356,7 +361,7 @@ def samples() -> Iterator[Sample]:
     yield make("1x2x70x70x64 causal", 1, 2, 70, 70, 64, causal=True)
     yield make("2x4x33x130x32 groups, merged", 2, 4, 33, 130, 32, groups=2, merge=True, laid="merged")
     yield make("1x2x65x64x96 bf16 key mask", 1, 2, 65, 64, 96, kind=bf16, dtype=bf16, mask="keys")
-    yield make("1x1x40x70x128 bool mask, float32", 1, 1, 40, 70, 128, kind=f32, dtype=None, mask="bool")
+    yield make("1x1x100x70x128 bool mask, float32", 1, 1, 100, 70, 128, kind=f32, dtype=None, mask="bool")
     yield make("2x2x35x35x20x24 float mask to u8", 2, 2, 35, 35, 20, 24, kind=f32, dtype=u8, mask="float", laid="odd")
     yield make("1x2x3x600x40 few queries", 1, 2, 3, 600, 40, dtype=f32)
     yield make("1x1x1x1x1", 1, 1, 1, 1, 1, kind=f32, dtype=f32)
