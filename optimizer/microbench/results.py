@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import csv
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from graphwright.microbench.clock import Times
+
+
+#: Ratios from here on count as level: what two runs of one call differ by.
+LEVEL = 0.97
 
 
 @dataclass(frozen=True)
@@ -129,9 +134,23 @@ def plot(results: Sequence[Result], copy_gb_per_s: float, peaks: dict[str, float
     figure.savefig(path)
 
 
+def summary(record: dict[str, Any]) -> list[str]:
+    """A Markdown table of a JSON record: per op, how often it is level with the best peer or ahead, by how much, and what share it reaches."""
+    rows = ["| op | layers | level or ahead | best peer's time over ours: least, median, most | of the matrix rate | of the copy rate |", "|---|---:|---:|---:|---:|---:|"]
+    timed = [r for r in record["results"] if r["times"]]
+    for op in dict.fromkeys(r["op"] for r in timed):
+        mine = [r for r in timed if r["op"] == op]
+        best = [(min(ran), r) for r in mine if (ran := [p["ratio"] for p in r["peers"] if p["ratio"] is not None])]
+        ratios = sorted(ratio for ratio, _ in best)
+        spread = f"{ratios[0]:.2f}, {statistics.median(ratios):.2f}, {ratios[-1]:.2f}" if ratios else "–"
+        peak, copy = max(r["of_peak"] for r in mine), max(r["of_copy"] for r in mine)
+        rows.append(f"| `{op.removeprefix('graphwright.')}` | {len(mine)} | {sum(r >= LEVEL for r in ratios)} | {spread} | {100 * peak:.0f} % | {100 * copy:.0f} % |")
+    return rows
+
+
 def plain(r: Result) -> dict[str, Any]:
     """JSON data."""
     return asdict(r)
 
 
-__all__ = ["HEADER", "Peer", "Result", "line", "notes", "plain", "plot", "write_csv"]
+__all__ = ["HEADER", "Peer", "Result", "line", "notes", "plain", "plot", "summary", "write_csv"]

@@ -167,3 +167,13 @@ def test_the_roofline_is_drawn(tmp_path: Path) -> None:
     one = results.Result("graphwright.softmax", "llvm", "3x5", "ok", 100, 1000, "f32", clock.Times(1, 1, 1, 1), gb_per_s=1.0, gop_per_s=2.0, of_copy=0.1, of_peak=0.1)
     results.plot([one], 10.0, {"f32": 100.0}, tmp_path / "roof.svg")
     assert "softmax" in (tmp_path / "roof.svg").read_text()
+
+
+def test_a_summary_tells_wins_and_losses_alike() -> None:
+    def result(ratio: float) -> results.Result:
+        peers_ = (results.Peer("slow", clock.Times(9, 9, 9, 9), 9.0), results.Peer("best", clock.Times(1, 1, 1, 1), ratio), results.Peer("absent", reason="no"))
+        return results.Result("graphwright.softmax", "llvm", "3x5", "ok", 100, 1000, "f32", clock.Times(1, 1, 1, 1), None, peers_, 1.0, 2.0, 0.5, 0.25)
+
+    wrong = results.Result("graphwright.softmax", "llvm", "3x5", "an element is off")
+    record = {"results": [results.plain(r) for r in (result(0.5), result(0.98), result(3.0), wrong)]}
+    assert results.summary(record)[2:] == ["| `softmax` | 3 | 2 | 0.50, 0.98, 3.00 | 25 % | 50 % |"]

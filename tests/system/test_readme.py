@@ -90,11 +90,15 @@ def test_measured_numbers_come_from_result_files():
     import importlib.util
     import json
 
+    from graphwright.microbench.results import summary
+
     spec = importlib.util.spec_from_file_location("bench_table", ROOT / "bench/table.py")
     table = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(table)
     files = sorted(set(re.findall(r"`(bench/results/\S+\.json)`", TEXT)))
     assert files
+    for record in (r for f in files if "results" in (r := json.loads((ROOT / f).read_text()))):
+        assert [row for row in summary(record) if row not in TEXT] == []
     records = [r for f in files if "models" in (r := json.loads((ROOT / f).read_text()))]
     decoded = [r for r in records if "decode" in r["schema"]]
     for peer in (p for r in decoded for m in r["models"] for p in m["peers"]):
