@@ -11,7 +11,6 @@ from typing import Any
 
 from graphwright.microbench.clock import Times
 
-
 #: Ratios from here on count as level: what two runs of one call differ by.
 LEVEL = 0.97
 
