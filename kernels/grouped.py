@@ -4,7 +4,8 @@
 
 A kernel brings a tile (``tile``): the products of one line of the weight with a few rows, ``x`` as it stands in memory. The sums over a
 group stay in registers; at its end they are scaled and added up in float32. Zero points never meet the products: what they take
-away is a small product of its own, of the groups' sums of x with ``point * scale``.
+away is a small product of its own, of the groups' sums of x with ``point * scale``. For many rows, where reading the weight is no longer the
+work, pieces of it become floats in the L2 cache (``widen``), scaled and shifted, once for all rows of a task, and tiles of floats do the rest.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from graphwright.kernels.activations import CODE, SMOOTH, scalars_of, simple, smooth, unfit_epilogue
 from graphwright.kernels.common import not_cpu, rows_of
+from graphwright.kernels.fma import products as multiply
 from graphwright.kernels.language import INT64, VOID, Device, intrinsic, ir, known, loop
 from graphwright.kernels.native import GRAIN, Native, specialized, threads_for
 from graphwright.kernels.tile import add as add_rows
@@ -27,13 +29,19 @@ from graphwright.kernels.vector import LANES, F, fma, load_f, splat_f, spread_of
 from graphwright.kernels.vnni import unfit
 
 #: Rows and blocks of 16 columns of a task; products in one running sum; numbers of a row that one line of 4-bit weights meets.
-ROWS, BLOCKS, CHUNK, EIGHT = 24, 4, 512, 8
-_ROWS, _BLOCKS, _FOUR, _TWO, _ONE, _ZERO = (np.int64(n) for n in (ROWS, BLOCKS, 4, 2, 1, 0))
+ROWS, BLOCKS, CHUNK, EIGHT = 48, 4, 512, 8
+#: Inputs of a piece of the weight that is widened, and from how many rows on it is.
+PIECE, MANY_ROWS = 256, 12
+_ROWS, _BLOCKS, _FOUR, _TWO, _ONE, _ZERO, _PIECE = (np.int64(n) for n in (ROWS, BLOCKS, 4, 2, 1, 0, PIECE))
 _sums, _more = (scratch_of(ROWS * BLOCKS * LANES) for _ in range(2))
+_piece = scratch_of(PIECE * BLOCKS * LANES)
 _HALVES = (torch.float16, torch.bfloat16)
 
 #: Writes the products of one line: ``(at, addresses of the rows, addresses of the blocks, line, sums) -> sums``.
 Products = Callable[[Any, list[Any], list[Any], Any, list[Any]], list[Any]]
+
+#: Writes what makes floats of one line of one block: ``(at, address of the block, line) -> 16 outputs for each input of the line``.
+Widen = Callable[[Any, Any, Any], list[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +142,20 @@ def tile(rows: int, blocks: int, kind: Callable[[], Any], products: Products) ->
     return grouped
 
 
+def widener(widen: Widen | None) -> Any:
+    """``to[k, :16] = w * scale - offset`` for the inputs k of a line, ``step`` bytes apart; nothing without ``widen``."""
+
+    @intrinsic(VOID, INT64, INT64, F, F, INT64, INT64)
+    def unpack(at, w, line, scale, offset, to, step):
+        vector = F.llvm
+        below = at.fneg(offset)
+        for k, column in enumerate(widen(at, w, line) if widen else ()):
+            value = known(at, "llvm.fma.v16f32", vector, column, scale, below)
+            at.store(value, at.inttoptr(at.add(to, at.mul(step, INT64.llvm(k))), vector.as_pointer()), align=4)
+
+    return unpack
+
+
 def spread_load(at: Any, address: Any, kind: Any, vector: Any) -> Any:
     """Sixteen times the number at an address."""
     return spread_of(at, at.load(at.inttoptr(address, kind.as_pointer()), align=1), vector)
@@ -185,6 +207,23 @@ def _take(x, x_step, rows, inputs, group, offsets, every, blocks, c):  # device 
                 store_f(fma(sum_, load_f(offsets + (b * every + g) * 64), load_f(to)), to)
 
 
+def _pieces(x, x_step, rows, w, strip, lines, each, scales, every, offsets, blocks, c):  # device code
+    """``c = x @ w``, all scaled and shifted, by pieces of the weight that become floats first."""
+    apart()
+    piece, wide, length = _piece(), blocks * 64, _PIECE // PER_LINE  # noqa: F821
+    for number in range((lines + length - 1) // length):
+        first = number * length
+        count = min(length, lines - first)
+        for b in range(blocks):
+            for k in range(count):
+                by = (b * every + (first + k) // each) * 64
+                offset = splat_f(real(0))
+                if offsets != 0:
+                    offset = load_f(offsets + by)
+                UNPACK(w + b * strip, first + k, load_f(scales + by), offset, piece + k * PER_LINE * wide + b * 64, wide)  # noqa: F821
+        multiply(x + first * X_LINE, x_step, rows, piece, wide, blocks, count * PER_LINE, c, wide, w, first)  # noqa: F821
+
+
 def _linear(params):  # device code, with what a kind of weight and an activation need put in by ``Kind``
     """Slots: 2 x, 3 its row in bytes, 4 rows, 5 columns, 6 weight, 7 lines of a strip, 8 whole groups, 9 lines of a group, 10 scales,
     11 all groups, 12 offsets or 0, 13 scales of rows or 0, 14 bias, 15 other or 0, 16 its row in bytes, 17 out, 18 code,
@@ -198,15 +237,19 @@ def _linear(params):  # device code, with what a kind of weight and an activatio
         rows, count = min(_ROWS, p[4] - row), min(_BLOCKS, blocks - block)
         at, wide = block * 16, count * 16
         n, x, w, scales = min(wide, columns - at), p[2] + row * p[3], p[6] + block * strip, p[10] + block * every * 64
-        for k in range(0, rows * wide * 4, 64):
-            store_f(splat_f(real(0)), sums + k)
-        if p[12] != 0:
-            TAKE(x, p[3], rows, p[7] * PER_LINE, p[9] * PER_LINE, p[12] + block * every * 64, every, count, sums)  # noqa: F821
-        done = groups * p[9]
-        if groups != 0:
-            PRODUCTS(x, p[3], rows, w, strip, count, groups, p[9], scales, every * 64, sums, wide * 4)  # noqa: F821
-        if done != p[7]:
-            PRODUCTS(x + done * X_LINE, p[3], rows, w + done * W_LINE, strip, count, _ONE, p[7] - done, scales + groups * 64, every * 64, sums, wide * 4)  # noqa: F821 # fmt: skip
+        offsets = p[12] + block * every * 64 if p[12] != 0 else _ZERO
+        if rows >= MANY_ROWS_:  # noqa: F821
+            PIECES(x, p[3], rows, w, strip, p[7], p[9], scales, every, offsets, count, sums)  # noqa: F821
+        else:
+            for k in range(0, rows * wide * 4, 64):
+                store_f(splat_f(real(0)), sums + k)
+            if offsets != 0:
+                TAKE(x, p[3], rows, p[7] * PER_LINE, p[9] * PER_LINE, offsets, every, count, sums)  # noqa: F821
+            done = groups * p[9]
+            if groups != 0:
+                PRODUCTS(x, p[3], rows, w, strip, count, groups, p[9], scales, every * 64, sums, wide * 4)  # noqa: F821
+            if done != p[7]:
+                PRODUCTS(x + done * X_LINE, p[3], rows, w + done * W_LINE, strip, count, _ONE, p[7] - done, scales + groups * 64, every * 64, sums, wide * 4)  # noqa: F821 # fmt: skip
         for r in range(rows):
             line, by = sums + r * wide * 4, splat_f(real(1))
             if p[13] != 0:
@@ -228,16 +271,21 @@ class Kind:
         w_line, x_line: bytes of the weight and of a row that belong to one line.
         per_line: numbers of a row that belong to one line.
         high: rows of a tile.
+        widen: None where the products are not those of floats: then many rows go the way of few.
+        total_of: device function ``(address of a group's part of a row, numbers) -> what its offsets are times``; by default their sum.
     """
 
-    def __init__(self, name: str, w_line: int, x_line: int, per_line: int, high: int, kind: Callable[[], Any], products: Products):
+    def __init__(self, name: str, w_line: int, x_line: int, per_line: int, high: int, kind: Callable[[], Any], products: Products,
+                 widen: Widen | None = None, total_of: Any = None):  # fmt: skip
         self.per_line = per_line
         shapes = {"MANY_WIDE": (high, 4), "MANY": (high, 1), "PAIR_WIDE": (2, 4), "WIDE": (1, 4), "SINGLE": (1, 1)}
         tiles = {n: tile(r, b, kind, products) for n, (r, b) in shapes.items()}
         inner = Device(specialized(_products, f"{name}_products", HIGH=np.int64(high), **tiles))  # type: ignore[arg-type]
         size = np.int64(x_line // per_line)
-        take = Device(specialized(_take, f"{name}_take", TOTAL=total if size == 4 else _total_bytes, SIZE=size))  # type: ignore[arg-type]
-        names: dict[str, Any] = {"PRODUCTS": inner, "TAKE": take, "PER_LINE": np.int64(per_line), "W_LINE": np.int64(w_line), "X_LINE": np.int64(x_line)}
+        take = Device(specialized(_take, f"{name}_take", TOTAL=total_of or (total if size == 4 else _total_bytes), SIZE=size))  # type: ignore[arg-type]
+        lines: dict[str, Any] = {"UNPACK": widener(widen), "PER_LINE": np.int64(per_line), "X_LINE": np.int64(x_line)}
+        names: dict[str, Any] = {"PRODUCTS": inner, "TAKE": take, "PIECES": Device(specialized(_pieces, f"{name}_pieces", **lines)),
+                                 "MANY_ROWS_": np.int64(MANY_ROWS if widen else ROWS + 1), "PER_LINE": np.int64(per_line), "W_LINE": np.int64(w_line), "X_LINE": np.int64(x_line)}
         self.simple, self.smooth = (Native(specialized(_linear, f"{name}_{f.__name__}", activate=f, **names), "q" * 17 + "dd") for f in (simple, smooth))
 
     def __call__(self, x: Tensor, packed: Packed, row_scales: Tensor | None, other: Tensor | None, activation: str, scalars: Sequence[float],

@@ -22,6 +22,7 @@ from graphwright.kernels.activations import ARITHMETIC, unfit_epilogue
 from graphwright.kernels.common import not_cpu, per_channel, pieces
 from graphwright.kernels.grouped import CHUNK, Kind, Packed
 from graphwright.kernels.language import INT8, INT64, ir, known
+from graphwright.kernels.tile import device, real
 from graphwright.kernels.vector import LANES, F, I
 from graphwright.kernels.vnni import unfit
 from graphwright.ops.sparse import compress, places_of
@@ -78,15 +79,14 @@ def _byte_line(at: Any, rows: list[Any], blocks: list[Any], line: Any, sums: lis
     return sums
 
 
-class _Bytes(Kind):
-    """x comes as unsigned bytes, 128 too large: what that adds is a number for each output channel and group."""
-
-    def _sums(self, rows: Tensor, step: int, packed: Packed, threads: int) -> Tensor:
-        return torch.full((rows.shape[0], packed.scales.shape[1]), 128.0)
+@device
+def _excess(x, n):
+    """x comes as unsigned bytes, 128 too large: what that adds is this times the sum of a group's weights."""
+    return real(128)
 
 
 _FLOAT = Kind("linear_sparse24", (KEPT + 1) * 64, WIDE * 4, WIDE, 4, lambda: F.llvm, _float_line)
-_BYTE = _Bytes("linear_sparse24_int8", 3 * 64, WIDE, WIDE, 4, lambda: I.llvm, _byte_line)
+_BYTE = Kind("linear_sparse24_int8", 3 * 64, WIDE, WIDE, 4, lambda: I.llvm, _byte_line, total_of=_excess)
 
 
 def pack(weight: Tensor, indices: Tensor, weight_scales: Tensor | None, bias: Tensor | None) -> Packed:

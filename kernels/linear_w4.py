@@ -4,7 +4,7 @@
 
 ``x`` [*, i] float32 (halves are widened); ``weight`` uint8 [o, i / 2], two numbers a byte; ``scales``, ``zero_points`` [o, groups]; out [*, o].
 Packed ahead (``pack``), 64 bytes hold eight inputs of 16 output channels. A shift and one permutation of a table make 16 floats of them,
-which serve up to 4 rows. Bound by memory up to about four rows (an eighth of the bytes of float32), by arithmetic beyond.
+which serve up to 4 rows; for many rows, see ``grouped``. Bound by memory up to about four rows (an eighth of the bytes of float32), by arithmetic beyond.
 """
 
 from __future__ import annotations
@@ -29,26 +29,38 @@ _INPUTS = (torch.float32, torch.float16, torch.bfloat16)
 _MIDDLE = 8
 
 
-def _line(at: Any, rows: list[Any], blocks: list[Any], line: Any, sums: list[Any]) -> list[Any]:
+def _words(at: Any, block: Any, line: Any) -> Any:
     """Eight inputs of 16 channels: byte b of a channel's four holds input b in its lower half and 4 + b in its upper one."""
-    long, words, vector = INT64.llvm, I.llvm, F.llvm
+    return at.load(at.inttoptr(at.add(block, at.mul(line, INT64.llvm(64))), I.llvm.as_pointer()), align=4)
+
+
+def _column(at: Any, stored: Any, place: int) -> Any:
+    """Input ``place`` of the eight as floats."""
+    vector, bits = F.llvm, 8 * (place % 4) + 4 * (place // 4)
     table = ir.Constant(vector, [float(n - _MIDDLE) for n in range(LANES)])
-    start, row_start = at.mul(line, long(64)), at.mul(line, long(EIGHT * 4))
-    stored = [at.load(at.inttoptr(at.add(b, start), words.as_pointer()), align=4) for b in blocks]
-    for half in range(8):
-        place = half // 2 + 4 * (half % 2)
-        shifted = [at.lshr(w, ir.Constant(words, [4 * half] * LANES)) for w in stored] if half else stored
-        # the permutation looks at the lowest four bits alone
-        columns = [known(at, "llvm.x86.avx512.permvar.sf.512", vector, table, w) for w in shifted]
+    shifted = at.lshr(stored, ir.Constant(I.llvm, [bits] * LANES)) if bits else stored
+    return known(at, "llvm.x86.avx512.permvar.sf.512", vector, table, shifted)  # it looks at the lowest four bits alone
+
+
+def _line(at: Any, rows: list[Any], blocks: list[Any], line: Any, sums: list[Any]) -> list[Any]:
+    """Eight inputs of 16 channels, one after the other: few registers."""
+    long, vector, sums = INT64.llvm, F.llvm, list(sums)
+    row_start, stored = at.mul(line, long(EIGHT * 4)), [_words(at, b, line) for b in blocks]
+    for place in (0, 4, 1, 5, 2, 6, 3, 7):
+        columns = [_column(at, w, place) for w in stored]
         for r, row in enumerate(rows):
             one = spread_load(at, at.add(at.add(row, row_start), long(place * 4)), FLOAT32.llvm, vector)
-            for v, column in enumerate(columns):
-                k = r * len(blocks) + v
-                sums = [*sums[:k], known(at, "llvm.fma.v16f32", vector, one, column, sums[k]), *sums[k + 1 :]]
+            for k, column in enumerate(columns, r * len(blocks)):
+                sums[k] = known(at, "llvm.fma.v16f32", vector, one, column, sums[k])
     return sums
 
 
-_KIND = Kind("linear_w4", 64, EIGHT * 4, EIGHT, 4, lambda: F.llvm, _line)
+def _widen(at: Any, block: Any, line: Any) -> list[Any]:
+    stored = _words(at, block, line)
+    return [_column(at, stored, place) for place in range(EIGHT)]
+
+
+_KIND = Kind("linear_w4", 64, EIGHT * 4, EIGHT, 4, lambda: F.llvm, _line, _widen)
 _SIMPLE, _SMOOTH = _KIND.simple, _KIND.smooth  # under these names they are found and compiled ahead
 
 
@@ -105,7 +117,10 @@ def samples() -> Iterator[Sample]:
     yield make("1x4096x4096", (1,), 4096, 4096, 128, bench=True)
     yield make("4x4096x11008 silu", (4,), 4096, 11008, 128, activation="silu", bench=True)
     yield make("16x768x3072 gelu", (16,), 768, 3072, 64, activation="gelu", bench=True)
+    yield make("128x768x768", (128,), 768, 768, 128, bench=True)
     yield make("1x2x1", (1,), 2, 1, 32)
+    yield make("61x600x70, ragged group", (61,), 600, 70, 128, other=f32)
+    yield make("30x1300x40, all of the inputs", (30,), 1300, 40, 1300)
     yield make("3x6x7, one group", (3,), 6, 7, 6, bias=False)
     yield make("2x9x64x33 residual relu", (2, 9), 64, 33, 32, other=f32, activation="relu")
     yield make("21x200x130 tanh, ragged group", (21,), 200, 130, 64, activation="tanh")

@@ -26,18 +26,22 @@ from graphwright.kernels.vector import LANES, F
 _INPUTS = (torch.float32, torch.float16, torch.bfloat16)
 
 
+def _column(at: Any, block: Any, line: Any) -> Any:
+    """One input of 16 channels as floats."""
+    narrow = ir.VectorType(ir.IntType(8), LANES)
+    return at.sitofp(at.load(at.inttoptr(at.add(block, at.mul(line, INT64.llvm(LANES))), narrow.as_pointer()), align=1), F.llvm)
+
+
 def _line(at: Any, rows: list[Any], blocks: list[Any], line: Any, sums: list[Any]) -> list[Any]:
-    """One input of 16 channels."""
-    long, vector, narrow = INT64.llvm, F.llvm, ir.VectorType(ir.IntType(8), LANES)
-    start, row_start, after = at.mul(line, long(LANES)), at.mul(line, long(4)), []
-    columns = [at.sitofp(at.load(at.inttoptr(at.add(b, start), narrow.as_pointer()), align=1), vector) for b in blocks]
+    long, vector, after = INT64.llvm, F.llvm, []
+    columns, row_start = [_column(at, b, line) for b in blocks], at.mul(line, long(4))
     for r, row in enumerate(rows):
         one = spread_load(at, at.add(row, row_start), FLOAT32.llvm, vector)
         after += [known(at, "llvm.fma.v16f32", vector, one, c, sums[r * len(blocks) + v]) for v, c in enumerate(columns)]
     return after
 
 
-_KIND = Kind("linear_w8_groups", LANES, 4, 1, 4, lambda: F.llvm, _line)
+_KIND = Kind("linear_w8_groups", LANES, 4, 1, 4, lambda: F.llvm, _line, lambda *given: [_column(*given)])
 _SIMPLE, _SMOOTH = _KIND.simple, _KIND.smooth  # under these names they are found and compiled ahead
 
 
