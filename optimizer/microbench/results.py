@@ -142,8 +142,9 @@ def summary(record: dict[str, Any]) -> list[str]:
         best = [(min(ran), r) for r in mine if (ran := [p["ratio"] for p in r["peers"] if p["ratio"] is not None])]
         ratios = sorted(ratio for ratio, _ in best)
         spread = f"{ratios[0]:.2f}, {statistics.median(ratios):.2f}, {ratios[-1]:.2f}" if ratios else "–"
+        level = str(sum(r >= LEVEL for r in ratios)) if ratios else "–"
         peak, copy = max(r["of_peak"] for r in mine), max(r["of_copy"] for r in mine)
-        rows.append(f"| `{op.removeprefix('graphwright.')}` | {len(mine)} | {sum(r >= LEVEL for r in ratios)} | {spread} | {100 * peak:.0f} % | {100 * copy:.0f} % |")
+        rows.append(f"| `{op.removeprefix('graphwright.')}` | {len(mine)} | {level} | {spread} | {100 * peak:.0f} % | {100 * copy:.0f} % |")
     return rows
 
 

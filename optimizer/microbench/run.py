@@ -39,8 +39,10 @@ class Plan:
     peers: frozenset[str] | None = None
 
 
-def unit_of(kernel: Kernel) -> str:
-    """What does a kernel's arithmetic."""
+def unit_of(kernel: Kernel, args: tuple[Any, ...] = ()) -> str:
+    """What does a kernel's arithmetic on these arguments."""
+    if "sparse" in kernel.op and isinstance(args[0], Tensor) and args[0].dtype == torch.int8:
+        return "int8"
     whole = ("linear_int8", "conv2d_int8", "w4a8", "attention_int8")
     if any(word in kernel.op for word in whole):
         return "int8"
@@ -56,7 +58,7 @@ def bench(kernel: Kernel, sample: Sample, plan: Plan | None = None) -> Result:
     problem = disagreement(kernel, sample)
     spent = time.process_time() - begin
     args = tuple(_moved(a, kernel.device) for a in sample.args(torch.Generator().manual_seed(0)))
-    cost, unit = kernel.cost(*args), unit_of(kernel)
+    cost, unit = kernel.cost(*args), unit_of(kernel, args)
     if problem is not None:
         return Result(kernel.op, kernel.backend, sample.name, problem, cost.bytes, cost.flops, unit)
     with torch.no_grad():
