@@ -142,6 +142,13 @@ def test_a_shape_file(tmp_path: Path, dequantize: Kernel, capsys: pytest.Capture
     assert "3x17" in printed and "4x64" in printed
 
 
+def test_a_layer_that_a_kernel_refuses_is_no_failure(tmp_path: Path, dequantize: Kernel, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text('{"conv": [[1, 8, 5, 5, 8, 3, 1]]}')
+    assert microbench.main(["--op", "conv2d_int8", "--shapes", str(file), "--device", "cpu", "--rounds", "3", "--no-peers"]) == 0
+    assert "NOT TIMED: refused" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("text", "word"), [
     ("[1, 2]", "object with the keys"), ('{"rows": [[1]]}', "is no shape"), ('{"rows": [[1, -2]]}', "is no shape"), ("{", "can't be read"), ('{"lines": []}', "keys"),
 ])  # fmt: skip
