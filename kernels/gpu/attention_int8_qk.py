@@ -355,7 +355,7 @@ def samples() -> Iterator[Sample]:
 
         return Sample(name, args, bench)
 
-    yield make("2x32x8192x128", 2, 32, 8192, 8192, 128, bench=True)
+    yield make("1x8x8192x128", 1, 8, 8192, 8192, 128, bench=True)
     yield make("1x32x4096x128 causal, 8 groups", 1, 32, 4096, 4096, 128, groups=8, causal=True, kind=bf16, dtype=bf16, merge=True, bench=True)
     yield make("16x12x512x64 key mask", 16, 12, 512, 512, 64, mask="keys", laid="merged", merge=True, bench=True)
     yield make("1x2x70x70x64 causal", 1, 2, 70, 70, 64, causal=True)

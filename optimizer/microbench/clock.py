@@ -73,20 +73,40 @@ def _once_cuda(call: Call, flush: Call | None) -> float:
     return float(begin.elapsed_time(end)) / 1e3
 
 
-def replayed(call: Call, *, repeats: int = 20, rounds: int = 10) -> Times:
-    """A call's time within a replayed CUDA graph: without the host's part of a launch. Caches are warm."""
+def recorded(call: Call) -> Call:
+    """A call as a replayed CUDA graph; the call itself where it can't be recorded (it waits for the device, say)."""
+    graph = _graph(call, 1)
+    return call if graph is None else graph.replay
+
+
+def replayed(call: Call, *, repeats: int = 20, rounds: int = 10) -> Times | None:
+    """A call's time among many in one replayed CUDA graph: without the host's part of a launch. Caches are warm. None where it can't be recorded."""
+    graph = _graph(call, repeats)
+    if graph is None:
+        return None
+    graph.replay()
+    return Times.of([_once_cuda(graph.replay, None) / repeats for _ in range(rounds)])
+
+
+def _graph(call: Call, repeats: int) -> Any:
+    """``call`` as often as asked in one graph; None where it can't be recorded."""
     with torch.no_grad():
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             call()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(repeats):
-                call()
-        graph.replay()
-        return Times.of([_once_cuda(graph.replay, None) / repeats for _ in range(rounds)])
+        torch.cuda.synchronize()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                for _ in range(repeats):
+                    call()
+        except RuntimeError:
+            torch.cuda.set_stream(here)  # a recording that fails leaves its own behind
+            torch.cuda.synchronize()
+            return None
+    return graph
 
 
 @functools.cache
@@ -132,4 +152,4 @@ def _products(unit: str, device: str, size: int) -> list[Call]:
     return calls
 
 
-__all__ = ["Times", "copy_bandwidth", "peak", "replayed", "timed"]
+__all__ = ["Times", "copy_bandwidth", "peak", "recorded", "replayed", "timed"]

@@ -33,7 +33,8 @@ class Result:
         verdict: ``"ok"``, or why the kernel was not run or what was wrong; then nothing is timed.
         bytes, flops: the least that the call moves and computes.
         unit: what does the arithmetic: ``"int8"``, ``"f32"``, ``"fp16"``, ``"fp8"``.
-        times: of calls with cold caches (unless asked otherwise), weights packed ahead; ``replay``: in a CUDA graph, caches warm.
+        times: of calls with cold caches (unless asked otherwise), weights packed ahead, on a GPU as replayed graphs where that can be;
+            ``replay``: of many calls in one CUDA graph, caches warm.
         gb_per_s, gop_per_s: by the median.
         of_copy, of_peak: shares of the machine's copy bandwidth and matrix rate, measured in the same run.
         compile_s: processor seconds of the first call in this process (a disk cache shortens it).

@@ -27,7 +27,7 @@ from graphwright.microbench.peers import COMPILED, FLOOR_DB, NAMES, Absent, peer
 from graphwright.microbench.results import HEADER, Peer, Result, line, notes, plain, plot, write_csv
 from graphwright.microbench.shapes import SETS, shapes_of
 from graphwright.numerics import sqnr_db
-from graphwright.testing.kernels import disagreement, reference_of
+from graphwright.testing.kernels import arguments, disagreement, reference_of
 
 
 @dataclass(frozen=True)
@@ -54,28 +54,25 @@ def unit_of(kernel: Kernel, args: tuple[Any, ...] = ()) -> str:
 def bench(kernel: Kernel, sample: Sample, plan: Plan | None = None) -> Result:
     """Check one kernel on one sample and, where it is right, time it beside the peers that are right too."""
     plan = plan or Plan()
+    args = arguments(kernel, sample)
     begin = time.process_time()
-    problem = disagreement(kernel, sample)
+    problem = disagreement(kernel, sample, args=args)
     spent = time.process_time() - begin
-    args = tuple(_moved(a, kernel.device) for a in sample.args(torch.Generator().manual_seed(0)))
     cost, unit = kernel.cost(*args), unit_of(kernel, args)
     if problem is not None:
         return Result(kernel.op, kernel.backend, sample.name, problem, cost.bytes, cost.flops, unit)
     with torch.no_grad():
         ours = kernel.prepared(*args)
         rivals, absent = _rivals(kernel, args, plan)
-        mine, *theirs = clock.timed([ours, *rivals.values()], kernel.device, rounds=plan.rounds, cold=plan.cold)
+        calls = [ours, *rivals.values()]
+        if kernel.device == "cuda":  # what the device does, without the host's part of each call
+            calls = [clock.recorded(call) for call in calls]
+        mine, *theirs = clock.timed(calls, kernel.device, rounds=plan.rounds, cold=plan.cold)
         replay = clock.replayed(ours) if kernel.device == "cuda" else None
     peers = [Peer(name, t, t.p50 / mine.p50) for name, t in zip(rivals, theirs, strict=True)]
     speed, rate = cost.bytes / mine.p50 / 1e6, cost.flops / mine.p50 / 1e6
     return Result(kernel.op, kernel.backend, sample.name, "ok", cost.bytes, cost.flops, unit, mine, replay, (*peers, *absent), speed, rate,
                   speed / clock.copy_bandwidth(kernel.device), rate / clock.peak(unit, kernel.device), spent)  # fmt: skip
-
-
-def _moved(value: Any, device: str) -> Any:
-    if isinstance(value, (list, tuple)):
-        return type(value)(_moved(v, device) for v in value)
-    return value.to(device) if isinstance(value, Tensor) and device != "cpu" else value
 
 
 def _rivals(kernel: Kernel, args: tuple[Any, ...], plan: Plan) -> tuple[dict[str, Any], list[Peer]]:

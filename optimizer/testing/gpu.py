@@ -15,22 +15,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from graphwright.errors import CheckError
 from graphwright.kernel import Sample
 from graphwright.kernels import gpu
-from graphwright.kernels.gpu import tuning
+from graphwright.kernels.gpu import machine, tuning
 from graphwright.kernels.gpu.launch import Config, Family
-from graphwright.testing.kernels import check_kernel
+from graphwright.testing.kernels import arguments, check_kernel
 
 
 def trials(family: Family, every: bool = False) -> Iterator[tuple[Sample, Config]]:
-    """Which samples to run under which configs; large samples only where there is a GPU."""
+    """Which samples to run under which configs; large samples only where there is a GPU. Nothing is timed
+    to find out; none for a kernel that is for other GPUs than this."""
+    kernel, found = family.kernel(), machine.here()
+    if found is not None and found.target and found.target not in family.targets:
+        return
     for k, sample in enumerate(s for s in family.samples() if not (s.bench and gpu.interpreting())):
-        args = sample.args(torch.Generator().manual_seed(0))
+        args = arguments(kernel, sample)
         fitting = [c for c in family.configs if family.fits(c, *args) is None]
-        own = tuning.choose(family, args)
+        with tuning.frozen():
+            own = tuning.choose(family, args)
+        del args
         yield from ((sample, c) for c in (fitting if every else dict.fromkeys([own, fitting[k % len(fitting)]])))
 
 

@@ -16,6 +16,40 @@ from graphwright.numerics import Exact, rms
 #: Largest share of integer results that may differ (by the kernel's own number of steps).
 RARELY = 2e-3
 
+#: Arguments of more bytes than this are made where they are used, and not made a second time.
+LARGE = 2**26
+
+
+def arguments(kernel: Kernel, sample: Sample, seed: int = 0) -> tuple[Any, ...]:
+    """A sample's arguments where the kernel runs: for GPUs on the current one (in Triton's interpreter on the CPU).
+
+    Small samples are the same numbers everywhere; the large ones of the microbenchmark are drawn on the GPU where that can be done,
+    since the CPU takes seconds for each.
+    """
+    device = _place(kernel)
+    if device == "cpu" or not sample.bench:
+        return _moved(sample.args(torch.Generator().manual_seed(seed)), device)
+    try:
+        with torch.device(device):
+            return _moved(sample.args(torch.Generator(device).manual_seed(seed)), device)
+    except (RuntimeError, NotImplementedError):  # it asks for tensors on the CPU, or for what is not there for the GPU
+        return _moved(sample.args(torch.Generator().manual_seed(seed)), device)
+
+
+def _place(kernel: Kernel) -> str:
+    from graphwright.kernels.gpu import interpreting
+
+    return "cuda" if kernel.device == "cuda" and torch.cuda.is_available() and not interpreting() else "cpu"
+
+
+def _moved(value: Any, device: str) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(v, device) for v in value)
+    if not isinstance(value, Tensor) or value.is_contiguous():
+        return value.to(device) if isinstance(value, Tensor) else value
+    held = value.untyped_storage().nbytes() // value.element_size()  # strides stay what they are: that is what the sample is for
+    return value.as_strided((held,), (1,), 0).to(device).as_strided(value.shape, value.stride(), value.storage_offset())
+
 
 def check_kernel(kernel: Kernel | str, *, samples: Iterable[Sample] | None = None, threads: Sequence[int] = (1, 2), seed: int = 0) -> int:
     """Run a kernel on its samples, with one thread and with two, and hold it to its op's reference in float64.
@@ -67,14 +101,14 @@ def _found(kernel: Kernel | str) -> Kernel:
 
 def _problem(kernel: Kernel, sample: Sample, seed: int) -> str | None:
     try:
-        return disagreement(kernel, sample, seed) or _implausible(kernel, sample, seed)
+        args = arguments(kernel, sample, seed)
+        return disagreement(kernel, sample, seed, args) or _implausible(kernel, args)
     except Exception as error:  # noqa: BLE001  the kernel's own: it is named with its sample
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
 
 
-def _implausible(kernel: Kernel, sample: Sample, seed: int) -> str | None:
+def _implausible(kernel: Kernel, args: tuple[Any, ...]) -> str | None:
     """None, or why what ``cost`` says can't be."""
-    args = sample.args(torch.Generator().manual_seed(seed))
     cost = kernel.cost(*args)
     least = sum(t.numel() * t.element_size() for t in args if isinstance(t, Tensor) and t.ndim)
     if cost.flops < 0 or cost.bytes < min(1, least):
@@ -90,14 +124,15 @@ def reference_of(kernel: Kernel) -> Any:
     return row.reference
 
 
-def disagreement(kernel: Kernel, sample: Sample, seed: int = 0) -> str | None:
-    """None, or how the kernel differs from its op's reference in float64 on one sample; see ``check_kernel``."""
-    args = sample.args(torch.Generator().manual_seed(seed))
+def disagreement(kernel: Kernel, sample: Sample, seed: int = 0, args: tuple[Any, ...] | None = None) -> str | None:
+    """None, or how the kernel differs from its op's reference in float64 on one sample; see ``check_kernel``. ``args``: the sample's, where
+    they have been made already."""
+    args = arguments(kernel, sample, seed) if args is None else args
     if (reason := kernel.supports(*args)) is not None:
         return f"refused: {reason}"
     reference = reference_of(kernel)
     kept = [t.clone() for t in _tensors(args)]
-    with torch.no_grad():
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False):  # the references' float32 is to be float32 on a GPU too
         got = _list(kernel.run(*args))
         narrow = _list(reference(*args))
         wide = _list(reference(*[_widened(a) for a in args]))
@@ -114,14 +149,14 @@ def disagreement(kernel: Kernel, sample: Sample, seed: int = 0) -> str | None:
         problem = _float_failure(kernel, value, near, far) if value.is_floating_point() else _integer_failure(value, near, far, kernel.tolerance[1])
         if problem is not None:
             return f"result {k}: {problem}"
-    return _forgetful(kernel, sample, seed, got)
+    return None if sum(t.numel() * t.element_size() for t in _tensors(args)) > LARGE else _forgetful(kernel, sample, seed, got)
 
 
 def _forgetful(kernel: Kernel, sample: Sample, seed: int, got: list[Tensor]) -> str | None:
     """None, or that a second call has changed what the first one gave."""
     kept = [t.clone() for t in got]
     with torch.no_grad():
-        kernel.run(*sample.args(torch.Generator().manual_seed(seed + 1)))
+        kernel.run(*arguments(kernel, sample, seed + 1))
     same = all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(kept, got, strict=True))
     return None if same else "the next call overwrote the result: every call has to give new tensors"
 
