@@ -205,7 +205,7 @@ def supports(*args: Any) -> str | None:
     return unfit(*args)
 
 
-def _supports_fnuz(*args: Any) -> str | None:
+def supports_fnuz(*args: Any) -> str | None:
     a = Arguments(*args)
     if a.kind != torch.float8_e4m3fnuz:
         return f"8-bit floats are {a.kind}; wanted torch.float8_e4m3fnuz"
@@ -296,7 +296,7 @@ def samples() -> Iterator[Sample]:
     yield from odd_samples(torch.float8_e4m3fn)
 
 
-def _meta(rows: int, out: int, width: int, by_row: bool, kind: torch.dtype, dtype: torch.dtype, activation: str = "none") -> tuple[Any, ...]:
+def meta(rows: int, out: int, width: int, by_row: bool, kind: torch.dtype, dtype: torch.dtype, activation: str = "none") -> tuple[Any, ...]:
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -305,14 +305,14 @@ def _meta(rows: int, out: int, width: int, by_row: bool, kind: torch.dtype, dtyp
 
 
 def _ahead(kind: torch.dtype) -> Iterator[tuple[str, tuple[Any, ...]]]:
-    yield "4096 half, gelu, residual", _meta(4096, 4096, 4096, True, kind, torch.float16, "gelu")
-    yield "32 rows bf16, one scale", _meta(32, 4096, 4096, False, kind, torch.bfloat16)
+    yield "4096 half, gelu, residual", meta(4096, 4096, 4096, True, kind, torch.float16, "gelu")
+    yield "32 rows bf16, one scale", meta(32, 4096, 4096, False, kind, torch.bfloat16)
 
 
 FAMILY = Family("graphwright.linear_fp8", plan, CONFIGS, supports, estimate, bucket_of, cost, samples, lambda: _ahead(torch.float8_e4m3fn), fits, matrix,
                 targets=("sm_90",), tolerance=(3e-3, 1), precision="fp8")  # fmt: skip
 
 FAMILIES = (
-    replace(FAMILY, supports=_supports_fnuz, samples=lambda: odd_samples(torch.float8_e4m3fnuz), ahead=lambda: _ahead(torch.float8_e4m3fnuz),
+    replace(FAMILY, supports=supports_fnuz, samples=lambda: odd_samples(torch.float8_e4m3fnuz), ahead=lambda: _ahead(torch.float8_e4m3fnuz),
             targets=("gfx942",), name="linear_fp8_fnuz"),
 )  # fmt: skip
