@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from graphwright.numerics import Exact, Lossy
     from graphwright.ops import op, register_op
     from graphwright.optimized import Optimized
-    from graphwright.passes.allow_bf16 import AllowBf16
+    from graphwright.passes.allow_half import AllowHalf
     from graphwright.passes.pipeline import default_recipe, register_pass
     from graphwright.passes.quantize import Quantize
     from graphwright.report import Comparison, Explanation, Report
@@ -56,12 +56,12 @@ _HOMES = {
     "load": "api", "optimize": "api", "optimize_decoder": "decode.build", "Decoder": "decode.decoder", "Generation": "decode.decoder", "Calibration": "calibrate", "Program": "ir", "Pass": "manager", "PassResult": "manager",
     "Pipeline": "manager", "Exact": "numerics", "Lossy": "numerics", "op": "ops", "Optimized": "optimized",
     "bisect": "bisecting", "load_repro": "repro", "Repro": "repro", "default_recipe": "passes.pipeline", "register_pass": "passes.pipeline",
-    "AllowBf16": "passes.allow_bf16", "Quantize": "passes.quantize", "explain": "explaining", "compare": "comparing", "Comparison": "report", "Explanation": "report", "Report": "report", "RewritePass": "rewrite", "Goal": "search", "Output": "structure",
+    "AllowHalf": "passes.allow_half", "Quantize": "passes.quantize", "explain": "explaining", "compare": "comparing", "Comparison": "report", "Explanation": "report", "Report": "report", "RewritePass": "rewrite", "Goal": "search", "Output": "structure",
     "register_op": "ops", "register_kernel": "kernel_registry", "Kernel": "kernel", "Sample": "kernel",
 }  # fmt: skip
 
 __all__ = [
-    "AllowBf16", "Calibration", "CalibrationError", "CaptureError", "CheckError", "Comparison", "CoverageError", "Decoder", "Exact",
+    "AllowHalf", "Calibration", "CalibrationError", "CaptureError", "CheckError", "Comparison", "CoverageError", "Decoder", "Exact",
     "Explanation", "Generation", "Goal", "GraphwrightError", "InputError", "InternalError", "Kernel", "LoadError",
     "Lossy", "Optimized", "Output", "Pass", "PassError", "PassResult", "Pipeline", "Program", "Quantize", "RecipeError",
     "Report", "Repro", "RewritePass", "Sample", "SaveError", "SiteError", "UnsupportedError", "__version__", "bisect",

@@ -49,7 +49,7 @@ class Kernel:
         samples: gives the samples.
         tolerance: ``(float, quantized)``: relative RMS error allowed against the float64 oracle beyond the fp64 rule,
             and by how many steps integer outputs may differ (a value on a rounding boundary may go either way).
-        precision: ``"f32"`` (exact up to rounding), ``"bf16"`` or ``"int8"``: which recipes may choose a registered kernel.
+        precision: ``"f32"`` (exact up to rounding), ``"bf16"``, ``"fp16"`` or ``"int8"``: which recipes may choose a registered kernel.
         name: tells a registered kernel from others of its backend for the same op; the op's own name by default.
         ready: takes the same arguments, packs what is constant among them (weights) and gives the call that is left: how a model
             runs it, and what the microbenchmark times. None: ``run`` packs nothing.

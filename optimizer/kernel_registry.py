@@ -127,8 +127,8 @@ def _check(kernel: Kernel, where: str) -> None:
         raise InputError(f"the backend name {kernel.backend!r} is Graphwright's own", where=where, hint="Name it after your library: backend='mylib'.")
     if kernel.device not in ("cpu", "cuda"):
         raise InputError(f"device={kernel.device!r}", where=where, hint="'cpu' or 'cuda'")
-    if kernel.precision not in ("f32", "bf16", "int8"):
-        raise InputError(f"there is no precision {kernel.precision!r}", where=where, hint="'f32' (exact up to rounding), 'bf16' or 'int8'")
+    if kernel.precision not in ("f32", "bf16", "fp16", "int8"):
+        raise InputError(f"there is no precision {kernel.precision!r}", where=where, hint="'f32' (exact up to rounding), 'bf16', 'fp16' or 'int8'")
     for option in ("run", "supports", "cost", "samples"):
         if not callable(getattr(kernel, option)):
             raise InputError(f"{option} is a {type(getattr(kernel, option)).__name__}, a function is wanted", where=where)

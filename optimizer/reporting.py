@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from graphwright import accelerator, search
 from graphwright.accelerator import Cuda
-from graphwright.backends.base import by_integers
+from graphwright.backends.base import HALF, by_integers
 from graphwright.capture.rehearse import clone_sharing, untouched
 from graphwright.cost import cost
 from graphwright.errors import InputError
@@ -285,7 +285,7 @@ def _row(choice: Choice, ms: float | None, share: float | None, unchanged: str |
     return SiteRow(
         tuple(node.meta.get("sites") or (node.name,)), work.op, decision, choice.name, choice.name.partition(".")[0],
         describe(node.meta.get("val")), tuple(Option(o.name, o.ms, o.problem) for o in choice.options), ms, share,
-        node.meta.get("bf16_db" if choice.precision == "bf16" else "sqnr_db"), work_done and work_done.flops, work_done and work_done.bytes, unchanged or reason, node.meta.get("trace"),
+        node.meta.get("halves", {}).get(choice.precision) if choice.precision in HALF else node.meta.get("sqnr_db"), work_done and work_done.flops, work_done and work_done.bytes, unchanged or reason, node.meta.get("trace"),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphwright import store
+from graphwright.backends.base import HALF
 from graphwright.errors import InputError, LoadError
 from graphwright.ir import Program, Signature, describe
 from graphwright.lower import lower
@@ -22,7 +23,7 @@ from graphwright.passes.pipeline import known_passes
 from graphwright.report.words import show_db
 from graphwright.structure import TENSOR, Spec, flatten_call
 
-_ALL = frozenset({"f32", "bf16", "int8"})
+_ALL = frozenset({"f32", *HALF, "int8"})
 #: Numbers that a replay shows of each output.
 _SHOWN = 5
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from graphwright import accelerator, store
+from graphwright.backends.base import HALF
 from graphwright.capture import Capture, Guard
 from graphwright.errors import LoadError
 from graphwright.ir import Program, op_name
@@ -87,7 +88,7 @@ def _register(archive: store.Archive) -> None:
 
 def _lowered(program: Program, kernels: dict[str, str], saved: list[dict[str, Any]], sequence: list[int] | None) -> Lowered:
     """The program under a plan: nothing is timed."""
-    return economy.restored(regions.restored(lower(program, allowed=("f32", "bf16", "int8"), plan=kernels), saved), sequence)
+    return economy.restored(regions.restored(lower(program, allowed=("f32", *HALF, "int8"), plan=kernels), saved), sequence)
 
 
 def twin(fast: Optimized) -> Optimized:

@@ -157,7 +157,7 @@ def within_budget(built: Built, passes: Sequence[Pass], attempt: Callable[[Seque
         return built, log
     spots = lossy_passes(passes)
     errors = {n: n.meta["sqnr_db"] for n in built.program.nodes if "sqnr_db" in n.meta}
-    errors |= {c.work.node: c.work.node.meta["bf16_db"] for c in built.lowered.choices if c.precision == "bf16" and "bf16_db" in c.work.node.meta}
+    errors |= {c.work.node: db for c in built.lowered.choices if (db := c.work.node.meta.get("halves", {}).get(c.precision)) is not None}
     ranked = sorted((db, site_of(n)) for n, db in errors.items())
     for count in dict.fromkeys(-(-len(ranked) // share) for share in (16, 8, 4, 2)):
         worst = [site for _, site in ranked[:count]]

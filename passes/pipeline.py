@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from graphwright.errors import RecipeError, nearest
 from graphwright.manager import Pass
-from graphwright.passes.allow_bf16 import AllowBf16
+from graphwright.passes.allow_half import AllowHalf
 from graphwright.passes.canonicalize import Canonicalize
 from graphwright.passes.common_subexpressions import CommonSubexpressions
 from graphwright.passes.dead_code import DeadCode
@@ -70,7 +70,8 @@ DEFAULT: tuple[Pass, ...] = (
 #: What a recipe adds to the default pipeline, and its line in the list of recipes.
 RECIPES: dict[str, tuple[tuple[Pass, ...], str]] = {
     "default": ((), "same numbers up to float rounding"),
-    "bf16": ((AllowBf16(),), "bfloat16 where it measures faster and errs little, site by site"),
+    "bf16": ((AllowHalf(dtypes=("bf16",)),), "bfloat16 where it measures faster and errs little, site by site"),
+    "half": ((AllowHalf(),), "the same with bfloat16 and float16, whichever serves a site better"),
     "int8": ((Quantize(),), "int8 weights and activations, ranges from calibration data"),
     "int8-dynamic": ((Quantize(mode="dynamic"),), "int8 weights and activations, ranges computed at run time"),
     "w8": ((Quantize(mode="weight-only", embeddings=True),), "int8 weights alone, embedding tables among them"),

@@ -1,6 +1,6 @@
 """Backends: each module offers ``candidates(work, allowed)`` for the works it can do, on the devices that its ``DEVICES`` names.
 
-``allowed`` is the set of precisions that the recipe permits (``"f32"`` always; ``"bf16"``, ``"int8"``).
+``allowed`` is the set of precisions that the recipe permits (``"f32"`` always; ``"bf16"``, ``"fp16"``, ``"int8"``).
 A module that is not importable, or whose kernels this machine cannot run, offers nothing and says why in ``reason()``.
 """
 
@@ -21,13 +21,22 @@ def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
     for backend in BACKENDS:
         if work.device in devices(backend):
             for candidate in backend.candidates(work, allowed):
-                if candidate.precision in allowed:
+                if candidate.precision in allowed and candidate.halves <= allowed:
                     yield candidate
 
 
 def offered(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
-    """The candidates for a work, without those in bfloat16 where its error was measured and found too large."""
-    return (c for c in candidates(work, allowed) if c.precision != "bf16" or work.node.meta.get("bf16", True))
+    """The candidates for a work, without those in a half precision whose error was measured and found too large."""
+    return (c for c in candidates(work, allowed) if withheld(work, c) is None)
+
+
+def withheld(work: Work, candidate: Candidate) -> str | None:
+    """None, or why a candidate in half precision is not offered: the error that was measured."""
+    admitted = work.node.meta.get("halves")
+    if admitted is None or candidate.halves <= admitted.keys():
+        return None
+    reasons = work.node.meta.get("halves_barred", {})
+    return next((reasons[k] for k in sorted(candidate.halves) if k in reasons), "half precision was not asked for here")
 
 
 def devices(backend: object) -> tuple[str, ...]:

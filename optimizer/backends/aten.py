@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,8 +11,7 @@ import torch
 from torch import Tensor
 
 from graphwright.backends.base import (
-    BF16,
-    BF16_LAST,
+    HALF,
     NATIVE,
     NATIVE_LAST,
     Q_LAST,
@@ -18,6 +19,7 @@ from graphwright.backends.base import (
     Candidate,
     Format,
     Q,
+    Refused,
     Slot,
     Work,
     filler,
@@ -25,9 +27,9 @@ from graphwright.backends.base import (
     hint,
 )  # fmt: skip
 from graphwright.backends.direct import direct, without_defaults
-from graphwright.backends.onednn import Matrix, matrix
+from graphwright.backends.onednn import Matrix, matrix, no_float16
 from graphwright.backends.room import append
-from graphwright.ops import CAST, CONTRACTION, ELEMENTWISE, LAYOUT_FREE, POOL, RANDOM, VIEW
+from graphwright.ops import CAST, CONTRACTION, ELEMENTWISE, LAYOUT_FREE, RANDOM, VIEW
 from graphwright.ops.fused import activate
 
 #: ops that move values without arithmetic on them, so that integers under the same QParams pass through
@@ -58,7 +60,7 @@ def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
     """The op as it stands first; then channels-last, bfloat16 and quantized hand-through where they are sound."""
     call = lambda: implementation(work)
     if work.op in ("graphwright.attention", "graphwright.attention_int8"):
-        yield from _attention(work)
+        yield from _attention(work, allowed)
     if work.device == "cuda" and (m := matrix(work)) is not None:
         yield from _int_mm(work, m)
         yield from _epilogue(work, m)
@@ -80,14 +82,63 @@ def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
                         (NATIVE,), "f32", call, aliases=True)  # fmt: skip
         if _same_qparams(work):
             yield Candidate("aten.q-from-last", (Q_LAST,) * len(floats), (Q,), "int8", call, aliases=True)
-    if "bf16" in allowed and all(floats) and work.is_float and work.out.dtype == torch.float32 and (view or work.has(ELEMENTWISE) or work.has(CONTRACTION) or work.has(POOL)):
-        cast = lambda: _bf16(work)
-        yield Candidate("aten.bf16", (BF16,) * len(floats), (BF16,), "bf16", cast, aliases=shares, timed=timed)
-        if last is not None:
-            yield Candidate("aten.bf16-last", (BF16_LAST,) * len(floats), (BF16_LAST,), "bf16", cast, aliases=shares)
+    yield from _halves(work, allowed, last, shares, timed)
 
 
-def _attention(work: Work) -> Iterator[Candidate]:
+def _halves(work: Work, allowed: frozenset[str], last: tuple[Format, ...] | None, shares: bool, timed: bool) -> Iterator[Candidate]:
+    """The op in half precision, which its float32 reads and result are held in; constants are converted when it is built."""
+    if work.target is not operator.getitem and (work.row is None or work.row.traits & {RANDOM, CAST}):
+        return
+    outs, reads = _tensors(work.out), [_tensors(work.val(k)) for k in range(len(work.reads))]
+    floats = [bool(r) and all(v.dtype == torch.float32 for v in r) for r in reads]
+    if not outs or any(v.dtype != torch.float32 for v in outs) or not (any(floats) or _constants(work)):
+        return
+    if (several := len(outs) > 1 or any(len(r) > 1 for r in reads)) and not (work.has(VIEW) or work.target is operator.getitem):
+        return
+    for kind in HALF:
+        if kind in allowed:
+            needs = tuple(Format(kind) if f else NATIVE for f in floats)
+            build = functools.partial(_narrow, work, kind)
+            yield Candidate(f"aten.{kind}", needs, (Format(kind),), kind, build, aliases=shares or several, timed=timed and not several)
+            if last is not None:
+                needs = tuple(Format(kind, form.layout) if f else form for f, form in zip(floats, last, strict=True))
+                yield Candidate(f"aten.{kind}-last", needs, (Format(kind, "last"),), kind, build, aliases=shares)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """A fake value's tensors; none where it holds anything else."""
+    several = list(value) if isinstance(value, (tuple, list)) else [value]
+    return several if all(isinstance(v, Tensor) for v in several) else []
+
+
+def _constants(work: Work) -> bool:
+    return any(isinstance(v, Tensor) and v.dtype == torch.float32 for v in (*work.args, *work.kwargs.values()))
+
+
+def _narrow(work: Work, kind: str) -> Callable[..., Any]:
+    """The op with its float constants, and dtypes that it names, in half precision.
+
+    Raises:
+        Refused: its products would take loops of scalars here.
+    """
+    dtype = HALF[kind]
+    if kind == "fp16" and work.has(CONTRACTION) and work.device == "cpu" and (why := no_float16()):
+        raise Refused(why)
+
+    def narrow(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(narrow, value))
+        if isinstance(value, Tensor):
+            return value.to(dtype) if value.dtype == torch.float32 else value
+        return dtype if value is torch.float32 else value
+
+    twin = Work(work.program, work.node, work.reads, narrow(work.args), {k: narrow(v) for k, v in work.kwargs.items()}, None, work.read_qparams)
+    run = implementation(twin)
+    # some of our own ops give float32 whatever they read
+    return run if work.op.startswith("aten.") or not isinstance(work.out, Tensor) else lambda *reads: run(*reads).to(dtype)
+
+
+def _attention(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
     """Our attention op by ATen's own, with the heads merged afterwards where the program wants that."""
     a = work.named
     query, key, value, mask = (a[k] for k in ("query", "key", "value", "mask"))
@@ -100,14 +151,25 @@ def _attention(work: Work) -> Iterator[Candidate]:
     def pick(t: Any) -> Callable[[tuple[Any, ...]], Any]:
         return (lambda r, i=t.index: r[i]) if isinstance(t, Slot) else (lambda r, t=t: t)
 
-    q, k, v, m = pick(query), pick(key), pick(value), pick(mask)
+    q, k, v = pick(query), pick(key), pick(value)
 
-    def run(*r: Any) -> Tensor:
-        query, key = q(r), k(r)
-        y = attend(query, key, v(r), m(r), 0.0, causal, scale=factor, enable_gqa=key.shape[1] != query.shape[1])
-        return y.transpose(1, 2).flatten(2) if merge else y
+    def build(dtype: torch.dtype | None = None) -> Callable[..., Tensor]:
+        m = pick(mask if dtype is None or not isinstance(mask, Tensor) or mask.dtype == torch.bool else mask.to(dtype))
 
-    yield Candidate("aten.sdpa", (NATIVE,) * len(work.reads), (NATIVE,), "f32", lambda: run, floor_db=floor)
+        def run(*r: Any) -> Tensor:
+            query, key = q(r), k(r)
+            y = attend(query, key, v(r), m(r), 0.0, causal, scale=factor, enable_gqa=key.shape[1] != query.shape[1])
+            return y.transpose(1, 2).flatten(2) if merge else y
+
+        return run
+
+    yield Candidate("aten.sdpa", (NATIVE,) * len(work.reads), (NATIVE,), "f32", build, floor_db=floor)
+    floats = [work.val(i).dtype == torch.float32 for i in range(len(work.reads))]
+    if work.out.dtype != torch.float32 or not all(floats[t.index] for t in (query, key, value)):
+        return
+    for kind in (k for k in HALF if k in allowed):  # the fast ones on a GPU read halves alone
+        needs = tuple(Format(kind) if f else NATIVE for f in floats)
+        yield Candidate(f"aten.sdpa-{kind}", needs, (Format(kind),), kind, functools.partial(build, HALF[kind]))
 
 
 def _epilogue(work: Work, m: Matrix) -> Iterator[Candidate]:
@@ -204,16 +266,6 @@ def _as_strided(work: Work) -> Callable[..., Any]:
         return work.target(x, *rest, **kwargs)
 
     return run
-
-
-def _bf16(work: Work) -> Callable[..., Any]:
-    """The op with its float constants in bfloat16."""
-    def narrow(value: Any) -> Any:
-        return value.bfloat16() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
-
-    twin = Work(work.program, work.node, work.reads, tuple(narrow(a) for a in work.args),
-                {k: narrow(v) for k, v in work.kwargs.items()}, None, work.read_qparams)  # fmt: skip
-    return implementation(twin)
 
 
 def _last_needs(work: Work) -> tuple[Format, ...] | None:

@@ -1,7 +1,7 @@
 """What lowering and the backends share: formats, units of work, candidates.
 
 A ``Work`` is one op of the program with the quantize/dequantize pairs round it taken off: they turn into facts about
-values. A value then has a *native* form (what the IR says), and perhaps a quantized and a bfloat16 form; four- and
+values. A value then has a *native* form (what the IR says), and perhaps a quantized form and forms in half precision; four- and
 five-dimensional values also come channels-last. Candidates say which forms they read and give; lowering pays for
 the conversions between them.
 """
@@ -22,6 +22,8 @@ from graphwright.kernels.gpu import interpreting
 from graphwright.ops.axes import same
 
 HALVES = (torch.float16, torch.bfloat16)
+#: half precisions in which a float32 value may be held: kind of format and name of the precision, and the dtype
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True, order=True)
@@ -29,7 +31,7 @@ class Format:
     """The form in which a value is held.
 
     Attributes:
-        kind: ``"native"`` (the dtype that the IR says), ``"bf16"``, ``"q"`` (integers under the value's QParams), or ``"rows"``: a pair of
+        kind: ``"native"`` (the dtype that the IR says), ``"bf16"`` or ``"fp16"``, ``"q"`` (integers under the value's QParams), or ``"rows"``: a pair of
             int8 integers and their float32 scales ``[*, 1]``, one per row, as ``graphwright.quantize_rows`` gives them.
         layout: ``"plain"`` (any strides) or ``"last"`` (channels last; 4-D and 5-D values only).
     """
@@ -42,7 +44,6 @@ class Format:
 
 
 NATIVE, NATIVE_LAST = Format(), Format("native", "last")
-BF16, BF16_LAST = Format("bf16"), Format("bf16", "last")
 Q, Q_LAST = Format("q"), Format("q", "last")
 ROWS = Format("rows")
 
@@ -196,7 +197,7 @@ class Candidate:
         needs: the format of each read.
         gives: the formats of the result that one run produces; the implementation returns one tensor for one format,
             a tuple in this order for several.
-        precision: ``"f32"`` (exact up to rounding), ``"bf16"`` or ``"int8"``.
+        precision: ``"f32"`` (exact up to rounding), ``"bf16"``, ``"fp16"`` or ``"int8"``.
         build: makes the implementation: tensors of the reads, in order, to the result. May raise: the candidate is
             then dropped and the reason kept.
         clobbers: index of a read whose memory the implementation overwrites.
@@ -224,6 +225,11 @@ class Candidate:
     @property
     def backend(self) -> str:
         return self.name.partition(".")[0]
+
+    @property
+    def halves(self) -> frozenset[str]:
+        """The half precisions in which it reads, computes or gives values that are float32 otherwise."""
+        return frozenset(HALF.keys() & {self.precision, *(f.kind for f in (*self.needs, *self.gives))})
 
 
 class Refused(Exception):
@@ -311,8 +317,7 @@ def reads_of(node: fx.Node) -> Iterator[fx.Node]:
 
 
 __all__ = [
-    "BF16",
-    "BF16_LAST",
+    "HALF",
     "HALVES",
     "NATIVE",
     "NATIVE_LAST",

@@ -13,8 +13,7 @@ from torch import Tensor
 from graphwright import ops
 from graphwright.backends import llvm
 from graphwright.backends.base import (
-    BF16,
-    BF16_LAST,
+    HALF,
     NATIVE,
     NATIVE_LAST,
     Q_LAST,
@@ -47,6 +46,20 @@ DEVICES = ("cpu",)
 def reason() -> str | None:
     """None, or why oneDNN can't be used."""
     return None if torch.backends.mkldnn.is_available() else "this build of torch has no oneDNN"
+
+
+@functools.cache
+def no_float16() -> str | None:
+    """None, or why products of float16 are no match for float32's: ATen then has loops of scalars for them, oneDNN nothing."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
+    if reason() is None and supported is not None and supported():
+        return None
+    return "this processor multiplies no float16 (that takes AVX512-FP16 or AMX): products would be loops over scalars"
+
+
+def _halves(allowed: frozenset[str]) -> list[str]:
+    """The half precisions that are allowed, and that oneDNN multiplies here."""
+    return [k for k in HALF if k in allowed and (k != "fp16" or no_float16() is None)]
 
 
 @functools.cache
@@ -101,7 +114,7 @@ def matrix(work: Work) -> Matrix | None:
 
 
 def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
-    """Packed float32, bfloat16 and int8 forms of one linear or convolution."""
+    """Packed float32, half precision and int8 forms of one linear or convolution."""
     m = None if reason() else matrix(work)
     if m is None or not work.is_float or m.weight.numel() == 0 or not _float32(work, m):
         return
@@ -145,10 +158,10 @@ def _finish(m: Matrix, fused: bool) -> Callable[[Tensor], Tensor]:
 
 
 def _float_conv(work: Work, m: Matrix, allowed: frozenset[str]) -> Iterator[Candidate]:
-    for precision, plain, last in (("f32", NATIVE, NATIVE_LAST), ("bf16", BF16, BF16_LAST)):
-        if precision not in allowed:
-            continue
-        build = functools.partial(_build_float_conv, work, m, torch.float32 if precision == "f32" else torch.bfloat16)
+    for precision in ("f32", *_halves(allowed)):
+        kind = "native" if precision == "f32" else precision
+        plain, last = Format(kind), Format(kind, "last")
+        build = functools.partial(_build_float_conv, work, m, HALF.get(precision, torch.float32))
         if m.rank in (2, 3):
             sums = _last_reader(work, m)
             yield Candidate(f"onednn.{precision}-sum-last" if sums else f"onednn.{precision}-last", _needs(work, m, last, last), (last,),
@@ -205,9 +218,9 @@ def _float_linear(work: Work, m: Matrix, allowed: frozenset[str]) -> Iterator[Ca
         yield Candidate("mkl.f32", needs, (NATIVE,), "f32", functools.partial(_build_mkl_linear, work, m))
     elif not work.static:  # packed for one number of rows the weight serves no other: as it is it serves all alike
         yield Candidate("aten.linear", needs, (NATIVE,), "f32", functools.partial(_build_plain_linear, m))
-    if "bf16" in allowed:
-        yield Candidate("onednn.bf16", _needs(work, m, BF16, BF16), (BF16,), "bf16",
-                        functools.partial(_build_float_linear, work, m, torch.bfloat16))  # fmt: skip
+    for kind in _halves(allowed):
+        yield Candidate(f"onednn.{kind}", _needs(work, m, Format(kind), Format(kind)), (Format(kind),), kind,
+                        functools.partial(_build_float_linear, work, m, HALF[kind]))  # fmt: skip
 
 
 def _build_float_linear(work: Work, m: Matrix, dtype: torch.dtype) -> Callable[..., Tensor]:

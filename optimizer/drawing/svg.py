@@ -79,7 +79,7 @@ def css_class(decision: str) -> str:
     """The colour class of a decision."""
     if decision.startswith("simulated "):
         return "simulated"
-    return {"int8": "int8", "int4": "int8", "bf16": "bf16", "f32": "f32"}.get(decision, "asis")
+    return {"int8": "int8", "int4": "int8", "bf16": "bf16", "fp16": "bf16", "f32": "f32"}.get(decision, "asis")
 
 
 def of_program(program: Program, report: Any, detailed: bool | None, path: str | os.PathLike[str] | None) -> str:
@@ -337,7 +337,7 @@ def _legend(boxes: Sequence[Box], slowest: float, blocks: bool) -> str:
         key("none t0", "no times are known: they come with a result, fast.program.to_svg(path)", 0.0)
     x = 0.0
     seen = {part for b in boxes for part in b.parts}
-    for part, words in (("int8", "int8"), ("bf16", "bf16"), ("f32", "f32"), ("asis", "left as it was"), ("simulated", "simulated")):
+    for part, words in (("int8", "int8"), ("bf16", "bf16 or fp16"), ("f32", "f32"), ("asis", "left as it was"), ("simulated", "simulated")):
         if part in seen:
             key(part, words, 18.0)
     if any(b.kernel for b in boxes):

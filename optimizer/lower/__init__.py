@@ -19,6 +19,7 @@ from graphwright import accelerator, backends
 from graphwright.backends.base import Candidate, Work
 from graphwright.errors import InternalError
 from graphwright.ir import Program
+from graphwright.lower import halves
 from graphwright.lower.graph import Analysis, analyse
 from graphwright.lower.runner import Fused, Runner, emit
 from graphwright.lower.select import NoAssignment, Price, Problem, pose, solve
@@ -111,7 +112,7 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
     """Choose and put together the kernels of a program.
 
     Args:
-        allowed: precisions that may be chosen: ``"f32"``, ``"bf16"``, ``"int8"``.
+        allowed: precisions that may be chosen: ``"f32"``, ``"bf16"``, ``"fp16"``, ``"int8"``.
         plan: take these candidates and time nothing; what can't be built here runs natively, with a note.
         example: flat inputs on which whole assignments are timed; ``program.example`` by default.
         backend: take its kernels wherever they serve, even where others are faster.
@@ -120,8 +121,10 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
     analysis = analyse(program)
     release()
     device = accelerator.device_of(program)
-    offers = backends.candidates if plan is not None else backends.offered  # a plan has been chosen already
-    options = [list(offers(w, allowed)) for w in analysis.works]
+    every = [list(backends.candidates(w, allowed)) for w in analysis.works]
+    barred = [{c.name: why for c in several if (why := backends.withheld(w, c)) is not None} for w, several in zip(analysis.works, every, strict=True)]
+    # a plan has been chosen already
+    options = every if plan is not None else [[c for c in several if c.name not in out] for several, out in zip(every, barred, strict=True)]
     cuda = accelerator.of(device)
     notes = [f"{name}: {why}" for name, why in backends.reasons(device.type).items()]
     if plan is not None:
@@ -139,7 +142,8 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
         usable = usable or [(native, 0.0)]  # its own error will say more than ours when it runs
         kept.append([c for c, _ in usable])
         times.append([t for _, t in usable])
-        shown.append(tuple(_option(c, t, len(several)) for c, t in zip(several, found, strict=True)))
+        shown.append((*(_option(c, t, len(several)) for c, t in zip(several, found, strict=True)),
+                      *(Option(name, None, why) for name, why in barred[len(shown)].items())))  # fmt: skip
     price: Price = watch.convert
     if backend is not None:
         price = lambda *asked: watch.convert(*asked) * _TAKEN  # what its kernels read has to be made
@@ -172,6 +176,7 @@ def lower(program: Program, *, allowed: Collection[str] = ("f32",), plan: Mappin
     picks, chosen, runner = built[best]
     chosen = _settled(analysis, chosen)
     choices = [Choice(w, kept[k][c].name, kept[k][c].precision, shown[k]) for k, (w, c) in enumerate(zip(analysis.works, picks, strict=True))]
+    notes += halves.note(choices, runner, allowed)
     return Lowered(runner, {c.work.node.name: c.name for c in choices}, choices, analysis, chosen, variants, notes)
 
 

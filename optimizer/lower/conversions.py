@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from graphwright.backends import llvm, triton
-from graphwright.backends.base import Format, QParams
+from graphwright.backends.base import HALF, Format, QParams
 from graphwright.ops.row_scales import quantize_rows
 
 
 def possible(source: Format, target: Format) -> bool:
-    """Whether a value held as ``source`` can be brought into ``target``: never from one low precision into another, nor back from rows."""
-    return source != target and source.kind != "rows" and (source.kind == target.kind or "native" in (source.kind, target.kind))
+    """Whether a value held as ``source`` can be brought into ``target``: never from one kind of integers into another, nor back from rows."""
+    floats = {"native", *HALF}
+    return source != target and source.kind != "rows" and (source.kind == target.kind or bool({source.kind, target.kind} & floats))
 
 
 def conversion(source: Format, target: Format, params: QParams | None, like: Tensor) -> Callable[[Any], Any]:
@@ -39,15 +40,16 @@ def conversion(source: Format, target: Format, params: QParams | None, like: Ten
 
 
 def _kind(source: str, target: str, params: QParams | None, like: Tensor) -> Callable[[Any], Any]:
-    dtype = like.dtype
-    if target == "bf16":
-        return lambda x: x.to(torch.bfloat16)
+    dtype = HALF.get(target, like.dtype)
+    if target in HALF and source != "q" or source in HALF and target == "native":
+        return lambda x: x.to(dtype)
+    if source in HALF and like.device.type == "cpu":  # what makes integers there reads float32
+        widen, narrow = _kind(source, "native", params, like), _kind("native", target, params, like)
+        return lambda x: narrow(widen(x))
     if target == "rows":
         return row_integers
     if source == "rows":  # for whoever wants to look at it
         return lambda pair: (pair[0].float() * pair[1]).to(dtype)
-    if source == "bf16":
-        return lambda x: x.to(dtype)
     assert params is not None
     p = params
     on_cpu = like.device.type == "cpu" and dtype == torch.float32

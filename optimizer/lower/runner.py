@@ -311,7 +311,7 @@ class _Emitter:
                 self.steps.append(Step(lambda: constant, (), (slot,), (), value.name, "constant", resident=True))
                 return slot
             raise InternalError(f"no form of {value.name} gives {form}", program=self.analysis.program.text())
-        source = min(sources, key=lambda f: (f.kind != form.kind, f.layout != form.layout))
+        source = min(sources, key=lambda f: (f.kind != form.kind, f.kind != "native", f.layout != form.layout))
         call = conversion(source, form, self.analysis.qparams.get(value), value.meta["val"])
         read = self.slots[value, source]
         slot = self._new(value, form)

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from graphwright.accelerator import Clock, Cuda
 from graphwright.backends.base import (
+    HALF,
     NATIVE,
     Candidate,
     Format,
@@ -28,7 +29,7 @@ from graphwright.measure import CacheFlusher, last_level_cache_bytes, machine
 from graphwright.numerics import rms, sqnr_db
 
 #: what a candidate's result must reach against the op's own reference, in dB, before it is timed
-FLOORS_DB = {"f32": 90.0, "bf16": 25.0}
+FLOORS_DB = {"f32": 90.0, "bf16": 25.0, "fp16": 40.0}
 #: the same for results that are rounded to a shorter float
 _SHORT_DB = {torch.float16: 50.0, torch.bfloat16: 33.0}
 #: rounds at the most, seconds per candidate at the most, and how far behind the best a candidate stays in the race
@@ -153,7 +154,7 @@ def sample(val: Any, form: Format, params: QParams | None) -> Any:
         assert params is not None
         made = torch.randint(params.low, params.high + 1, shape, generator=seeded(), dtype=torch.int32, device=device).to(params.dtype)
     elif val.dtype.is_floating_point:
-        made = torch.randn(shape, generator=seeded(), device=device).to(torch.bfloat16 if form.kind == "bf16" else val.dtype)
+        made = torch.randn(shape, generator=seeded(), device=device).to(HALF.get(form.kind, val.dtype))
         if form.kind == "rows":
             return row_integers(made)
     elif val.dtype == torch.bool:
@@ -202,15 +203,18 @@ def check(work: Work, candidate: Candidate, call: Callable[..., Any], inputs: Se
             got = conversion(form, NATIVE, None, wanted)(got)
         if tuple(got.shape) != tuple(wanted.shape):
             return f"shape {tuple(got.shape)} instead of {tuple(wanted.shape)}"
+        if form.kind in HALF and got.dtype != HALF[form.kind]:
+            return f"{got.dtype} instead of {HALF[form.kind]}"
         if form.kind == "q":
             # bfloat16 holds no 8-bit integers times a scale exactly: no step can be told from the next in its results
-            floor = candidate.floor_db or (30.0 if wanted.dtype == torch.bfloat16 else None)
+            short = wanted.dtype == torch.bfloat16 or "bf16" in candidate.halves
+            floor = candidate.floor_db or (30.0 if short else None)
             problem = _check_integers(got, wanted, work.qparams, floor)
         elif not wanted.is_floating_point():
             problem = None if torch.equal(got, wanted) else "values differ"
         else:
             floor = candidate.floor_db or FLOORS_DB.get(candidate.precision, 60.0)
-            floor = min(floor, _rounding_db(wanted))
+            floor = min(floor, _rounding_db(wanted), *(FLOORS_DB[k] for k in candidate.halves))
             reached = sqnr_db(wanted.nan_to_num(), got.float().nan_to_num())
             problem = None if reached >= floor else f"{reached:.0f} dB against the reference, {floor:.0f} are asked"
         if problem:

@@ -55,7 +55,7 @@ def _cells(d: Deviation, worst: float) -> tuple[str, ...]:
 
 
 def _kind(d: Deviation) -> str:
-    return d.precision if d.precision in ("int8", "bf16") else "f32"
+    return d.precision if d.precision in ("int8", "bf16", "fp16") else "f32"
 
 
 def drawing(sites: Sequence[Deviation]) -> str:
@@ -73,7 +73,7 @@ def drawing(sites: Sequence[Deviation]) -> str:
     line = " ".join(f"{x(k):.1f},{y(d.as_it_runs.sqnr_db):.1f}" for k, d in enumerate(rows))
     out.append(f'<polyline points="{line}" fill="none" stroke="var(--f32)" stroke-width="1.6"/>')
     for k, d in enumerate(rows):
-        colour = {"int8": "var(--int8)", "bf16": "var(--bf16)"}.get(d.precision, "var(--f32)")
+        colour = {"int8": "var(--int8)", "bf16": "var(--bf16)", "fp16": "var(--bf16)"}.get(d.precision, "var(--f32)")
         hover = f"{d.site}: {show_db(d.as_it_runs.sqnr_db)} dB as it runs" + (f", {show_db(d.alone.sqnr_db)} dB alone" if d.alone else "") + f"; {d.kernel}"
         dot = f'<circle cx="{x(k):.1f}" cy="{y(d.as_it_runs.sqnr_db):.1f}" r="2.2" fill="var(--f32)"/>'
         if d.alone is not None:

@@ -37,11 +37,11 @@ td summary{margin:0}.scroll th{position:sticky;top:-10px;background:var(--panel)
 .scroll table{background:var(--panel)}.figures{width:auto;min-width:520px}.figures td{padding-right:28px}
 .figures td:last-child{text-align:left;white-space:normal}
 .tag{display:inline-block;padding:0 7px;border-radius:9px;font-size:12px;color:#fff;white-space:nowrap}
-.tag.int8{background:var(--int8)}.tag.bf16{background:var(--bf16)}.tag.f32{background:var(--f32)}
+.tag.int8{background:var(--int8)}.tag.bf16,.tag.fp16{background:var(--bf16)}.tag.f32{background:var(--f32)}
 .tag.asis{background:var(--asis)}.tag.simulated{background:var(--simulated)}
 .meter{display:inline-block;width:90px;height:8px;background:var(--line);border-radius:3px;overflow:hidden;
 margin-left:8px}.meter i{display:block;height:8px;background:var(--f32)}.meter i.int8{background:var(--int8)}
-.meter i.bf16{background:var(--bf16)}.meter i.asis{background:var(--asis)}
+.meter i.bf16,.meter i.fp16{background:var(--bf16)}.meter i.asis{background:var(--asis)}
 .meter i.simulated,.meter i.bad{background:var(--simulated)}
 .shares{display:flex;height:22px;border-radius:5px;overflow:hidden;margin:6px 0;max-width:700px;font-size:12px;
 color:#fff}.shares span{padding:2px 8px;overflow:hidden;white-space:nowrap;background:var(--f32)}

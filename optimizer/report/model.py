@@ -49,7 +49,7 @@ class SiteRow:
         sites: every site that it stands for, first the one it was born with.
         op: ``"aten.linear"``.
         shape: of its result: ``"f32[8, 128, 384]"``.
-        decision: ``"int8"``, ``"int4"`` (of the weight), ``"bf16"``, ``"f32"``, ``"left as it was"``, or ``"simulated int8"``, … where quantization
+        decision: ``"int8"``, ``"int4"`` (of the weight), ``"bf16"``, ``"fp16"``, ``"f32"``, ``"left as it was"``, or ``"simulated int8"``, … where quantization
             is computed in float.
         kernel: the candidate that runs: ``"onednn.int8-linear"``.
         backend: whose it is: ``"onednn"``, ``"llvm"``, ``"aten"``.

@@ -25,7 +25,7 @@ from graphwright.report.words import (
 )
 
 _TOP_SITES, _TOP_REFUSALS = 12, 8
-_COLOURS = {"int8": "green", "int4": "green", "bf16": "cyan", "f32": "default", "left as it was": "yellow"}
+_COLOURS = {"int8": "green", "int4": "green", "bf16": "cyan", "fp16": "cyan", "f32": "default", "left as it was": "yellow"}
 
 
 def as_text(report: Report, *, full: bool, width: int | None) -> str:

@@ -15,7 +15,7 @@ from graphwright.errors import InputError, RecipeError
 from graphwright.ir import Program, site_of
 from graphwright.manager import Pass, PassResult, Pipeline
 from graphwright.passes import pipeline
-from graphwright.passes.allow_bf16 import AllowBf16
+from graphwright.passes.allow_half import AllowHalf
 from graphwright.passes.canonicalize import Canonicalize
 from graphwright.passes.dead_code import DeadCode
 from graphwright.passes.pipeline import (
@@ -70,10 +70,10 @@ def test_every_pass_has_a_name_of_its_own_a_summary_and_documented_options():
 
 
 def test_recipes():
-    assert set(recipes()) == {"default", "bf16", "int8", "int8-dynamic", "w8", "w4"}
+    assert set(recipes()) == {"default", "bf16", "half", "int8", "int8-dynamic", "w8", "w4"}
     assert recipes()["default"] == DEFAULT == default_recipe()
     assert resolve("int8") == (*DEFAULT, Quantize())
-    assert resolve("bf16")[-1] == AllowBf16()
+    assert resolve("bf16")[-1] == AllowHalf(dtypes=("bf16",)) and resolve("half")[-1] == AllowHalf()
     assert [p.numerics for p in DEFAULT] == [Canonicalize.numerics] * len(DEFAULT)
 
 
@@ -96,7 +96,7 @@ def test_a_recipe_may_be_a_name_a_pass_or_a_sequence():
     [
         ("int9", "did you mean 'int8'"),
         ("fold-batchnorm", "'fold-batch-norm'"),
-        ("xyzzy", "Recipes: default, bf16, int8"),
+        ("xyzzy", "Recipes: default, bf16, half, int8"),
         (Mine, "Write Mine()"),
         (42, "int is no recipe"),
         (["default", None], "NoneType is no recipe"),

@@ -93,3 +93,29 @@ def test_new_shapes_have_recordings_of_their_own(cuda):
     with torch.no_grad():
         assert torch.allclose(fast(y), model(y), atol=1e-5) and torch.allclose(fast(x), model(x), atol=1e-5)
     assert len(fast._variants) == 2 and all(v.built.lowered.runner.replay.reason is None for v in fast._variants)
+
+
+@pytest.mark.parametrize("dtypes", [("fp16",), ("bf16", "fp16")])
+def test_half_precision_is_recorded_with_its_conversions(cuda, dtypes, monkeypatch):
+    """float16's products run on a GPU; inputs are narrowed and results widened within the recorded launches."""
+    from graphwright import reporting
+    from graphwright.backends import aten
+    from graphwright.lower import halves
+    from graphwright.lower.stopwatch import Stopwatch
+
+    monkeypatch.setattr(aten, "no_float16", lambda: None)
+    monkeypatch.setattr(Stopwatch, "work", lambda self, work, options: [0.1 if c.precision == dtypes[0] else 0.2 if c.halves else 1.0 for c in options])
+    monkeypatch.setattr(Stopwatch, "convert", lambda self, *a: 0.01)
+    monkeypatch.setattr(reporting, "_declined", lambda job, variant, report: False)
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(8, 32)
+    fast = gw.optimize(model, x, gw.AllowHalf(dtypes))
+    runner = fast._variants[-1].built.lowered.runner
+    assert [halves.conversion(s.name) for s in runner.steps if halves.conversion(s.name)] == [f"native→{dtypes[0]}", f"{dtypes[0]}→native"]
+    assert {s.work.node.meta["val"].dtype for s in runner.steps if s.work} == {torch.float32} and replay(fast).reason is None
+    with torch.no_grad():
+        for batch in (x, torch.randn(8, 32)):
+            assert fast(batch).dtype == torch.float32 and sqnr_db(model(batch), fast(batch)) > (60 if dtypes == ("fp16",) else 40)
+        wanted = fast(x)
+        assert torch.equal(copy.deepcopy(fast)(x), wanted)
+    assert {r.decision for r in fast.report.sites if r.op != "convert"} <= {*dtypes, "left as it was"}

@@ -184,3 +184,46 @@ def test_regions_of_halves_become_triton_kernels():
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["names"] == found["again"] == ["triton.region1"], found
     assert found["same"] and found["db"] > 60 and found["dtype"] == "torch.float16", found
+
+
+_HALVES = _RUN.split("recipe, dtype, kind = sys.argv")[0] + '''
+from graphwright import backends
+from graphwright.lower.graph import analyse
+from graphwright.lower.stopwatch import Stopwatch
+from graphwright.manager import Pipeline
+from graphwright.passes.pipeline import precisions, resolve
+from graphwright.testing.models import program_of
+
+kind, recipes = sys.argv[1], sys.argv[2:]
+torch.manual_seed(0)
+model, shape = {"block": (Block(), (5, 32)), "images": (Images(), (1, 3, 6, 6)), "attention": (Attending(), (1, 8, 32))}[kind]
+found = {}
+for recipe in recipes:
+    program = program_of(model.eval(), (torch.randn(*shape),))
+    program.calibration = ((torch.randn(*shape),),)
+    passes = (*resolve(recipe), gw.AllowHalf(("fp16",)))
+    after, _ = Pipeline(passes, strict=True).run(program)
+    watch = Stopwatch(0, fresh=True)
+    for work in analyse(after).works:
+        options = [c for c in backends.candidates(work, precisions(passes)) if c.name == "aten.native" or c.halves and c.backend == "triton"]
+        found |= {f"{recipe} {c.name}": t for c, t in zip(options, watch.work(work, options))}
+print(json.dumps(found))
+'''
+
+
+@pytest.mark.parametrize(("kind", "recipes", "wanted"), [
+    ("block", ["w8"], ["w8 triton.linear-w8-groups-fp16", "w8 triton.norm-quantize-f-fp16"]),
+    pytest.param("block", ["w4", "int8-dynamic", "int8"], ["w4 triton.linear-w4-fp16", "int8-dynamic triton.norm-quantize-rows-both-fp16",
+        "int8-dynamic triton.linear-int8-rows-f-fp16", "int8 triton.linear-int8-static-f-fp16", "int8 triton.norm-quantize-q-fp16"], marks=pytest.mark.slow),
+    pytest.param("images", ["int8"], ["int8 triton.conv2d-int8-f-fp16"], marks=pytest.mark.slow),
+    pytest.param("attention", ["int8-dynamic"], ["int8-dynamic triton.attention-int8-qk-f-fp16"], marks=pytest.mark.slow),
+])  # fmt: skip
+@needs("linear_w8_groups", "linear_int8", "norm_quantize")
+def test_kernels_read_and_write_half_precision_where_it_is_allowed(kind, recipes, wanted):
+    """A float32 program: each candidate that holds values in float16 passes the check that timing demands."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", _HALVES, kind, *recipes], capture_output=True, text=True,
+                          env={**os.environ, "TRITON_INTERPRET": "1"}, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert not [f"{k}: {v}" for k, v in found.items() if isinstance(v, str) and not v.startswith("refused: ")]
+    assert all(isinstance(found.get(name), float) for name in wanted), found
