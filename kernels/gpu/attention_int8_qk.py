@@ -25,6 +25,7 @@ from torch import Tensor
 
 from graphwright.kernel import Cost, Sample
 from graphwright.kernels.common import pieces
+from graphwright.kernels.gpu.attention_samples import make
 from graphwright.kernels.gpu.language import to_int8, to_levels
 from graphwright.kernels.gpu.launch import Config, Estimate, Family, Launch, Plan, bucket, cdiv, power_of_two
 from graphwright.ops.smooth_attention import KEYS, LEAST
@@ -72,14 +73,14 @@ def sum_keys_kernel(key, sums, groups, t, kb, kg, kt, kd, D: tl.constexpr, DP: t
 
 
 @triton.jit
-def _inverse(most):
+def inverse_of(most):
     """127 / most; 0 for what counts as zeros, NaN for what is not finite."""
     inverse = tl.where(most < _LEAST, 0.0, 127.0 / most)
     return tl.where(most < float("inf"), inverse, float("nan"))
 
 
 @triton.jit
-def _largest(x, axis: tl.constexpr):
+def largest_of(x, axis: tl.constexpr):
     """The largest magnitude; NaN where there is one."""
     return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis).to(tl.float32, bitcast=True)
 
@@ -101,8 +102,8 @@ def quantize_kernel(query, key, sums, q8, qs, k8, ks, heads, groups, s, t, padde
         inside = (n < t)[:, None] & (d < D)[None, :]
         x = tl.load(base + n.to(tl.int64)[:, None] * kt + d[None, :] * kd, inside, other=0.0).to(tl.float32)
         x = tl.where(inside, x - mean[None, :], 0.0)
-        most = _largest(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True), 0)
-        inverse = _inverse(most)
+        most = largest_of(tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1).to(tl.float32, bitcast=True), 0)
+        inverse = inverse_of(most)
         tl.store(k8 + (head.to(tl.int64) * padded + n)[:, None] * DP + d[None, :], to_int8(x * inverse, PTX))
         tl.store(ks + tl.program_id(0), tl.where(inverse > 0, most / 127, inverse))
     else:
@@ -112,8 +113,8 @@ def quantize_kernel(query, key, sums, q8, qs, k8, ks, heads, groups, s, t, padde
         base = query + (head // heads).to(tl.int64) * qb + (head % heads).to(tl.int64) * qh
         inside = (n < s)[:, None] & (d < D)[None, :]
         x = tl.load(base + n.to(tl.int64)[:, None] * qt + d[None, :] * qd, inside, other=0.0).to(tl.float32)
-        tops = _largest(x, 1)
-        factors = _inverse(tops)
+        tops = largest_of(x, 1)
+        factors = inverse_of(tops)
         x = x * factors[:, None]
         at = head.to(tl.int64) * s + n
         tl.store(q8 + at[:, None] * DP + d[None, :], to_int8(tl.where(factor < 0, -x, x), PTX), (n < s)[:, None])
@@ -218,15 +219,15 @@ def plan(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attenti
     (b, h, s, d), (g, t, e) = query.shape, value.shape[1:]
     out = query.new_empty((b, s, h * e) if merge else (b, h, s, e), dtype=dtype or torch.float32)
     steps = (s * h * e, e, h * e) if merge else (h * s * e, s * e, e)
-    wide, padded, chunks = _padded(d, 32), cdiv(t, KEYS) * KEYS, cdiv(t, CHUNK)
+    wide, padded, chunks = padded_to(d, 32), cdiv(t, KEYS) * KEYS, cdiv(t, CHUNK)
     sums = query.new_empty((b * g, chunks, wide), dtype=torch.float32)
     q8, k8 = query.new_empty((b * h, s, wide), dtype=torch.int8), query.new_empty((b * g, padded, wide), dtype=torch.int8)
     qs, ks = query.new_empty((b * h, s), dtype=torch.float32), query.new_empty((b * g, padded // KEYS), dtype=torch.float32)
     factor = (d**-0.5 if attention_scale is None else attention_scale) * 1.4426950408889634
     key_programs, whole = b * g * (padded // KEYS), {"D": d, "DP": wide}
-    kind, masks, lines, mask = _mask(mask, (b, h, s, t))
+    kind, masks, lines, mask = mask_of(mask, (b, h, s, t))
     points = (1.0, 0, 0, 0) if out.is_floating_point() else (1.0 / scale, zero_point, low, high)
-    constants = {"BN": KEYS, "DP": wide, "E": e, "EP": _padded(e, 16), "MASK": kind, "LINES": lines, "CAUSAL": bool(causal), "QUANTIZE": not out.is_floating_point()}
+    constants = {"BN": KEYS, "DP": wide, "E": e, "EP": padded_to(e, 16), "MASK": kind, "LINES": lines, "CAUSAL": bool(causal), "QUANTIZE": not out.is_floating_point()}
     launches = (
         Launch(sum_keys_kernel, (b * g * chunks,), (key, sums, g, t, *key.stride()), whole, BEFORE),
         Launch(quantize_kernel, (key_programs + b * h * cdiv(s, KEYS),),
@@ -237,11 +238,11 @@ def plan(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attenti
     return Plan(out, launches)
 
 
-def _padded(width: int, least: int) -> int:
+def padded_to(width: int, least: int) -> int:
     return max(power_of_two(width), least)
 
 
-def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...], bool, Tensor | None]:
+def mask_of(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[int, tuple[int, ...], bool, Tensor | None]:
     """Its kind, its strides, whether it differs from query to query, and the numbers themselves."""
     if mask is None:
         return 0, (0, 0, 0, 0), False, None
@@ -281,7 +282,7 @@ def fits(config: Config, query: Tensor, key: Tensor, value: Tensor, mask: Tensor
     wide = value.dtype == torch.float32
     if bm == 64 and (config.warps == 8) != wide or wide and bm == 128:
         return "float32 values take two groups of warps to 64 queries, others one"
-    if bm == 128 and config.warps == 4 and _padded(value.shape[3], 16) == 128:
+    if bm == 128 and config.warps == 4 and padded_to(value.shape[3], 16) == 128:
         return "the result takes too many registers"
     return None
 
@@ -293,7 +294,7 @@ def matrix(config: Config, *rest: Any) -> str:
     return "IGMMA" if target == "sm_90" and config["BM"] >= 64 else "IMMA"
 
 
-def _pairs(query: Tensor, value: Tensor, causal: bool) -> int:
+def pairs_of(query: Tensor, value: Tensor, causal: bool) -> int:
     """Pairs of a query and a key that it sees."""
     (b, h, s, _), t = query.shape, value.shape[2]
     seen = min(s, t)
@@ -303,15 +304,15 @@ def _pairs(query: Tensor, value: Tensor, causal: bool) -> int:
 def cost(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attention_scale: float | None, causal: bool, merge: bool,
          scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype | None) -> Cost:  # fmt: skip
     out = query.numel() // query.shape[3] * value.shape[3] * (dtype or torch.float32).itemsize
-    return Cost(pieces(query, key, value, mask) + out, _pairs(query, value, causal) * 2 * (query.shape[3] + value.shape[3]))
+    return Cost(pieces(query, key, value, mask) + out, pairs_of(query, value, causal) * 2 * (query.shape[3] + value.shape[3]))
 
 
 def estimate(config: Config, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, attention_scale: float | None, causal: bool, *rest: Any) -> Estimate:
     (b, h, s, d), (t, e) = query.shape, value.shape[2:]
-    wide, broad, bm = _padded(d, 32), _padded(e, 16), config["BM"]
+    wide, broad, bm = padded_to(d, 32), padded_to(e, 16), config["BM"]
     least = cost(query, key, value, mask, attention_scale, causal, *rest)
     programs = b * h * cdiv(s, bm)
-    pairs = _pairs(query, value, causal) * cdiv(s, bm) * bm // max(s, 1)
+    pairs = pairs_of(query, value, causal) * cdiv(s, bm) * bm // max(s, 1)
     keys = wide + broad * value.element_size()
     between = 2 * (b * h * s + key.numel() // d) * wide
     # The second product runs at half the rate of the first (at a quarter in tf32), exponentials and the like cost about as much as 128 columns.
@@ -327,34 +328,7 @@ def _bucket(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, atte
 
 
 def samples() -> Iterator[Sample]:
-    half, bf16, f32, u8 = torch.float16, torch.bfloat16, torch.float32, torch.uint8
-
-    def make(name: str, b: int, h: int, s: int, t: int, d: int, e: int | None = None, *, groups: int | None = None, kind: torch.dtype = half, mask: str = "",
-             factor: float | None = None, causal: bool = False, merge: bool = False, dtype: Any = half, laid: str = "", bench: bool = False) -> Sample:  # fmt: skip
-        def args(g: torch.Generator) -> tuple[Any, ...]:
-            def heads(count: int, rows: int, width: int, shift: float = 0.0) -> Tensor:
-                if laid == "merged":  # as three slices of one product leave them
-                    x = torch.randn(b, rows, count, 3 * width, generator=g)[..., width : 2 * width].transpose(1, 2)
-                elif laid == "odd":
-                    x = torch.randn(b, count, width, rows, generator=g).transpose(2, 3)
-                else:
-                    x = torch.randn(b, count, rows, width, generator=g)
-                return (x + shift).to(kind)
-
-            n = groups or h
-            made = {
-                "": lambda: None,
-                "keys": lambda: torch.rand(b, 1, 1, t, generator=g) < 0.7,
-                "bool": lambda: (torch.rand(b, h, s, t, generator=g) < 0.6) & (torch.arange(s)[:, None] > 2),  # the first queries see nothing
-                "float": lambda: torch.randn(s, t, generator=g).to(kind),
-                "least": lambda: torch.where(torch.rand(b, 1, s, t, generator=g) < 0.5, 0.0, torch.finfo(f32).min),
-                "infinite": lambda: torch.where(torch.rand(1, h, s, t, generator=g) < 0.5, 0.0, -torch.inf).to(kind),
-            }[mask]()
-            points = (0.01, 120, 0, 255) if dtype == u8 else (0.01, 0, -127, 127)
-            return heads(h, s, d), heads(n, t, d, 3.0), heads(n, t, e or d), made, factor, causal, merge, *points, dtype
-
-        return Sample(name, args, bench)
-
+    bf16, f32, u8 = torch.bfloat16, torch.float32, torch.uint8
     yield make("1x8x8192x128", 1, 8, 8192, 8192, 128, bench=True)
     yield make("1x32x4096x128 causal, 8 groups", 1, 32, 4096, 4096, 128, groups=8, causal=True, kind=bf16, dtype=bf16, merge=True, bench=True)
     yield make("16x12x512x64 key mask", 16, 12, 512, 512, 64, mask="keys", laid="merged", merge=True, bench=True)
