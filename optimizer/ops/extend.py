@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,6 +161,19 @@ def _shape(name: str, op: _Defined, args: tuple[Any, ...], kwargs: dict[str, Any
                            "where that can't be done, pass fake= to gw.register_op)") from error  # fmt: skip
 
 
+@contextmanager
+def _same_packet(namespace: str, short: str) -> Iterator[None]:
+    """Let ``torch.ops.namespace.short`` stay the object that it was while the op is defined anew: the one that callers hold would
+    point into memory that torch has freed."""
+    home = getattr(torch.ops, namespace)
+    known = vars(home).get(short)
+    yield
+    if known is not None:
+        vars(known).clear()
+        vars(known).update(vars(getattr(home, short)))
+        setattr(home, short, known)
+
+
 def _define(name: str, body: Callable[..., Any], fake: Callable[..., Any], where: str) -> OpOverload:
     """Define an op, or exchange what it computes where its schema stays."""
     try:
@@ -175,7 +189,8 @@ def _define(name: str, body: Callable[..., Any], fake: Callable[..., Any], where
         if known is not None and known.schema == made.schema:
             known.body, known.fake = body, fake
         else:
-            registry._define(name.replace(".", "::"), run, lambda *args, **kwargs: _shape(name, made, args, kwargs))
+            with _same_packet(*name.split(".")):
+                registry._define(name.replace(".", "::"), run, lambda *args, **kwargs: _shape(name, made, args, kwargs))
             _DEFINED[name] = made
     except (ValueError, TypeError, NameError, RuntimeError) as error:
         raise InputError(f"no op can be made of {getattr(body, '__name__', body)!r}: {str(error).strip().splitlines()[0]}", where=where,

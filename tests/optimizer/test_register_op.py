@@ -299,6 +299,7 @@ def test_again_by_the_same_package_replaces_and_by_another_clashes():
         return scale * x
 
     second = gw.register_op("gwtest.softsign")(again)
+    assert first is second is torch.ops.gwtest.softsign and first.default is torch.ops.gwtest.softsign.default
     assert float(second(torch.ones(()))) == 2.0 == float(first(torch.ones(()))) and len([r for r in ops.rows() if r.name == "gwtest.softsign"]) == 1
     def theirs(x: Tensor, scale: float = 2.0) -> Tensor:
         return x
