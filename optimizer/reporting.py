@@ -20,7 +20,7 @@ from graphwright.ir import describe
 from graphwright.lower import Choice, arena
 from graphwright.manager import PassRecord, PassResult
 from graphwright.measure import interleaved, machine
-from graphwright.memory import peak_on, process_peak_mb
+from graphwright.memory import fault_us, faults, peak_on, process_peak_mb
 from graphwright.numerics import sqnr_db
 from graphwright.ops import CAST, QUANT
 from graphwright.optimized import Optimized, Variant
@@ -88,9 +88,29 @@ def _peaks(report: Report, variant: Variant, leaves: Sequence[Tensor], original:
     if before is None or after is None:
         report.notes.append("peak memory was not measured: another profiler is running, or this torch has none that tells")
         return
+    if cuda is None:
+        with variant.preserved(leaves):
+            _mapping(report, result)
     graphs = sum(r.held for b in _builds(variant) if (r := b.lowered.runner.replay) is not None) / 2**20  # values live there, and stay
     report.memory_before_mb, report.memory_after_mb = before.mb, after.mb + graphs
     report.allocations_before, report.allocations_after = before.allocations, after.allocations
+
+
+#: What keeps glibc from handing blocks back; 32 MiB and more go back after each use otherwise, smaller ones too on threads of one's own.
+_KEEPING = "GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4294967296:glibc.malloc.arena_max=1"
+#: The share of a call that mapping memory may take before the report speaks of it.
+_MAPPING = 0.01
+
+
+def _mapping(report: Report, result: Callable[[], Any]) -> None:
+    """Memory that goes back to the system after each use, and has to be mapped anew in each call."""
+    assert report.optimized is not None
+    with torch.no_grad():
+        count = faults(result)
+    cost, call = count * fault_us() / 1e3, report.optimized.minimum
+    if cost > _MAPPING * call:
+        report.notes.append(f"{count} pages are mapped in each call, some {cost:.3g} of its {call:.3g} ms: large blocks go back to the system after each "
+                            f"use. Started with {_KEEPING} in the environment, a process keeps them")  # fmt: skip
 
 
 def _builds(variant: Variant) -> list[Built]:

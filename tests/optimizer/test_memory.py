@@ -14,7 +14,7 @@ from graphwright.capture import capture
 from graphwright.lower import lower
 from graphwright.lower.graph import Analysis
 from graphwright.manager import Pipeline
-from graphwright.memory import peak, process_peak_mb, release
+from graphwright.memory import fault_us, faults, peak, process_peak_mb, release
 from graphwright.passes.pipeline import resolve
 
 MIB = 2**18  # float32 elements
@@ -140,3 +140,28 @@ def test_the_report_tells_the_measured_peak_of_both_sides_and_whether_the_goal_i
     assert peak(lambda: fast(x)).mb == pytest.approx(report.memory_after_mb, rel=0.05)
     again = type(report).from_json(report.to_json())
     assert (again.memory_before_mb, again.process_peak_mb) == (report.memory_before_mb, report.process_peak_mb)
+
+
+def test_pages_that_a_call_maps_are_counted():
+    import mmap
+
+    pages = 600
+
+    def touch() -> None:
+        with mmap.mmap(-1, pages * mmap.PAGESIZE) as block:
+            for at in range(0, len(block), mmap.PAGESIZE):
+                block[at] = 1
+
+    assert pages <= faults(touch) < pages + 200
+    assert faults(lambda: None) < 50 and 0.0 <= fault_us() < 1000.0
+
+
+def test_mapping_is_told_where_it_costs(monkeypatch):
+    from graphwright import reporting
+
+    model, x = torch.nn.Sequential(torch.nn.Linear(8, 8)).eval(), torch.randn(4, 8)
+    monkeypatch.setattr(reporting, "fault_us", lambda: 1.0)
+    for count, said in ((0, False), (10**6, True)):
+        monkeypatch.setattr(reporting, "faults", lambda run, count=count: count)
+        notes = gw.optimize(model, x).report.notes
+        assert any(f"{count} pages are mapped in each call" in n and "glibc.malloc.mmap_max=0" in n for n in notes) is said
