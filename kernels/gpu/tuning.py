@@ -82,6 +82,14 @@ def choose(family: Family, args: Sequence[Any]) -> Config:
     return best
 
 
+def remembered(family: Family, args: Sequence[Any]) -> tuple[str, str]:
+    """The choice for a call with these arguments, and under which key the files in ``tuned/`` hold it. Where there is a GPU."""
+    found = machine.here()
+    if found is None:
+        raise InternalError("there is no GPU to choose for")
+    return _key(family, found.name, family.bucket(*args)), str(choose(family, args))
+
+
 def _for_interpreter(family: Family, args: Sequence[Any]) -> Config:
     """The config with the fewest turns of the interpreter."""
     fitting = _fitting(family, args)
@@ -111,15 +119,16 @@ def predict(config: Config, work: Estimate, found: Gpu) -> float:
     Programs come in waves of as many as the processors hold; the last wave is as long as any other. A program's loop waits for
     memory once per turn, less what the pipeline's stages hide.
     """
+    programs = max(work.programs, 1)  # of an empty batch there are none
     together = max(1, min(found.threads // (32 * config.warps), found.shared // max(work.shared, 1), 16))
-    waves = cdiv(work.programs, found.processors * together)
+    waves = cdiv(programs, found.processors * together)
     # The last wave: as many programs at a time as are left, each processor working on its own.
-    last = work.programs - (waves - 1) * found.processors * together
+    last = programs - (waves - 1) * found.processors * together
     busy = (waves - 1) + cdiv(last, found.processors) / together
-    used = work.programs / max(busy * found.processors * together, 1e-9)
+    used = programs / max(busy * found.processors * together, 1e-9)
     compute = work.ops / found.rate(work.unit) / max(min(used, 1.0), 1e-6)
     # Memory keeps up only where enough of it is asked for at a time: half of the processors saturate it.
-    asking = min(1.0, 2 * work.programs / found.processors)
+    asking = min(1.0, 2 * programs / found.processors)
     dram, l2 = work.dram / found.dram / asking, work.l2 / found.l2 / asking
     waiting = waves * work.steps * max(_LATENCY / max(config.stages, 1), _TURN)
     return max(compute, dram, l2, waiting) + _LAUNCH + 0.1 * (compute + dram + l2 + waiting)

@@ -45,9 +45,17 @@ def _reference(op: str) -> Callable[..., Any]:
 # -- linear ----------------------------------------------------------------------------------------------------------
 
 
-def _float_weight(a: Args) -> Tensor:
-    """The weight in the dtype of x (float32 for integers), made ahead."""
-    weight, dtype = _dense_weight(a), a["x"].dtype if a["x"].is_floating_point() else torch.float32
+def _float_of(a: Args, device: str) -> torch.dtype:
+    """What a layer would be computed in that is not quantized: the dtype of x; for integers float32, on a GPU the result's half or bfloat16."""
+    if a["x"].is_floating_point():
+        return a["x"].dtype
+    halves = (torch.float16, torch.bfloat16)
+    return torch.float32 if device == "cpu" else a["dtype"] if a.get("dtype") in halves else torch.bfloat16
+
+
+def _float_weight(a: Args, dtype: torch.dtype) -> Tensor:
+    """The weight as floats, made ahead."""
+    weight = _dense_weight(a)
     if weight.is_floating_point():
         return weight.to(dtype)
     if a.get("weight_scales") is not None:
@@ -98,14 +106,20 @@ def _real_input(a: Args) -> Tensor:
 
 
 def _ending(a: Args) -> Callable[[Tensor], Tensor]:
-    name, scalars = a["activation"], a["scalars"]
-    return lambda y: activate(y, name, scalars)
+    """Residual and activation behind a product."""
+    name, scalars, other = a["activation"], a["scalars"], a.get("other")
+    if other is None:
+        return lambda y: activate(y, name, scalars)
+    if not other.is_floating_point():
+        other = (other.float() - a["other_zero_point"]) * a["other_scale"]
+    return lambda y: activate(y + other.to(y.dtype), name, scalars)
 
 
 def linear_float(a: Args, device: str) -> Callable[[], Any]:
     """The layer in floating point, nothing quantized: what the model did before."""
-    x, weight, end = _real_input(a), _float_weight(a), _ending(a)
-    bias = None if a["bias"] is None else a["bias"].to(weight.dtype)
+    dtype, end = _float_of(a, device), _ending(a)
+    x, weight = _real_input(a).to(dtype), _float_weight(a, dtype)
+    bias = None if a["bias"] is None else a["bias"].to(dtype)
     return lambda: end(F.linear(x, weight, bias))
 
 
@@ -172,7 +186,7 @@ def _ao(a: Args, config: str, **options: Any) -> Callable[[], Any]:
     _need(a["x"].is_floating_point(), "for float activations")
     from torchao import quantization
 
-    weight = _float_weight(a)
+    weight = _float_weight(a, a["x"].dtype)
     layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=a["bias"] is not None, dtype=weight.dtype, device=weight.device)
     with torch.no_grad():
         layer.weight.copy_(weight)
@@ -180,6 +194,19 @@ def _ao(a: Args, config: str, **options: Any) -> Callable[[], Any]:
             layer.bias.copy_(a["bias"])
     quantization.quantize_(layer, getattr(quantization, config)(**options))
     return _compiled(torch.nn.Sequential(layer), a["x"])
+
+
+def scaled_mm(a: Args, device: str) -> Callable[[], Any]:
+    """``torch._scaled_mm`` with a scale for each row, and what stands around it, op by op."""
+    _need(device == "cuda" and a["by_row"], "for the GPU, a scale for each row")
+    x, weight, scales, end, most = a["x"], a["weight"].t(), a["weight_scales"].float().reshape(1, -1), _ending(a), torch.finfo(a["kind"]).max
+
+    def call() -> Tensor:
+        step = x.abs().amax(-1, keepdim=True).float() / most
+        y = torch._scaled_mm((x / step).to(a["kind"]), weight, step, scales, out_dtype=torch.bfloat16)
+        return end(y if a["bias"] is None else y + a["bias"])
+
+    return call
 
 
 def torchao_dynamic(a: Args, device: str) -> Callable[[], Any]:
@@ -211,16 +238,22 @@ def aten_w4(a: Args, device: str) -> Callable[[], Any]:
     group, x, bias, end = a["group"], a["x"].to(torch.bfloat16), a["bias"], _ending(a)
     q = weight_only.unpack(a["weight"])
     n, k = q.shape
-    _need(device == "cpu" and group in (32, 64, 128, 256) and k % group == 0 and n % 16 == 0, "groups of 32 to 256, multiples of 16")
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
+    _need(group in (32, 64, 128, 256) and k % group == 0 and n % 16 == 0, "groups of 32 to 256, multiples of 16")
     scales, points = a["scales"].float(), a.get("zero_points")
     # its numbers are (q - 8) * scale + zero
     zeros = torch.zeros_like(scales) if points is None else (8 - points.float()) * scales
     both = torch.stack([scales.t(), zeros.t()], 2).to(torch.bfloat16).contiguous()
     offset = None if bias is None else bias.to(torch.bfloat16)
+    if device == "cpu":
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu
+    else:
+        _need(k % 128 == 0, "multiples of 128")
+        packed = torch.ops.aten._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).to(torch.uint8), 8)
+        product = torch.ops.aten._weight_int4pack_mm
 
     def call() -> Tensor:
-        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, both)
+        y = product(x, packed, group, both)
         return end(y if offset is None else y + offset)
 
     return call
@@ -231,10 +264,12 @@ def aten_w4(a: Args, device: str) -> Callable[[], Any]:
 
 def conv_float(a: Args, device: str) -> Callable[[], Any]:
     """The convolution in floating point, channels last."""
-    x = _real_input(a).contiguous(memory_format=torch.channels_last)
-    weight, end = _float_weight(a).contiguous(memory_format=torch.channels_last) if a.get("weight_scales") is not None else a["weight"], _ending(a)
+    dtype, end = _float_of(a, device), _ending(a)
+    x = _real_input(a).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight = (_float_weight(a, dtype) if a.get("weight_scales") is not None else a["weight"]).contiguous(memory_format=torch.channels_last)
+    bias = None if a["bias"] is None else a["bias"].to(dtype)
     rest = a.get("stride") or 1, a["padding"], a.get("dilation") or 1, a.get("groups") or 1
-    return lambda: end(F.conv2d(x, weight, a["bias"], *rest))
+    return lambda: end(F.conv2d(x, weight, bias, *rest))
 
 
 def onednn_conv(a: Args, device: str) -> Callable[[], Any]:
@@ -285,7 +320,7 @@ _CONV = {"float": conv_float}
 PEERS: dict[str, dict[str, Maker]] = {
     "graphwright.linear_int8": {**_PRODUCT, "int_mm": int_mm, "onednn": onednn_linear, "inductor": int_mm_inductor, "autotuned": int_mm_autotuned,
                                 "torchao": torchao_dynamic},
-    "graphwright.linear_fp8": _PRODUCT,
+    "graphwright.linear_fp8": {**_PRODUCT, "scaled_mm": scaled_mm},
     "graphwright.linear_w8": {**_PRODUCT, "aten": aten_w8, "torchao": torchao_w8},
     "graphwright.linear_w8_groups": _PRODUCT,
     "graphwright.linear_w4": {**_PRODUCT, "aten": aten_w4},

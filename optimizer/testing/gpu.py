@@ -23,13 +23,13 @@ from graphwright.kernels.gpu.launch import Config, Family
 from graphwright.testing.kernels import arguments, check_kernel
 
 
-def trials(family: Family, every: bool = False) -> Iterator[tuple[Sample, Config]]:
-    """Which samples to run under which configs; large samples only where there is a GPU. Nothing is timed
+def trials(family: Family, every: bool = False, large: bool = True) -> Iterator[tuple[Sample, Config]]:
+    """Which samples to run under which configs; large ones only where there is a GPU, and where they are wanted. Nothing is timed
     to find out; none for a kernel that is for other GPUs than this."""
     kernel, found = family.kernel(), machine.here()
     if found is not None and found.target and found.target not in family.targets:
         return
-    for k, sample in enumerate(s for s in family.samples() if not (s.bench and gpu.interpreting())):
+    for k, sample in enumerate(s for s in family.samples() if not s.bench or large and not gpu.interpreting()):
         args = arguments(kernel, sample)
         fitting = [c for c in family.configs if family.fits(c, *args) is None]
         with tuning.frozen():

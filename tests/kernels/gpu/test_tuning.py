@@ -43,6 +43,10 @@ def test_no_prediction_beats_the_hardware() -> None:
             assert tuning.predict(config, work, H200) >= max(work.ops / H200.rate("int8"), work.dram / H200.dram)
 
 
+def test_an_empty_batch_is_predicted_too() -> None:
+    assert 0 < tuning.predict(LARGE, product(0, 4096, 4096, LARGE), H200) < 1e-3
+
+
 def make(fits=lambda config, *args: None) -> Family:  # type: ignore[no-untyped-def]
     def plan(x, *, config):  # type: ignore[no-untyped-def]
         return Plan((config, x), ())
