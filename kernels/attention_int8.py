@@ -289,7 +289,7 @@ def _attention_int8(params):  # device code
             wide = (seen + 15) // 16 * 16  # whole vectors; what lies beyond a row's keys is -inf
             for i in range(n):
                 f32(factors)[i] = round_query(query + i * p[14] * 4, width, queries + i * width) * real(d[30])
-            products(queries, width, n, _ONE, _ZERO, keys, width * 16, wide // 16, width // 4, scores, keys_at * 4)
+            products(queries, width, n, _ONE, _ZERO, keys, width * 16, wide // 16, width // 4, scores, keys_at * 4, keys, _ZERO, _ZERO)
             for i in range(n):  # apart from the next loop, whose first step would wait for this one's last at every row
                 row, x = scores + i * keys_at * 4, f32(scores + i * keys_at * 4)
                 m = min(seen, start + i + 1) if p[35] != 0 else seen
@@ -314,7 +314,7 @@ def _attention_int8(params):  # device code
                     total = probabilities(scores + i * keys_at * 4, wide, top, to)
                     # NaN or infinity among queries, scores: NaN comes out of 0 times that
                     f32(factors)[i] = (real(1) + real(0) * top + real(0) * f32(factors)[i]) / real(total)
-            products(probs, keys_at, n, _ONE, _ZERO, values, groups * 64, e // 16, (seen + 3) // 4, outs, e * 4)
+            products(probs, keys_at, n, _ONE, _ZERO, values, groups * 64, e // 16, (seen + 3) // 4, outs, e * 4, values, _ZERO, _ZERO)
             for i in range(n):
                 store_values(outs + i * e * 4, p[42], value_scales, f32(factors)[i], kind, inverse, p[32], low, high, out + i * p[27] * size)
 

@@ -25,7 +25,7 @@ from graphwright.kernel import Kernel, Sample
 from graphwright.kernels.activations import CODE, SMOOTH, scalars_of, simple, smooth, unfit_epilogue
 from graphwright.kernels.common import GRID, grid, not_cpu, per_channel
 from graphwright.kernels.conv2d_samples import cost, sample
-from graphwright.kernels.linear_int8 import real_row, store_row
+from graphwright.kernels.linear_int8 import real_rows, store_row
 from graphwright.kernels.native import Native, specialized, threads_for
 from graphwright.kernels.tile import F32, KIND, SHIFT, U8, device, f32, f64, i32, i64, real, scratch_of, share, u8
 from graphwright.kernels.vector import (
@@ -50,7 +50,7 @@ from graphwright.kernels.vnni import pack as pack_columns
 
 #: Pixels of one task at most, and blocks of 16 output channels.
 PIXELS, BLOCKS = 64, 4
-_BLOCKS, _ONE, _F32, _U8 = np.int64(BLOCKS), np.int64(1), np.int64(F32), np.int64(U8)
+_BLOCKS, _ZERO, _ONE, _F32, _U8 = (np.int64(n) for n in (BLOCKS, 0, 1, F32, U8))
 _sums, _more = (scratch_of(PIXELS * BLOCKS * LANES) for _ in range(2))
 
 
@@ -199,7 +199,7 @@ def _conv(params):  # device code, with ``activate`` put in by ``specialized``
         for y in range(lines):
             source = p[2] + picture * p[5] + (y0 + y) * p[13] * p[4] + x0 * p[14] * p[3]
             products(source, p[14] * p[3], n, taps, p[34], p[10] + block * taps * steps * 64, taps * steps * 64, count, steps,
-                     sums + y * n * width * 4, width * 4)  # fmt: skip
+                     sums + y * n * width * 4, width * 4, p[10], _ZERO, _ZERO)  # fmt: skip
         for y in range(lines):
             line, pixel = sums + y * n * width * 4, (picture * high + y0 + y) * wide + x0
             out = p[22] + (pixel * pitch + at) * size
@@ -211,9 +211,9 @@ def _conv(params):  # device code, with ``activate`` put in by ``specialized``
                                   other_scale * inverse, low, top, p[28], out + c, pitch)  # fmt: skip
                 continue
             # in steps of the result, the bias has the residual's zero point in it already
+            real_rows(line, n, width * 4, width, p[15] + at * 4, np.int32(1), real(1), p[16] + at * 4, p[17] + at * 4, _ZERO, _ZERO, line, width * 4)
             for r in range(n):
                 row = line + r * width * 4
-                real_row(row, width, p[15] + at * 4, np.int32(1), real(1), p[16] + at * 4, p[17] + at * 4, row)
                 if other != 0:
                     if p[33] != 0:
                         add_other(row, real_columns, other + r * pitch * other_size, p[19], other_scale * inverse, real(0))
@@ -312,6 +312,8 @@ class Convolution:
         if above or left or packed.channels != c:
             h, w, c = h + 2 * above, w + 2 * left, packed.channels
             framed = h, w
+        if kh == kw == down == right == 1:  # every pixel by itself: one long line of them
+            n, high, wide = 1, 1, n * high * wide
         pixels = -(-wide // -(-wide // PIXELS))
         before = (c, w * c, h * w * c, n, high, wide, columns, packed.weight.data_ptr(), kh, kw * c // DEPTH, down, right,
                   self.shift.data_ptr(), self.scales.data_ptr(), self.offset.data_ptr())  # fmt: skip

@@ -113,6 +113,24 @@ def loop(at: Any, times: Any, first: list[Any], turn: Callable[[Any, list[Any]],
     return after
 
 
+def maybe(at: Any, times: Any, first: list[Any], write: Callable[[list[Any]], list[Any]]) -> list[Any]:
+    """What ``write`` makes of the values where ``times`` is above 0, else those as they are."""
+    start, some, done = at.block, at.append_basic_block("some"), at.append_basic_block("either")
+    at.cbranch(at.icmp_signed(">", times, times.type(0)), some, done)
+    at.position_at_end(some)
+    after = write(first)
+    end = at.block
+    at.branch(done)
+    at.position_at_end(done)
+    values = []
+    for before, behind in zip(first, after, strict=True):
+        phi = at.phi(before.type)
+        phi.add_incoming(before, start)
+        phi.add_incoming(behind, end)
+        values.append(phi)
+    return values
+
+
 #: Says that a device function becomes a function of its own; see the head of this file.
 apart = Intrinsic(VOID, (), lambda at: None)
 

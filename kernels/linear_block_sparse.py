@@ -23,11 +23,11 @@ from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth, unfit_epilogue
 from graphwright.kernels.common import not_cpu, pieces, rows_of
 from graphwright.kernels.language import FLOAT32, INT32, INT64, VOID, intrinsic, ir, known, loop
-from graphwright.kernels.linear_int8 import real_row
+from graphwright.kernels.linear_int8 import real_rows
 from graphwright.kernels.linear_sparse24 import unfit_rows
 from graphwright.kernels.native import Native, specialized, threads_for
 from graphwright.kernels.tile import add as add_rows
-from graphwright.kernels.tile import f32, f64, i32, i64, real, scratch_of, share, store
+from graphwright.kernels.tile import f64, i32, i64, real, scratch_of, share, store
 from graphwright.kernels.vector import LANES, F, I, add, load_f, spread_of, store_f
 from graphwright.kernels.vnni import DEPTH, unfit
 from graphwright.ops.sparse import SIDES, by_column, check_blocks, to_blocks, unfit_blocks
@@ -156,7 +156,7 @@ def _linear(params):  # device code, with what a side, a dtype and an activation
         for r in range(rows):
             line = sums + r * step
             if p[12] != 0:
-                real_row(line, SIDE, p[9] + at * 4, np.int32(128), f32(p[12])[row + r], p[10] + at * 4, p[11] + at * 4, line)  # noqa: F821
+                real_rows(line, _ONE, step, SIDE, p[9] + at * 4, np.int32(128), real(1), p[10] + at * 4, p[11] + at * 4, _ZERO, p[12] + (row + r) * 4, line, step)  # noqa: F821
             else:
                 for c in range(0, SIDE, 16):  # noqa: F821
                     store_f(add(load_f(line + c * 4), load_f(p[11] + (at + c) * 4)), line + c * 4)

@@ -3,9 +3,9 @@
     y = activation(x_scale (x8 - x_zero) @ (w8 * w_scale)^T + bias + other);   q = clamp(round(y / scale) + zero_point, low, high)
 
 ``x`` [*, i] uint8 or int8 under one scale and zero point or with one for each row, or float, which is quantized row by row first;
-``weight`` [o, i] int8 with a scale per row, packed ahead (``pack``); out [*, o] float32, float16, bfloat16, uint8 or int8. A task is 48 rows by 64 columns: its strip of
-the weight (64 i bytes) stays in the L1 or L2 cache, its int32 sums (12 KiB) go through all the rest in the L1 cache. Bound by
-arithmetic; by memory (the weight, once) for few rows.
+``weight`` [o, i] int8 with a scale per row, packed ahead (``pack``); out [*, o] float32, float16, bfloat16, uint8 or int8. A task is 48 rows by 64 or 128 columns: its strip
+of the weight (64 i bytes for each 64) stays in the L2 cache; six rows at a time, the int32 sums go through all the rest in the L1 cache.
+Bound by arithmetic; by memory (the weight, once) for few rows.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from graphwright.kernels.vector import (
     most,
     mul,
     mul_i,
+    prefetch_to_write,
     quantized,
     smaller,
     splat_f,
@@ -48,12 +49,12 @@ from graphwright.kernels.vector import (
 from graphwright.kernels.vnni import DEPTH, products, unfit
 from graphwright.kernels.vnni import pack as pack_columns
 
-#: Rows and blocks of 16 columns of one task.
-ROWS, BLOCKS = 48, 4
-_ROWS, _BLOCKS, _ZERO, _ONE = np.int64(ROWS), np.int64(BLOCKS), np.int64(0), np.int64(1)
+#: Rows of one task, those of one whose strip passes in pieces, and groups of four of such a piece: 256 KiB of the strip.
+ROWS, TALL, PIECE = 48, 144, 1024
+_ZERO, _ONE = np.int64(0), np.int64(1)
 _HALVES = (torch.float16, torch.bfloat16)
 _INPUTS = (torch.uint8, torch.int8, torch.float32, *_HALVES)
-_sums, _more = (scratch_of(ROWS * BLOCKS * LANES) for _ in range(2))
+_sums, _more = scratch_of(TALL * 4 * LANES), scratch_of(6 * 8 * LANES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,12 +119,26 @@ _ROUND_ROWS = Native(_round_rows, "q" * 7)
 
 
 @device
-def real_row(sums, n, shift, point, scale, scales, bias, to):
-    """``n`` int32 sums less ``point * shift``, scaled, plus bias: floats."""
-    point_, scale_ = splat_i(point), splat_f(scale)
+def real_rows(sums, rows, step, n, shift, point, scale, scales, bias, points, factors, to, to_step):
+    """Rows of ``n`` int32 sums less ``point * shift``, scaled, plus bias: floats; steps in bytes.
+
+    ``points`` and ``factors`` are addresses of a zero point and a scale for each row, or 0: ``point`` and ``scale`` are those of all. Points of
+    rows come with factors of rows.
+    """
     for c in range(0, n, 16):
-        x = floats(sub_i(load_i(sums + c * 4), mul_i(load_i(shift + c * 4), point_)))
-        store_f(fma(mul(x, scale_), load_f(scales + c * 4), load_f(bias + c * 4)), to + c * 4)
+        shift_, scale_, bias_ = load_i(shift + c * 4), load_f(scales + c * 4), load_f(bias + c * 4)
+        less, factor = mul_i(shift_, splat_i(point)), mul(scale_, splat_f(scale))
+        if points != 0:
+            for r in range(rows):
+                x = floats(sub_i(load_i(sums + r * step + c * 4), mul_i(shift_, splat_i(i32(points)[r]))))
+                store_f(fma(mul(x, splat_f(f32(factors)[r])), scale_, bias_), to + r * to_step + c * 4)
+        elif factors != 0:
+            for r in range(rows):
+                x = floats(sub_i(load_i(sums + r * step + c * 4), less))
+                store_f(fma(mul(x, splat_f(f32(factors)[r])), scale_, bias_), to + r * to_step + c * 4)
+        else:
+            for r in range(rows):
+                store_f(fma(floats(sub_i(load_i(sums + r * step + c * 4), less)), factor, bias_), to + r * to_step + c * 4)
 
 
 @device
@@ -139,40 +154,73 @@ def store_row(kind, row, n, inverse, zero, low, high, to):
 
 def _linear(params):  # device code, with ``activate`` put in by ``specialized``
     """Slots: 2 x, 3 its row in bytes, 4 rows, 5 columns, 6 weight, 7 groups of four, 8 sums, 9 scales, 10 bias, 11 scales of rows
-    or 0, 12 zero points of rows, 13 scale, 14 zero point, 15 other or 0, 16 its row in bytes, 17 out, 18 kind, 19 its row in
-    bytes, 20 code, 21 a, 22 b, 23 grid."""
+    or 0, 12 zero points of rows or 0, 13 scale, 14 zero point, 15 other or 0, 16 its row in bytes, 17 out, 18 kind, 19 its row in
+    bytes, 20 code, 21 a, 22 b, 23 grid, 27 rows and blocks of a task, 29 groups of four of a piece."""
     p, d = i64(params), f64(params)
     columns, steps, kind, code = p[5], p[7], p[18], p[20]
-    a, b, inverse, low, high = real(d[21]), real(d[22]), real(d[23]), real(d[25]), real(d[26])
+    a, b, inverse, low, high_ = real(d[21]), real(d[22]), real(d[23]), real(d[25]), real(d[26])
     scale, point = real(d[13]), np.int32(p[14])
     size = 4 if kind == 0 else 1
-    blocks, bands = (columns + 15) // 16, (p[4] + _ROWS - 1) // _ROWS
-    sums = _sums()
-    first, end = share(params, (blocks + _BLOCKS - 1) // _BLOCKS * bands)
+    blocks, bands = (columns + 15) // 16, (p[4] + p[27] - 1) // p[27]
+    sums, band, piece = _sums(), p[27], p[29]
+    tiles, group = bands * (band // 6), p[28]
+    pace = min(np.int64(16), (group * 64 + tiles - 1) // tiles)  # of the next strip for each step, so that it is there in time
+    first, end = share(params, (blocks + group - 1) // group * bands)
     for task in range(first, end):
-        block, row = task // bands * _BLOCKS, task % bands * _ROWS
-        rows, wide = min(_ROWS, p[4] - row), min(_BLOCKS, blocks - block)
+        block, row = task // bands * group, task % bands * band
+        rows, wide = min(band, p[4] - row), min(group, blocks - block)
         at, width = block * 16, wide * 16
-        n = min(width, columns - at)
-        products(p[2] + row * p[3], p[3], rows, _ONE, _ZERO, p[6] + block * steps * 64, steps * 64, wide, steps, sums, width * 4)
-        out = p[17] + row * p[19] + at * size
+        n, step, strip = min(width, columns - at), width * 4, p[6] + block * steps * 64
+        ahead = strip + group * steps * 64 if block + group < blocks else strip
         whole = kind == 0 and code == NOTHING and n == width and p[15] == 0  # noqa: F821
-        for r in range(rows):
-            if p[11] != 0:
-                scale, point = f32(p[11])[row + r], np.int32(i32(p[12])[row + r])
-            line = sums + r * width * 4
-            real_row(line, width, p[8] + at * 4, point, scale, p[9] + at * 4, p[10] + at * 4, out + r * p[19] if whole else line)
-            if p[15] != 0:
-                add_rows(line, p[15] + (row + r) * p[16] + at * 4, n, line)
-        if not whole:
-            y = activate(code, sums, rows * width, a, b, _more())  # noqa: F821  in place LLVM would not vectorize
-            for r in range(rows):
-                store_row(kind, y + r * width * 4, n, inverse, p[24], low, high, out + r * p[19])
+        pieces = (rows + 5) // 6
+        low_, over = rows // pieces, rows - rows // pieces * pieces
+        start = np.int64(0)
+        while start < steps:  # a piece of the strip stays near while the rows of the task pass by
+            some, r0, taller, coming = min(piece, steps - start), np.int64(0), over, ahead + (row // 6 * steps + start) * pace
+            while r0 < rows:  # six rows at a time go through all the rest, so that the result drains while the next six are multiplied
+                high = low_ + 1 if taller > 0 else low_
+                taller -= 1
+                line, out = sums + r0 * step if some < steps else sums, p[17] + (row + r0) * p[19] + at * size
+                if start + some == steps:
+                    for r in range(high):
+                        for c in range(0, n * size, 64):
+                            prefetch_to_write(out + r * p[19] + c)
+                products(p[2] + (row + r0) * p[3] + start * 4, p[3], high, _ONE, _ZERO, strip + start * 64, steps * 64, wide, some, line, step,
+                         coming, pace, start)  # fmt: skip
+                if start + some == steps:
+                    points = p[12] + (row + r0) * 4 if p[12] != 0 else _ZERO
+                    factors = p[11] + (row + r0) * 4 if p[11] != 0 else _ZERO
+                    real_rows(line, high, step, width, p[8] + at * 4, point, scale, p[9] + at * 4, p[10] + at * 4, points, factors,
+                              out if whole else line, p[19] if whole else step)  # fmt: skip
+                    if p[15] != 0:
+                        for r in range(high):
+                            add_rows(line + r * step, p[15] + (row + r0 + r) * p[16] + at * 4, n, line + r * step)
+                    if not whole:
+                        y = activate(code, line, high * width, a, b, _more())  # noqa: F821  in place LLVM would not vectorize
+                        for r in range(high):
+                            store_row(kind, y + r * step, n, inverse, p[24], low, high_, out + r * p[19])
+                coming += steps * pace
+                r0 += high
+            start += some
 
 
-_SLOTS = "q" * 11 + "d" + "q" * 7 + "dd" + GRID
+_SLOTS = "q" * 11 + "d" + "q" * 7 + "dd" + GRID + "qqq"
 _SIMPLE = Native(specialized(_linear, "linear_int8_simple", activate=simple, NOTHING=np.int64(0)), _SLOTS)
 _SMOOTH = Native(specialized(_linear, "linear_int8_smooth", activate=smooth, NOTHING=np.int64(-1)), _SLOTS)
+
+
+@functools.lru_cache(1024)
+def _task(rows: int, blocks: int, steps: int, threads: int) -> tuple[int, int, int]:
+    """Rows and blocks of a task, and groups of four of a piece of its strip.
+
+    A strip that would crowd the L2 cache passes in pieces, each by as many rows as have sums; where there are tasks enough, two strips
+    that fit are one task, which touches each page of the result half as often.
+    """
+    if steps > PIECE:
+        return TALL, 4, PIECE
+    pairs = blocks % 8 == 0 and 8 * steps * 64 <= 2**18 and blocks // 8 * -(-rows // ROWS) >= 32 * threads
+    return ROWS, 8 if pairs else 4, steps
 
 
 def run(
@@ -196,19 +244,20 @@ def apply(
     out = torch.empty((*x.shape[:-1], packed.out), dtype=torch.float32 if narrow or dtype is None else dtype)
     if not out.numel():
         return out.to(dtype or torch.float32)
-    rows, kept = rows_of(x), ()
+    rows, scales, points = rows_of(x), None, None
     threads = threads_for(rows.shape[0] * packed.out * max(packed.width, 1) // 16)
     if x.is_floating_point():
-        rows, *kept = round_rows(rows.float(), threads)
+        rows, scales, points = round_rows(rows.float(), threads)
     else:
-        signed = x.dtype == torch.int8
-        if signed:  # the products want unsigned bytes: flipping the top bit adds 128
-            rows, x_zero_point = rows.view(torch.uint8) ^ 128, x_zero_point + 128
+        ahead = 128 if x.dtype == torch.int8 else 0
+        if ahead:  # the products want unsigned bytes: flipping the top bit adds 128
+            rows = rows.view(torch.uint8) ^ 128
+        x_zero_point = x_zero_point + ahead if x_scales is None else ahead
         if x_scales is not None:
-            kept = _of_rows(x_scales, x_zero_points, rows.shape[0], signed)
+            scales = x_scales.reshape(-1).float().contiguous()
+            points = None if x_zero_points is None else (x_zero_points.reshape(-1).to(torch.int32) + ahead).contiguous()
         if packed.width % DEPTH or rows.stride(0) < packed.width:
             rows = torch.nn.functional.pad(rows, (0, -packed.width % DEPTH)).contiguous()
-    scales, points = (t.data_ptr() for t in kept) if kept else (0, 0)
     kind = KIND[out.dtype]
     residual, step = 0, 0
     if other is not None:
@@ -218,18 +267,15 @@ def apply(
     code = CODE[activation]
     native(
         threads, rows.data_ptr(), rows.stride(0), rows.shape[0], packed.out, packed.weight.data_ptr(), packed.weight.shape[1],
-        packed.sums.data_ptr(), packed.scales.data_ptr(), packed.bias.data_ptr(), scales, points, x_scale, x_zero_point,
+        packed.sums.data_ptr(), packed.scales.data_ptr(), packed.bias.data_ptr(), _address(scales), _address(points), x_scale, x_zero_point,
         residual, step, out.data_ptr(), kind, packed.out * out.element_size(), code, *scalars_of(activation, scalars),
-        *grid(scale, zero_point, low, high),
+        *grid(scale, zero_point, low, high), *_task(rows.shape[0], packed.weight.shape[0], packed.weight.shape[1], threads),
     )  # fmt: skip
     return out.to(dtype) if narrow else out
 
 
-def _of_rows(scales: Tensor, zero_points: Tensor | None, rows: int, signed: bool) -> tuple[Tensor, Tensor]:
-    """A float32 scale and an int32 zero point for each row; 128 more for integers that were signed."""
-    ahead = 128 if signed else 0
-    points = torch.full((rows,), ahead, dtype=torch.int32) if zero_points is None else zero_points.reshape(-1).to(torch.int32) + ahead
-    return scales.reshape(-1).float().contiguous(), points.contiguous()
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def round_rows(x: Tensor, threads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -303,9 +349,11 @@ def samples() -> Iterator[Sample]:
     yield make("1x4096x4096 rows", (1,), 4096, 4096, x=f32, bench=True)
     yield make("1024x384x1536 rows", (8, 128), 384, 1536, x=f32, bench=True)
     yield make("3x5x7", (3,), 5, 7, bias=False)
+    yield make("769x20x1024 rows", (769,), 20, 1024, x=f32)
     yield make("49x20x65 relu to i8", (49,), 20, 65, activation="relu", dtype=i8)
     yield make("2x3x33x17 residual silu", (2, 3), 33, 17, other=f32, activation="silu")
     yield make("50x70x130 rows hardtanh to u8", (50,), 70, 130, x=f32, activation="hardtanh", scalars=(-1.0, 2.5), dtype=u8)
+    yield make("149x4200x70 relu to u8", (149,), 4200, 70, activation="relu", dtype=u8)
     yield make("1x1x1 rows", (1,), 1, 1, x=f32)
     yield make("0x8x16", (0,), 8, 16)
     yield make("0x8x16 to bf16", (0,), 8, 16, dtype=bf16)

@@ -72,12 +72,21 @@ def store_bytes(at, x, address):
     at.store(at.trunc(x, _BYTES), _at(at, address, _BYTES), align=1)
 
 
+def _bring(at: Any, address: Any, write: int, near: int) -> None:
+    pointer, word = at.inttoptr(address, ir.IntType(8).as_pointer()), ir.IntType(32)
+    known(at, "llvm.prefetch.p0", ir.VoidType(), pointer, word(write), word(near), word(1))
+
+
 @intrinsic(VOID, _address)
 def prefetch(at, address):
     """Start to bring a line of 64 bytes into the L2 cache."""
-    pointer = at.inttoptr(address, ir.IntType(8).as_pointer())
-    word = ir.IntType(32)
-    known(at, "llvm.prefetch.p0", ir.VoidType(), pointer, word(0), word(2), word(1))
+    _bring(at, address, 0, 2)
+
+
+@intrinsic(VOID, _address)
+def prefetch_to_write(at, address):
+    """Start to bring a line of 64 bytes into the L1 cache, as this core's own."""
+    _bring(at, address, 1, 3)
 
 
 @intrinsic(F, _float)

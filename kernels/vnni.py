@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphwright.kernels.language import INT32, INT64, VOID, intrinsic, ir, known, loop
+from graphwright.kernels.language import INT32, INT64, VOID, intrinsic, ir, known, loop, maybe
 from graphwright.kernels.native import unavailable
 from graphwright.kernels.tile import apart, device
-from graphwright.kernels.vector import I, spread_of
+from graphwright.kernels.vector import I, prefetch, spread_of
 from graphwright.measure import machine
 
 #: Columns of one block, and rows that one instruction takes at once.
@@ -41,89 +41,107 @@ def pack(b: Tensor) -> Tensor:
     return blocks.permute(2, 0, 3, 1).contiguous()
 
 
+#: Heights and widths of the tiles: seven rows or more are cut into 3 to 6 at a time.
+HIGH, WIDE = (6, 5, 4, 3, 2, 1), (4, 2, 1)
+#: Steps of a turn of the large tiles: what advances addresses and counts takes slots from the products.
+_TURNS = 4
+
 _WORD, _LONG, _WORDS = INT32.llvm, INT64.llvm, I.llvm
+_FOUR, _TWO, _ONE, _ZERO = (np.int64(n) for n in (4, 2, 1, 0))
 
 
-def _tile(rows: int, blocks: int) -> Any:
-    """``c[:rows, :16 * blocks] = a @ b``; see ``products``."""
 
-    @intrinsic(VOID, *[INT64] * 9)
-    def tile(at, a, a_step, taps, tap_step, b, b_step, steps, c, c_step):
-        nothing = ir.Constant(_WORDS, [0] * LANES)
+@intrinsic(VOID, *[INT64] * 14)
+def _tile(at, high, wide, a, a_step, taps, tap_step, b, b_step, steps, c, c_step, ahead, pace, more):
+    """``c[:high, :16 * wide] = a @ b``, or that added where ``more`` is not 0, for a height of ``HIGH`` and a width of ``WIDE``; see ``products``."""
+    other, done = at.append_basic_block("other"), at.append_basic_block("done")
+    cases = at.switch(at.add(at.mul(high, _LONG(8)), wide), other)
+    at.position_at_end(other)
+    at.unreachable()
+    for rows in HIGH:
+        for blocks in WIDE:
+            case = at.append_basic_block(f"tile.{rows}x{blocks}")
+            cases.add_case(_LONG(rows * 8 + blocks), case)
+            at.position_at_end(case)
+            _emit(at, rows, blocks, a, a_step, taps, tap_step, b, b_step, steps, c, c_step, ahead, pace, more)
+            at.branch(done)
+    at.position_at_end(done)
 
-        def tap(number: Any, sums: list[Any]) -> list[Any]:
-            strip, shift = at.mul(at.mul(number, steps), _LONG(LANES * DEPTH)), at.mul(number, tap_step)
-            left = [at.add(at.add(a, shift), at.mul(a_step, _LONG(r))) for r in range(rows)]
-            right = [at.add(at.add(b, strip), at.mul(b_step, _LONG(v))) for v in range(blocks)]
 
-            def four(step: Any, sums: list[Any]) -> list[Any]:
-                word, line = at.mul(step, _LONG(DEPTH)), at.mul(step, _LONG(LANES * DEPTH))
-                columns = [_load(at, at.add(r, line), _WORDS) for r in right]
-                after = []
-                for r in range(rows):
-                    spread = spread_of(at, _load(at, at.add(left[r], word), _WORD), _WORDS)
-                    after += [known(at, "llvm.x86.avx512.vpdpbusd.512", _WORDS, sums[r * blocks + v], spread, columns[v])
-                              for v in range(blocks)]  # fmt: skip
-                return after
+def _emit(at: Any, rows: int, blocks: int, a: Any, a_step: Any, taps: Any, tap_step: Any, b: Any, b_step: Any, steps: Any, c: Any, c_step: Any,
+          ahead: Any, pace: Any, more: Any) -> None:  # fmt: skip
+    """The loops of one tile, over the pieces of a row and down each: by ``_TURNS`` steps at once, then by one."""
+    turns = _TURNS if rows >= 4 and blocks == 4 else 1
+    many = at.select(at.icmp_signed("<", steps, _LONG(4 * turns)), _LONG(0), at.sdiv(steps, _LONG(turns)))
+    rest = at.sub(steps, at.mul(many, _LONG(turns)))
+    places = [at.inttoptr(at.add(at.add(c, at.mul(c_step, _LONG(k // blocks))), _LONG(k % blocks * LANES * 4)), _WORDS.as_pointer())
+              for k in range(rows * blocks)]  # fmt: skip
+    added = spread_of(at, at.icmp_signed("!=", more, _LONG(0)), ir.VectorType(ir.IntType(1), LANES))
+    nothing = ir.Constant(_WORDS, [0] * LANES)
 
-            return loop(at, steps, sums, four)
+    def tap(number: Any, sums: list[Any]) -> list[Any]:
+        before, shift = at.mul(number, steps), at.mul(number, tap_step)
+        strip, coming = at.mul(before, _LONG(LANES * DEPTH)), at.add(ahead, at.mul(before, pace))
+        left = [_kept(at, at.add(at.add(a, shift), at.mul(a_step, _LONG(r)))) for r in range(rows)]
+        right = [_kept(at, at.add(at.add(b, strip), at.mul(b_step, _LONG(v)))) for v in range(blocks)]
 
-        sums = loop(at, taps, [nothing] * (rows * blocks), tap)
-        for k, value in enumerate(sums):
-            to = at.add(at.add(c, at.mul(c_step, _LONG(k // blocks))), _LONG(k % blocks * LANES * 4))
-            at.store(value, at.inttoptr(to, _WORDS.as_pointer()), align=4)
+        def four(step: Any, sums: list[Any]) -> list[Any]:
+            word, line = at.mul(step, _LONG(DEPTH)), at.mul(step, _LONG(LANES * DEPTH))
+            columns = [_load(at, at.add(r, line), _WORDS) for r in right]
+            after = []
+            for r in range(rows):
+                spread = spread_of(at, _load(at, at.add(left[r], word), _WORD), _WORDS)
+                after += [known(at, "llvm.x86.avx512.vpdpbusd.512", _WORDS, sums[r * blocks + v], spread, columns[v])
+                          for v in range(blocks)]  # fmt: skip
+            return after
 
-    return tile
+        def several(turn: Any, sums: list[Any]) -> list[Any]:
+            first = at.mul(turn, _LONG(turns))
+            for k in range(turns):
+                sums = four(at.add(first, _LONG(k)), sums)
+            prefetch.emit(at, at.add(coming, at.mul(first, pace)))
+            return sums
+
+        if turns == 1:
+            return loop(at, steps, sums, several)
+        sums = maybe(at, many, sums, lambda sums: loop(at, many, sums, several))
+        done = at.mul(many, _LONG(turns))
+        return maybe(at, rest, sums, lambda sums: loop(at, rest, sums, lambda step, sums: four(at.add(done, step), sums)))
+
+    before = [known(at, "llvm.masked.load.v16i32.p0", _WORDS, p, INT32.llvm(4), added, nothing) for p in places]
+    for value, place in zip(loop(at, taps, before, tap), places, strict=True):
+        at.store(value, place, align=4)
+
+
+def _kept(at: Any, address: Any) -> Any:
+    """The address in a register of its own: LLVM would work it out from a neighbour's at every step, in slots that the products need."""
+    return at.asm(ir.FunctionType(_LONG, [_LONG]), "", "=r,0", [address], False)
 
 
 def _load(at: Any, address: Any, kind: Any) -> Any:
     return at.load(at.inttoptr(address, kind.as_pointer()), align=4 if kind is _WORDS else 1)
 
 
-_6x4, _6x2, _6x1 = _tile(6, 4), _tile(6, 2), _tile(6, 1)
-_2x4, _2x2, _2x1 = _tile(2, 4), _tile(2, 2), _tile(2, 1)
-_1x4, _1x2, _1x1 = _tile(1, 4), _tile(1, 2), _tile(1, 1)
-
-_SIX, _FOUR, _TWO, _ONE = np.int64(6), np.int64(4), np.int64(2), np.int64(1)
-
-
 @device
-def products(a, a_step, rows, taps, tap_step, b, b_step, blocks, steps, c, c_step):
-    """``c = a @ b``: addresses; ``rows`` of a, ``blocks`` of 16 columns; strides in bytes.
+def products(a, a_step, rows, taps, tap_step, b, b_step, blocks, steps, c, c_step, ahead, pace, more):
+    """``c = a @ b``, or ``c += a @ b`` where ``more`` is not 0: addresses; ``rows`` of a, ``blocks`` of 16 columns; strides in bytes.
 
     A row of ``a`` lies in ``taps`` pieces of ``steps`` groups of four, ``tap_step`` apart (the lines of a convolution's
     window); that of a plain product is one piece.
 
-    Blocks lie outside, so that a strip of ``b`` stays in the L1 cache while the rows of ``a`` pass by.
+    Blocks lie outside, so that a strip of ``b`` stays near while the rows of ``a`` pass by. ``ahead`` is what will be wanted next:
+    at every step ``pace`` more bytes of it, 16 at most, are brought into the L2 cache, from the front for each tile.
     """
     apart()
-    block = np.int64(0)
+    pieces = (rows + 5) // 6
+    high, block = rows if pieces == 1 else rows // pieces, _ZERO  # a division costs as much as a small tile
     while block < blocks:
         wide = _FOUR if blocks - block >= 4 else (_TWO if blocks - block >= 2 else _ONE)
-        strip, out = b + block * b_step, c + block * 64
-        row = np.int64(0)
+        row, taller = _ZERO, rows - high * pieces
         while row < rows:
-            high = _SIX if rows - row >= 6 else (_TWO if rows - row >= 2 else _ONE)
-            x, y = a + row * a_step, out + row * c_step
-            if high == 6:
-                if wide == 4:
-                    _6x4(x, a_step, taps, tap_step, strip, b_step, steps, y, c_step)
-                elif wide == 2:
-                    _6x2(x, a_step, taps, tap_step, strip, b_step, steps, y, c_step)
-                else:
-                    _6x1(x, a_step, taps, tap_step, strip, b_step, steps, y, c_step)
-            elif high == 2:
-                if wide == 4:
-                    _2x4(x, a_step, taps, tap_step, strip, b_step, steps, y, c_step)
-                elif wide == 2:
-                    _2x2(x, a_step, taps, tap_step, strip, b_step, steps, y, c_step)
-                else:
-                    _2x1(x, a_step, taps, tap_step, strip, b_step, steps, y, c_step)
-            elif wide == 4:
-                _1x4(x, a_step, taps, tap_step, strip, b_step, steps, y, c_step)
-            elif wide == 2:
-                _1x2(x, a_step, taps, tap_step, strip, b_step, steps, y, c_step)
-            else:
-                _1x1(x, a_step, taps, tap_step, strip, b_step, steps, y, c_step)
-            row += high
+            tall = high + 1 if taller > 0 else high
+            taller -= 1
+            _tile(tall, wide, a + row * a_step, a_step, taps, tap_step, b + block * b_step, b_step, steps, c + row * c_step + block * 64, c_step,
+                  ahead, pace, more)  # fmt: skip
+            row += tall
         block += wide

@@ -17,26 +17,27 @@ if vnni.unfit() is None:
 
     def _whole_product(params):  # device code
         p = i64(params)
-        vnni.products(p[2], p[3], p[4], 1, 0, p[5], p[6], p[7], p[8], p[9], p[10])
+        vnni.products(p[2], p[3], p[4], 1, 0, p[5], p[6], p[7], p[8], p[9], p[10], p[5], 0, p[11])
 
     # a variable of its own, because device functions are found by the globals of the kernel's module
-    _PRODUCT = Native(_whole_product, "q" * 9)
+    _PRODUCT = Native(_whole_product, "q" * 10)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     return attention_int8.run(q, k, v, mask, None, False, False, 1.0, 0, 0, 0, None)
 
 
-@pytest.mark.parametrize(("m", "k", "n"), [(1, 4, 16), (5, 8, 40), (13, 64, 100), (14, 12, 48), (24, 32, 128)])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 4, 16), (5, 8, 40), (13, 64, 100), (14, 12, 48), (24, 32, 128), (7, 76, 64), (6, 264, 64)])
 def test_tiles_are_exact_over_all_remainders(m: int, k: int, n: int) -> None:
     g = torch.Generator().manual_seed(m)
     a = torch.randint(0, 256, (m, k), dtype=torch.uint8, generator=g)
     b = torch.randint(-128, 128, (k, n), generator=g).to(torch.int8)
     packed = vnni.pack(b)
     c = torch.full((m, packed.shape[0] * 16), 7, dtype=torch.int32)
-    _PRODUCT(1, a.data_ptr(), k, m, packed.data_ptr(), packed.stride(0), packed.shape[0], packed.shape[1], c.data_ptr(), c.stride(0) * 4)
-    assert torch.equal(c[:, :n], a.int() @ b.int())
-    assert not c[:, n:].any()
+    for more in (0, 1):
+        _PRODUCT(1, a.data_ptr(), k, m, packed.data_ptr(), packed.stride(0), packed.shape[0], packed.shape[1], c.data_ptr(), c.stride(0) * 4, more)
+        assert torch.equal(c[:, :n], a.int() @ b.int() * (more + 1))
+        assert not c[:, n:].any()
 
 
 def test_extreme_integers_do_not_saturate() -> None:
