@@ -5,7 +5,7 @@
 A kernel brings a tile (``tile``): the products of one line of the weight with a few rows, ``x`` as it stands in memory. The sums over a
 group stay in registers; at its end they are scaled and added up in float32. Zero points never meet the products: what they take
 away is a small product of its own, of the groups' sums of x with ``point * scale``. For many rows, where reading the weight is no longer the
-work, pieces of it become floats in the L2 cache (``widen``), scaled and shifted, once for all rows of a task, and tiles of floats do the rest.
+work, pieces of it become floats in the L2 cache (``widen``), scaled and shifted, once for all rows of a task, and tiles of floats do the rest; for ever more rows, ``panels`` does the same on a larger scale.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from graphwright.kernels.common import not_cpu, rows_of
 from graphwright.kernels.fma import products as multiply
 from graphwright.kernels.language import INT64, VOID, Device, intrinsic, ir, known, loop
 from graphwright.kernels.native import GRAIN, Native, specialized, threads_for
+from graphwright.kernels.panels import Many, Widen, widener
 from graphwright.kernels.tile import add as add_rows
 from graphwright.kernels.tile import apart, device, f32, f64, i8, i64, real, scratch_of, share, store, total
 from graphwright.kernels.vector import LANES, F, fma, load_f, splat_f, spread_of, store_f
@@ -30,8 +31,8 @@ from graphwright.kernels.vnni import unfit
 
 #: Rows and blocks of 16 columns of a task; products in one running sum; numbers of a row that one line of 4-bit weights meets.
 ROWS, BLOCKS, CHUNK, EIGHT = 48, 4, 512, 8
-#: Inputs of a piece of the weight that is widened, and from how many rows on it is.
-PIECE, MANY_ROWS = 256, 12
+#: Inputs of a piece of the weight that is widened, from how many rows on it is, and from how many ``panels`` takes over.
+PIECE, MANY_ROWS, MORE_ROWS = 256, 12, 96
 _ROWS, _BLOCKS, _FOUR, _TWO, _ONE, _ZERO, _PIECE = (np.int64(n) for n in (ROWS, BLOCKS, 4, 2, 1, 0, PIECE))
 _sums, _more = (scratch_of(ROWS * BLOCKS * LANES) for _ in range(2))
 _piece = scratch_of(PIECE * BLOCKS * LANES)
@@ -39,9 +40,6 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 #: Writes the products of one line: ``(at, addresses of the rows, addresses of the blocks, line, sums) -> sums``.
 Products = Callable[[Any, list[Any], list[Any], Any, list[Any]], list[Any]]
-
-#: Writes what makes floats of one line of one block: ``(at, address of the block, line) -> 16 outputs for each input of the line``.
-Widen = Callable[[Any, Any, Any], list[Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,20 +140,6 @@ def tile(rows: int, blocks: int, kind: Callable[[], Any], products: Products) ->
     return grouped
 
 
-def widener(widen: Widen | None) -> Any:
-    """``to[k, :16] = w * scale - offset`` for the inputs k of a line, ``step`` bytes apart; nothing without ``widen``."""
-
-    @intrinsic(VOID, INT64, INT64, F, F, INT64, INT64)
-    def unpack(at, w, line, scale, offset, to, step):
-        vector = F.llvm
-        below = at.fneg(offset)
-        for k, column in enumerate(widen(at, w, line) if widen else ()):
-            value = known(at, "llvm.fma.v16f32", vector, column, scale, below)
-            at.store(value, at.inttoptr(at.add(to, at.mul(step, INT64.llvm(k))), vector.as_pointer()), align=4)
-
-    return unpack
-
-
 def spread_load(at: Any, address: Any, kind: Any, vector: Any) -> Any:
     """Sixteen times the number at an address."""
     return spread_of(at, at.load(at.inttoptr(address, kind.as_pointer()), align=1), vector)
@@ -215,12 +199,16 @@ def _pieces(x, x_step, rows, w, strip, lines, each, scales, every, offsets, bloc
         first = number * length
         count = min(length, lines - first)
         for b in range(blocks):
-            for k in range(count):
-                by = (b * every + (first + k) // each) * 64
-                offset = splat_f(real(0))
+            line = first
+            while line < first + count:
+                group = line // each
+                until, by = min(first + count, (group + 1) * each), (b * every + group) * 64
+                scale, offset = load_f(scales + by), splat_f(real(0))
                 if offsets != 0:
                     offset = load_f(offsets + by)
-                UNPACK(w + b * strip, first + k, load_f(scales + by), offset, piece + k * PER_LINE * wide + b * 64, wide)  # noqa: F821
+                for k in range(line, until):
+                    UNPACK(w + b * strip, k, scale, offset, piece + (k - first) * PER_LINE * wide + b * 64, wide)  # noqa: F821
+                line = until
         multiply(x + first * X_LINE, x_step, rows, piece, wide, blocks, count * PER_LINE, c, wide, w, first)  # noqa: F821
 
 
@@ -271,13 +259,14 @@ class Kind:
         w_line, x_line: bytes of the weight and of a row that belong to one line.
         per_line: numbers of a row that belong to one line.
         high: rows of a tile.
-        widen: None where the products are not those of floats: then many rows go the way of few.
+        many: what takes over for many rows; None where the products are not those of floats: then they go the way of few.
         total_of: device function ``(address of a group's part of a row, numbers) -> what its offsets are times``; by default their sum.
     """
 
     def __init__(self, name: str, w_line: int, x_line: int, per_line: int, high: int, kind: Callable[[], Any], products: Products,
-                 widen: Widen | None = None, total_of: Any = None):  # fmt: skip
-        self.per_line = per_line
+                 many: Many | None = None, total_of: Any = None):  # fmt: skip
+        self.per_line, self.many = per_line, many
+        widen: Widen | None = None if many is None else many.widen
         shapes = {"MANY_WIDE": (high, 4), "MANY": (high, 1), "PAIR_WIDE": (2, 4), "WIDE": (1, 4), "SINGLE": (1, 1)}
         tiles = {n: tile(r, b, kind, products) for n, (r, b) in shapes.items()}
         inner = Device(specialized(_products, f"{name}_products", HIGH=np.int64(high), **tiles))  # type: ignore[arg-type]
@@ -311,6 +300,10 @@ class Kind:
         if other is not None:
             other = rows_of(other.float().expand(out.shape))
             residual, residual_step = other.data_ptr(), other.stride(0) * 4
+        if self.many is not None and count >= MORE_ROWS:
+            self.many(threads, rows, out, packed.weight, rows.shape[1], packed.step, packed.scales, packed.offsets, packed.bias, other, activation,
+                      scalars_of(activation, scalars))  # fmt: skip
+            return out if dtype is None else out.to(dtype)
         each = packed.step // self.per_line
         native = self.smooth if activation in SMOOTH else self.simple
         native(

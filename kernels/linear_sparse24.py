@@ -5,7 +5,8 @@
 ``x`` [*, i] float with a float weight, or int8 with ``x_scales`` [*, 1] and a weight of int8 with ``weight_scales`` [o]; ``weight`` [o, i / 2];
 ``indices`` uint8 [o, i / 8]; out [*, o]. Nothing is gathered from memory: 16 inputs of x lie in one register, and a permutation by the stored
 places hands each of 16 output channels the input that its number belongs to. So half of the multiplications are done, and a little
-more than half of the weight is read (packed, a place takes four bits: its number among 16 inputs). Bound by memory for few rows.
+more than half of the weight is read (packed, a place takes four bits: its number among 16 inputs). Bound by memory for few rows. A permutation costs
+what a multiplication does, so for many rows floats gain nothing by leaving zeros out: the weight is expanded piece by piece instead, see ``panels``.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from graphwright.kernels.activations import ARITHMETIC, unfit_epilogue
 from graphwright.kernels.common import not_cpu, per_channel, pieces
 from graphwright.kernels.grouped import CHUNK, Kind, Packed
 from graphwright.kernels.language import INT8, INT64, ir, known
+from graphwright.kernels.panels import Many
 from graphwright.kernels.tile import device, real
 from graphwright.kernels.vector import LANES, F, I
 from graphwright.kernels.vnni import unfit
@@ -79,13 +81,30 @@ def _byte_line(at: Any, rows: list[Any], blocks: list[Any], line: Any, sums: lis
     return sums
 
 
+def _widen(at: Any, block: Any, line: Any) -> list[Any]:
+    """Each input is one of the two numbers stored of its four, or neither."""
+    long, words = INT64.llvm, I.llvm
+    start, nothing = at.mul(line, long((KEPT + 1) * 64)), ir.Constant(F.llvm, [0.0] * LANES)
+    places, mask = _load(at, at.add(block, start), long(KEPT * 64), words), ir.Constant(words, [15] * LANES)
+    found = []
+    for place in range(WIDE):
+        both = []
+        for kept in (place // 4 * 2, place // 4 * 2 + 1):
+            which = at.and_(at.lshr(places, ir.Constant(words, [4 * kept] * LANES)), mask)
+            stored = _load(at, at.add(block, start), long(kept * 64), F.llvm)
+            both.append(at.select(at.icmp_signed("==", which, ir.Constant(words, [place] * LANES)), stored, nothing))
+        found.append(at.fadd(*both))
+    return found
+
+
 @device
 def _excess(x, n):
     """x comes as unsigned bytes, 128 too large: what that adds is this times the sum of a group's weights."""
     return real(128)
 
 
-_FLOAT = Kind("linear_sparse24", (KEPT + 1) * 64, WIDE * 4, WIDE, 4, lambda: F.llvm, _float_line)
+_MANY = Many("linear_sparse24", (KEPT + 1) * 64, WIDE, _widen)
+_FLOAT = Kind("linear_sparse24", (KEPT + 1) * 64, WIDE * 4, WIDE, 4, lambda: F.llvm, _float_line, _MANY)
 _BYTE = Kind("linear_sparse24_int8", 3 * 64, WIDE, WIDE, 4, lambda: I.llvm, _byte_line, total_of=_excess)
 
 
@@ -220,6 +239,7 @@ def samples() -> Iterator[Sample]:
     yield make("128x768x3072 gelu int8", (1, 128), 768, 3072, kind=i8, activation="gelu", bench=True)
     yield from odd_samples()
     yield make("37x72x130", (37,), 72, 130)
+    yield make("101x40x70 residual bf16", (101,), 40, 70, other=torch.bfloat16, dtype=torch.bfloat16)
     yield make("50x88x150 int8", (50,), 88, 150, kind=i8)
 
 

@@ -4,7 +4,7 @@
 
 ``x`` [*, i] float32 (halves are widened); ``weight`` uint8 [o, i / 2], two numbers a byte; ``scales``, ``zero_points`` [o, groups]; out [*, o].
 Packed ahead (``pack``), 64 bytes hold eight inputs of 16 output channels. A shift and one permutation of a table make 16 floats of them,
-which serve up to 4 rows; for many rows, see ``grouped``. Bound by memory up to about four rows (an eighth of the bytes of float32), by arithmetic beyond.
+which serve up to 4 rows; for many rows, see ``panels``. Bound by memory up to about four rows (an eighth of the bytes of float32), by arithmetic beyond.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from graphwright.kernels.common import pieces
 from graphwright.kernels.grouped import EIGHT, Kind, Packed, pack_nibbles, spread_load, unfit_linear
 from graphwright.kernels.grouped import pack as pack_groups
 from graphwright.kernels.language import FLOAT32, INT64, ir, known
+from graphwright.kernels.panels import Many
 from graphwright.kernels.vector import LANES, F, I
 
 _INPUTS = (torch.float32, torch.float16, torch.bfloat16)
@@ -60,8 +61,10 @@ def _widen(at: Any, block: Any, line: Any) -> list[Any]:
     return [_column(at, stored, place) for place in range(EIGHT)]
 
 
-_KIND = Kind("linear_w4", 64, EIGHT * 4, EIGHT, 4, lambda: F.llvm, _line, _widen)
+_MANY = Many("linear_w4", 64, EIGHT, _widen)
+_KIND = Kind("linear_w4", 64, EIGHT * 4, EIGHT, 4, lambda: F.llvm, _line, _MANY)
 _SIMPLE, _SMOOTH = _KIND.simple, _KIND.smooth  # under these names they are found and compiled ahead
+_MANY_SIMPLE, _MANY_SMOOTH, _BESIDE = _MANY.natives
 
 
 def pack(weight: Tensor, scales: Tensor, zero_points: Tensor | None, bias: Tensor | None, group: int) -> Packed:
@@ -128,6 +131,8 @@ def samples() -> Iterator[Sample]:
     yield make("4x1300x20, all of the inputs, zero points, one sign", (4,), 1300, 20, 2048, mean=2.0)
     yield make("7x256x48 bf16 residual", (7,), 256, 48, 128, x=bf16, other=bf16, dtype=bf16)
     yield make("1x96x16 f16", (1,), 96, 16, 32, x=f16, dtype=f16, points=False)
+    yield make("101x600x70, ragged group", (101,), 600, 70, 128, other=f32)
+    yield make("98x1300x40 gelu, all of the inputs", (98,), 1300, 40, 1300, activation="gelu")
     yield make("49x72x65 silu", (49,), 72, 65, 8, activation="silu")
     yield make("0x8x16", (0,), 8, 16, 32)
 

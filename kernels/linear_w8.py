@@ -4,7 +4,7 @@
 
 ``x`` [*, i] float32; ``weight`` [o, i] int8 with a scale per row, packed ahead (``pack``) as [o / 16, i, 16]; out [*, o] float32.
 For a few rows a tile holds up to 4 of them times 64 columns of sums in registers, widening each weight once. For more, pieces of the weight
-are widened into the L2 cache once for all rows of a task, and tiles of floats do the rest. Bound by memory up to about a dozen rows
+are widened into the L2 cache once for all rows of a task, and tiles of floats do the rest; for many, see ``panels``. Bound by memory up to about a dozen rows
 (a quarter of the bytes of float32), by arithmetic beyond.
 """
 
@@ -25,12 +25,14 @@ from graphwright.kernels.common import not_cpu, per_channel, pieces, rows_of
 from graphwright.kernels.fma import products
 from graphwright.kernels.language import FLOAT32, INT64, VOID, intrinsic, ir, known, loop
 from graphwright.kernels.native import GRAIN, Native, specialized, threads_for, unavailable
+from graphwright.kernels.panels import BYTES
 from graphwright.kernels.tile import add as add_rows
 from graphwright.kernels.tile import apart, device, f64, i64, real, scratch_of, share, store
 from graphwright.kernels.vector import LANES, F, floats, fma, load_f, load_i8, splat_f, spread_of, store_f
 
-#: Rows and blocks of 16 columns of a task, how many products go into one running sum, and from how many rows on pieces are widened first.
-ROWS, BLOCKS, CHUNK, MANY = 48, 4, 256, 8
+#: Rows and blocks of 16 columns of a task, how many products go into one running sum, and from how many rows on pieces are widened first
+#: and ``panels`` takes over.
+ROWS, BLOCKS, CHUNK, MANY, MORE = 48, 4, 256, 8, 96
 _CHUNK = np.int64(CHUNK)
 _ROWS, _BLOCKS, _FOUR, _TWO, _ONE, _ZERO, _MANY = (np.int64(n) for n in (ROWS, BLOCKS, 4, 2, 1, 0, MANY))
 _sums, _more = (scratch_of(ROWS * BLOCKS * LANES) for _ in range(2))
@@ -159,6 +161,7 @@ def _linear_w8(params):  # device code, with ``activate`` put in by ``specialize
 
 
 _SIMPLE, _SMOOTH = (Native(specialized(_linear_w8, f"linear_w8_{f.__name__}", activate=f), "q" * 12 + "dd") for f in (simple, smooth))
+_MANY_SIMPLE, _MANY_SMOOTH, _BESIDE = BYTES.natives  # under these names they are found and compiled ahead
 
 
 def run(
@@ -178,9 +181,14 @@ def apply(x: Tensor, packed: Packed, other: Tensor | None, activation: str, scal
     if other is not None:
         other = rows_of(other.expand(out.shape))
         residual, step = other.data_ptr(), other.stride(0) * 4
+    threads = threads_for(max(GRAIN, packed.weight.numel()) * rows.shape[0] // 4)
+    if rows.shape[0] >= MORE:
+        scales = packed.scales.view(-1, 1, LANES)
+        BYTES(threads, rows, out, packed.weight, packed.width, packed.width, scales, None, packed.bias, other, activation, scalars_of(activation, scalars))
+        return out
     native = _SMOOTH if activation in SMOOTH else _SIMPLE
     native(
-        threads_for(max(GRAIN, packed.weight.numel()) * rows.shape[0] // 4), rows.data_ptr(), rows.stride(0) * 4, rows.shape[0], packed.out,
+        threads, rows.data_ptr(), rows.stride(0) * 4, rows.shape[0], packed.out,
         packed.weight.data_ptr(), packed.width, packed.scales.data_ptr(), packed.bias.data_ptr(), residual, step, out.data_ptr(),
         CODE[activation], *scalars_of(activation, scalars),
     )  # fmt: skip

@@ -3,7 +3,7 @@
     y = activation(x @ ((w8 - zero_point) * scale)^T + bias + other)
 
 ``x`` [*, i] float32 (halves are widened); ``weight`` int8 [o, i]; ``scales``, ``zero_points`` [o, groups]; out [*, o]. Packed ahead (``pack``), 16
-bytes hold one input of 16 output channels, widened once for up to 4 rows. Bound by memory up to about a dozen rows, by arithmetic beyond.
+bytes hold one input of 16 output channels, widened once for up to 4 rows; for many rows, see ``panels``. Bound by memory up to about a dozen rows, by arithmetic beyond.
 """
 
 from __future__ import annotations
@@ -20,29 +20,25 @@ from graphwright.kernels.activations import ARITHMETIC
 from graphwright.kernels.common import pieces
 from graphwright.kernels.grouped import Kind, Packed, pack_bytes, spread_load, unfit_linear
 from graphwright.kernels.grouped import pack as pack_groups
-from graphwright.kernels.language import FLOAT32, INT64, ir, known
+from graphwright.kernels.language import FLOAT32, INT64, known
+from graphwright.kernels.panels import BYTES, column
 from graphwright.kernels.vector import LANES, F
 
 _INPUTS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _column(at: Any, block: Any, line: Any) -> Any:
-    """One input of 16 channels as floats."""
-    narrow = ir.VectorType(ir.IntType(8), LANES)
-    return at.sitofp(at.load(at.inttoptr(at.add(block, at.mul(line, INT64.llvm(LANES))), narrow.as_pointer()), align=1), F.llvm)
-
-
 def _line(at: Any, rows: list[Any], blocks: list[Any], line: Any, sums: list[Any]) -> list[Any]:
     long, vector, after = INT64.llvm, F.llvm, []
-    columns, row_start = [_column(at, b, line) for b in blocks], at.mul(line, long(4))
+    columns, row_start = [column(at, b, line) for b in blocks], at.mul(line, long(4))
     for r, row in enumerate(rows):
         one = spread_load(at, at.add(row, row_start), FLOAT32.llvm, vector)
         after += [known(at, "llvm.fma.v16f32", vector, one, c, sums[r * len(blocks) + v]) for v, c in enumerate(columns)]
     return after
 
 
-_KIND = Kind("linear_w8_groups", LANES, 4, 1, 4, lambda: F.llvm, _line, lambda *given: [_column(*given)])
+_KIND = Kind("linear_w8_groups", LANES, 4, 1, 4, lambda: F.llvm, _line, BYTES)
 _SIMPLE, _SMOOTH = _KIND.simple, _KIND.smooth  # under these names they are found and compiled ahead
+_MANY_SIMPLE, _MANY_SMOOTH, _BESIDE = BYTES.natives
 
 
 def pack(weight: Tensor, scales: Tensor, zero_points: Tensor | None, bias: Tensor | None, group: int) -> Packed:
@@ -99,6 +95,7 @@ def samples() -> Iterator[Sample]:
     yield make("2x9x64x33 residual relu", (2, 9), 64, 33, 32, other=f32, activation="relu", points=True)
     yield make("21x203x130 tanh, ragged group", (21,), 203, 130, 64, activation="tanh", points=True)
     yield make("5x1300x70, all of the inputs", (5,), 1300, 70, 1300)
+    yield make("101x603x70 silu, ragged group", (101,), 603, 70, 128, activation="silu", points=True)
     yield make("7x256x48 bf16 residual", (7,), 256, 48, 128, x=bf16, other=bf16, dtype=bf16)
     yield make("1x96x16 f16", (1,), 96, 16, 32, x=f16, dtype=f16, points=True)
     yield make("0x8x16", (0,), 8, 16, 32)
