@@ -12,7 +12,7 @@ checkout's folders are linked below that name. In turns:
    graph, beside PyTorch's own calls; then beside Inductor's; then all other samples (``speed.jsonl``).
 
 Every step is a line on the disk before the next begins, in a process that may crash or hang: the next one goes on behind it. ``report.md``
-(predictions beside measurements), ``kernels.json``, ``kernels.csv`` and ``tuned.json`` (to be kept as ``kernels/gpu/tuned/<name of the GPU>.json``)
+(predictions beside measurements), ``kernels.csv`` and ``kernels.json`` (its ``tuned`` is what ``kernels/gpu/tuned/<name of the GPU>.json`` holds)
 are made of the lines after each part, and again by ``--report``.
 """
 

@@ -130,7 +130,7 @@ def _first(error: Exception) -> str:
 
 
 def report(folder: Path) -> None:
-    """From the lines that there are: ``report.md``, ``kernels.json`` (as the kernel benchmark writes it), ``kernels.csv``, ``tuned.json``."""
+    """From the lines that there are: ``report.md``, ``kernels.json`` (as the kernel benchmark writes it), ``kernels.csv``."""
     from graphwright.microbench.clock import Times
     from graphwright.microbench.results import Peer, Result, write_csv
 
@@ -139,9 +139,9 @@ def report(folder: Path) -> None:
 
     timed = [line for line in lines(folder, "speed") if line["state"] == "done"]
     known = lines(folder, "facts")
-    record = {"schema": "graphwright-kernels/2", "device": "cuda", "cold": True, **(known[-1] if known else {}), "results": [t["result"] for t in timed]}
+    record = {"schema": "graphwright-kernels/2", "device": "cuda", "cold": True, **(known[-1] if known else {}), "results": [t["result"] for t in timed],
+              "tuned": {t["key"]: t["config"] for t in timed if t["key"]}}  # fmt: skip
     (folder / "kernels.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "tuned.json").write_text(json.dumps({t["key"]: t["config"] for t in timed if t["key"]}, indent=1, sort_keys=True) + "\n")
     write_csv([Result(**{**r, "times": times(r["times"]), "replay": times(r["replay"]), "peers": tuple(Peer(**{**p, "times": times(p["times"])}) for p in r["peers"])})
                for r in record["results"]], folder / "kernels.csv")  # fmt: skip
     (folder / "report.md").write_text("\n".join(_pages(folder, known, timed)) + "\n")

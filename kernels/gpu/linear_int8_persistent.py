@@ -4,6 +4,20 @@ The math and the tensors are those of ``linear_int8``. As many programs as the G
 one's end and the next one's beginning overlap, and tiles come through tensor descriptors: on sm_90 by the copy engine (TMA), which
 takes the addressing and the edges off the threads; on sm_80 the compiler makes ordinary loads of them. On gfx942 the loop of loops that
 this becomes has too few registers: ``linear_int8`` serves there. Bound by arithmetic.
+
+On sm_90 Triton 3.6 to 3.9 leave a product in flight into the next turn of a loop only where its sums are float32 (a rule of the compiler): int8's
+are waited for in the turn that begins them (``wgmma.wait_group 0``; fp8 in the same loop: 1). Tried, on all of 3.6.0, 3.7.1 and 3.9.0, read
+from the intermediate code, PTX and SASS: pointers and descriptors, 2 to 4 stages, both operands in shared memory and the left one in registers,
+two tiles of sums side by side, two turns in one, ``loop_unroll_factor=2``, ``disallow_acc_multi_buffer``, ``warp_specialize``, and the product
+transposed; none differs. Nor does the compiler know int8 instructions wider than 64 x 128. For a tile of 128 x 256 and 128 deep that means, of
+1024 clocks of products in a turn:
+
+    about 70 more of waiting (one instruction's latency and a barrier): 93 %
+    shared memory moves 1024 * 96 bytes for the instructions and 48 KB of new tiles, at 128 bytes a clock: 89 %
+    the L2 cache gives 48 KB to each of 132 processors, 48 bytes a clock each, of some 5120 together: 81 %
+
+so that 65 to 75 % of the peak is the most to expect. What helps is two programs on a processor, one multiplying while the other waits: tiles of
+128 x 128 with 4 warps here (EACH=2), and with 8 warps in ``linear_int8``, at twice the reading. The tuner decides.
 """
 
 from __future__ import annotations

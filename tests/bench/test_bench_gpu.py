@@ -85,7 +85,7 @@ def test_the_report_sets_measured_beside_predicted(tmp_path: Path) -> None:
     row = next(line for line in page.splitlines() if line.startswith("| linear_int8_few | 16x"))
     assert "reached" in row and "BEHIND inductor (0.90)" in row and "int_mm" not in row.split("|")[-2]
     assert "WRONG linear_w4, 1x1, c: off by a mile" in page and "did not come back" in page and "not reached" in page
-    assert json.loads((tmp_path / "tuned.json").read_text()) == {"k": "BM=16"}
+    assert json.loads((tmp_path / "kernels.json").read_text())["tuned"] == {"k": "BM=16"}
     assert "linear_int8" in (tmp_path / "kernels.csv").read_text()
 
 
