@@ -10,6 +10,9 @@ SETUP  := pyproject.toml setup.py constraints.txt
 PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
             $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && { echo $$p; break; }; done)
 MODEL  ?= minilm
+# Tests run in a process per core, four at most: JOBS=0 runs them in one.
+JOBS   ?= auto
+PYTEST := $(PY) -m pytest -n $(JOBS) --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test soak quick lint clean
 .DEFAULT_GOAL := demo
@@ -18,13 +21,13 @@ demo: $(VENV)/.with-demo
 	$(VENV)/bin/graphwright demo --model $(MODEL)
 
 test: $(VENV)/.with-test
-	$(PY) -m pytest -m "not soak"
+	$(PYTEST) -m "not soak"
 
 soak: $(VENV)/.with-test
-	$(PY) -m pytest -m ""
+	$(PYTEST) -m ""
 
 quick: $(VENV)/.with-test
-	$(PY) -m pytest
+	$(PYTEST)
 
 lint: $(VENV)/.with-test
 	$(PY) -m ruff check .

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+# Several test processes share the cores: a thread that waits must not spin. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 
