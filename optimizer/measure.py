@@ -97,7 +97,7 @@ def machine() -> dict[str, Any]:
         facts = {k.strip(): v.strip() for k, v in facts.items()}
         info["cpu"] = f"{facts.get('model name', 'unknown')} ({facts.get('cpu family')}/{facts.get('model')}/{facts.get('stepping')})"
         flags = set(facts.get("flags", "").split())
-        wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "avx_vnni")
+        wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16", "amx_fp16", "avx_vnni")
         info["flags"] = [f for f in wanted if f in flags]
     info["torch"] = torch.__version__
     return info
@@ -106,3 +106,8 @@ def machine() -> dict[str, Any]:
 def has_fast_bf16() -> bool:
     """The processor multiplies bfloat16 in hardware."""
     return any(f in machine().get("flags", ()) for f in ("avx512_bf16", "amx_bf16"))
+
+
+def has_fast_fp16() -> bool:
+    """The processor multiplies float16 in hardware."""
+    return any(f in machine().get("flags", ()) for f in ("avx512_fp16", "amx_fp16"))

@@ -36,10 +36,12 @@ from graphwright.passes.select_early import SelectEarly
 from graphwright.passes.simplify_arithmetic import SimplifyArithmetic
 from graphwright.passes.simplify_masks import SimplifyMasks
 from graphwright.passes.simplify_parts import SimplifyParts
+from graphwright.passes.widen import Widen
 
 #: What every recipe starts with: the same numbers up to float rounding.
 DEFAULT: tuple[Pass, ...] = (
     Canonicalize(),          # one spelling of everything, nothing that computes nothing: all others rely on it
+    Widen(),                 # before anything looks for ops that kernels serve: on a CPU those are made for float32
     RaiseEinsum(),           # products by their own name: linears and attention are looked for next
     RaiseLinear(),           # before constants are folded: a transposed weight is a linear's weight as it stands
     RaiseSoftmax(),          # exponentials over their sum: attention is looked for by its softmax

@@ -103,9 +103,13 @@ def _read(program: Program, root: fx.Node) -> _Norm | str | None:
             return None
     elif what is not z:
         return None
-    x = without_casts(centre if centre is not None else z, cone)
-    found = _Norm(x, last, eps, centre is not None, cone=cone)
+    start = centre if centre is not None else z
+    through = set(cone)
+    found = _Norm(without_casts(start, through), last, eps, centre is not None, cone=through)
     _affine(program, found)
+    if val(found.x).dtype != val(found.last).dtype and found.x is not start:  # nothing is converted back: the conversion before is none of its own
+        found = _Norm(start, last, eps, centre is not None, cone=cone)
+        _affine(program, found)
     return found
 
 

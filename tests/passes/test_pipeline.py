@@ -14,7 +14,7 @@ from graphwright.bisecting import bisect
 from graphwright.errors import InputError, RecipeError
 from graphwright.ir import Program, site_of
 from graphwright.manager import Pass, PassResult, Pipeline
-from graphwright.passes import pipeline
+from graphwright.passes import pipeline, widen
 from graphwright.passes.allow_half import AllowHalf
 from graphwright.passes.canonicalize import Canonicalize
 from graphwright.passes.dead_code import DeadCode
@@ -325,7 +325,8 @@ def test_a_block_with_sizes_that_vary(captured):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_other_dtypes(dtype, captured):
+def test_other_dtypes(dtype, captured, monkeypatch):
+    monkeypatch.setattr(widen, "has_fast_bf16", lambda: True)
     program = captured(Block().to(dtype), torch.randn(2, 5, 16, dtype=dtype))
     after, records = Pipeline(DEFAULT).run(program)
     assert {n.meta["val"].dtype for n in after.nodes if isinstance(n.meta["val"], torch.Tensor)} == {dtype}
