@@ -10,13 +10,13 @@ are waited for in the turn that begins them (``wgmma.wait_group 0``; fp8 in the 
 from the intermediate code, PTX and SASS: pointers and descriptors, 2 to 4 stages, both operands in shared memory and the left one in registers,
 two tiles of sums side by side, two turns in one, ``loop_unroll_factor=2``, ``disallow_acc_multi_buffer``, ``warp_specialize``, and the product
 transposed; none differs. Nor does the compiler know int8 instructions wider than 64 x 128. For a tile of 128 x 256 and 128 deep that means, of
-1024 clocks of products in a turn:
+1024 clocks of products in a turn, by reckoning, not by measurement:
 
-    about 70 more of waiting (one instruction's latency and a barrier): 93 %
+    about 70 more of waiting (an instruction's latency and a barrier, assumed): 93 %
     shared memory moves 1024 * 96 bytes for the instructions and 48 KB of new tiles, at 128 bytes a clock: 89 %
-    the L2 cache gives 48 KB to each of 132 processors, 48 bytes a clock each, of some 5120 together: 81 %
+    the L2 cache gives 48 KB to each of 132 processors, 48 bytes a clock each, of some 5120 together: enough, at four fifths of what it has
 
-so that 65 to 75 % of the peak is the most to expect. What helps is two programs on a processor, one multiplying while the other waits: tiles of
+so that 60 to 75 % of the peak is what to expect. What helps is two programs on a processor, one multiplying while the other waits: tiles of
 128 x 128 with 4 warps here (EACH=2), and with 8 warps in ``linear_int8``, at twice the reading. The tuner decides.
 """
 
