@@ -48,8 +48,8 @@ from graphwright.kernels.vector import (
 from graphwright.kernels.vnni import DEPTH, products, unfit
 from graphwright.kernels.vnni import pack as pack_columns
 
-#: Pixels of one task at most, and blocks of 16 output channels.
-PIXELS, BLOCKS = 64, 4
+#: Pixels of one task at most, in one line of all pixels, and blocks of 16 output channels.
+PIXELS, LINE, BLOCKS = 64, 48, 4
 _BLOCKS, _ZERO, _ONE, _F32, _U8 = (np.int64(n) for n in (BLOCKS, 0, 1, F32, U8))
 _sums, _more = (scratch_of(PIXELS * BLOCKS * LANES) for _ in range(2))
 
@@ -314,7 +314,7 @@ class Convolution:
             framed = h, w
         if kh == kw == down == right == 1:  # every pixel by itself: one long line of them
             n, high, wide = 1, 1, n * high * wide
-        pixels = -(-wide // -(-wide // PIXELS))
+        pixels = -(-wide // -(-wide // (PIXELS if high > 1 else LINE)))
         before = (c, w * c, h * w * c, n, high, wide, columns, packed.weight.data_ptr(), kh, kw * c // DEPTH, down, right,
                   self.shift.data_ptr(), self.scales.data_ptr(), self.offset.data_ptr())  # fmt: skip
         return size, steps, work, framed, before, (KIND[self.dtype], *self.tail, max(1, PIXELS // pixels), pixels, self.steps, w * c * self.deep)

@@ -41,13 +41,13 @@ def pack(b: Tensor) -> Tensor:
     return blocks.permute(2, 0, 3, 1).contiguous()
 
 
-#: Heights and widths of the tiles: seven rows or more are cut into 3 to 6 at a time.
+#: Heights and widths of the tiles: eight rows or more are cut into 4 to 6 at a time.
 HIGH, WIDE = (6, 5, 4, 3, 2, 1), (4, 2, 1)
-#: Steps of a turn of the large tiles: what advances addresses and counts takes slots from the products.
-_TURNS = 4
+#: Steps of a turn of the large tiles from so many steps on: what advances addresses and counts takes slots from the products.
+_TURNS, _LONG_FROM = 4, 32
 
 _WORD, _LONG, _WORDS = INT32.llvm, INT64.llvm, I.llvm
-_FOUR, _TWO, _ONE, _ZERO = (np.int64(n) for n in (4, 2, 1, 0))
+_SIX, _FOUR, _TWO, _ONE, _ZERO = (np.int64(n) for n in (6, 4, 2, 1, 0))
 
 
 
@@ -55,40 +55,43 @@ _FOUR, _TWO, _ONE, _ZERO = (np.int64(n) for n in (4, 2, 1, 0))
 def _tile(at, high, wide, a, a_step, taps, tap_step, b, b_step, steps, c, c_step, ahead, pace, more):
     """``c[:high, :16 * wide] = a @ b``, or that added where ``more`` is not 0, for a height of ``HIGH`` and a width of ``WIDE``; see ``products``."""
     other, done = at.append_basic_block("other"), at.append_basic_block("done")
-    cases = at.switch(at.add(at.mul(high, _LONG(8)), wide), other)
+    long = at.zext(at.icmp_signed(">=", steps, _LONG(_LONG_FROM)), _LONG)
+    cases = at.switch(at.add(at.add(at.mul(high, _LONG(8)), wide), at.mul(long, _LONG(64))), other)
     at.position_at_end(other)
     at.unreachable()
     for rows in HIGH:
         for blocks in WIDE:
-            case = at.append_basic_block(f"tile.{rows}x{blocks}")
-            cases.add_case(_LONG(rows * 8 + blocks), case)
-            at.position_at_end(case)
-            _emit(at, rows, blocks, a, a_step, taps, tap_step, b, b_step, steps, c, c_step, ahead, pace, more)
-            at.branch(done)
+            forms = (0, 64) if rows * blocks >= 16 else (None,)
+            for form in forms:
+                case = at.append_basic_block(f"tile.{rows}x{blocks}")
+                for number in (0, 64) if form is None else (form,):
+                    cases.add_case(_LONG(rows * 8 + blocks + number), case)
+                at.position_at_end(case)
+                _emit(at, rows, blocks, _TURNS if form else 1, a, a_step, taps, tap_step, b, b_step, steps, c, c_step, ahead, pace, more)
+                at.branch(done)
     at.position_at_end(done)
 
 
-def _emit(at: Any, rows: int, blocks: int, a: Any, a_step: Any, taps: Any, tap_step: Any, b: Any, b_step: Any, steps: Any, c: Any, c_step: Any,
-          ahead: Any, pace: Any, more: Any) -> None:  # fmt: skip
-    """The loops of one tile, over the pieces of a row and down each: by ``_TURNS`` steps at once, then by one."""
-    turns = _TURNS if rows >= 4 and blocks == 4 else 1
-    many = at.select(at.icmp_signed("<", steps, _LONG(4 * turns)), _LONG(0), at.sdiv(steps, _LONG(turns)))
-    rest = at.sub(steps, at.mul(many, _LONG(turns)))
-    places = [at.inttoptr(at.add(at.add(c, at.mul(c_step, _LONG(k // blocks))), _LONG(k % blocks * LANES * 4)), _WORDS.as_pointer())
-              for k in range(rows * blocks)]  # fmt: skip
-    added = spread_of(at, at.icmp_signed("!=", more, _LONG(0)), ir.VectorType(ir.IntType(1), LANES))
-    nothing = ir.Constant(_WORDS, [0] * LANES)
+def _emit(at: Any, rows: int, blocks: int, turns: int, a: Any, a_step: Any, taps: Any, tap_step: Any, b: Any, b_step: Any, steps: Any, c: Any,
+          c_step: Any, ahead: Any, pace: Any, more: Any) -> None:  # fmt: skip
+    """The loops of one tile, over the pieces of a row and down each: by ``turns`` steps at once, then by one."""
+    kept = _kept if turns > 1 else lambda _, address: address
+    many = at.sdiv(steps, _LONG(turns))
+    done = at.mul(many, _LONG(turns))
+
+    def places() -> list[Any]:
+        lines = [at.add(c, at.mul(c_step, _LONG(r))) for r in range(rows)]
+        return [at.inttoptr(at.add(line, _LONG(v * LANES * 4)), _WORDS.as_pointer()) for line in lines for v in range(blocks)]
 
     def tap(number: Any, sums: list[Any]) -> list[Any]:
         before, shift = at.mul(number, steps), at.mul(number, tap_step)
         strip, coming = at.mul(before, _LONG(LANES * DEPTH)), at.add(ahead, at.mul(before, pace))
-        left = [_kept(at, at.add(at.add(a, shift), at.mul(a_step, _LONG(r)))) for r in range(rows)]
-        right = [_kept(at, at.add(at.add(b, strip), at.mul(b_step, _LONG(v)))) for v in range(blocks)]
+        left = [kept(at, at.add(at.add(a, shift), at.mul(a_step, _LONG(r)))) for r in range(rows)]
+        right = [kept(at, at.add(at.add(b, strip), at.mul(b_step, _LONG(v)))) for v in range(blocks)]
 
-        def four(step: Any, sums: list[Any]) -> list[Any]:
+        def one(step: Any, sums: list[Any]) -> list[Any]:
             word, line = at.mul(step, _LONG(DEPTH)), at.mul(step, _LONG(LANES * DEPTH))
-            columns = [_load(at, at.add(r, line), _WORDS) for r in right]
-            after = []
+            columns, after = [_load(at, at.add(r, line), _WORDS) for r in right], []
             for r in range(rows):
                 spread = spread_of(at, _load(at, at.add(left[r], word), _WORD), _WORDS)
                 after += [known(at, "llvm.x86.avx512.vpdpbusd.512", _WORDS, sums[r * blocks + v], spread, columns[v])
@@ -98,18 +101,18 @@ def _emit(at: Any, rows: int, blocks: int, a: Any, a_step: Any, taps: Any, tap_s
         def several(turn: Any, sums: list[Any]) -> list[Any]:
             first = at.mul(turn, _LONG(turns))
             for k in range(turns):
-                sums = four(at.add(first, _LONG(k)), sums)
+                sums = one(at.add(first, _LONG(k)), sums)
             prefetch.emit(at, at.add(coming, at.mul(first, pace)))
             return sums
 
         if turns == 1:
-            return loop(at, steps, sums, several)
-        sums = maybe(at, many, sums, lambda sums: loop(at, many, sums, several))
-        done = at.mul(many, _LONG(turns))
-        return maybe(at, rest, sums, lambda sums: loop(at, rest, sums, lambda step, sums: four(at.add(done, step), sums)))
+            return loop(at, steps, sums, one)
+        rest = at.sub(steps, done)
+        return maybe(at, rest, loop(at, many, sums, several), lambda sums: loop(at, rest, sums, lambda step, sums: one(at.add(done, step), sums)))
 
-    before = [known(at, "llvm.masked.load.v16i32.p0", _WORDS, p, INT32.llvm(4), added, nothing) for p in places]
-    for value, place in zip(loop(at, taps, before, tap), places, strict=True):
+    nothing = [ir.Constant(_WORDS, [0] * LANES)] * (rows * blocks)
+    before = maybe(at, more, nothing, lambda _: [at.load(place, align=4) for place in places()])
+    for value, place in zip(loop(at, taps, before, tap), places(), strict=True):
         at.store(value, place, align=4)
 
 
@@ -130,7 +133,7 @@ def products(a, a_step, rows, taps, tap_step, b, b_step, blocks, steps, c, c_ste
     window); that of a plain product is one piece.
 
     Blocks lie outside, so that a strip of ``b`` stays near while the rows of ``a`` pass by. ``ahead`` is what will be wanted next:
-    at every step ``pace`` more bytes of it, 16 at most, are brought into the L2 cache, from the front for each tile.
+    at every step of a large tile ``pace`` more bytes of it, 16 at most, are brought into the L2 cache, from the front for each tile.
     """
     apart()
     pieces = (rows + 5) // 6
@@ -139,7 +142,7 @@ def products(a, a_step, rows, taps, tap_step, b, b_step, blocks, steps, c, c_ste
         wide = _FOUR if blocks - block >= 4 else (_TWO if blocks - block >= 2 else _ONE)
         row, taller = _ZERO, rows - high * pieces
         while row < rows:
-            tall = high + 1 if taller > 0 else high
+            tall = (high + 1 if taller > 0 else high) if high > 3 else min(_SIX, rows - row)
             taller -= 1
             _tile(tall, wide, a + row * a_step, a_step, taps, tap_step, b + block * b_step, b_step, steps, c + row * c_step + block * 64, c_step,
                   ahead, pace, more)  # fmt: skip
