@@ -1,160 +1,18 @@
 """What ATen's ops compute, element by element: the vocabulary of generated kernels.
 
-An op becomes a small tree of ``Term`` over its operands: primitive scalar operations, and sums and maxima over the last axis.
-``ROWS`` has a rule per op: it takes a ``Maker`` and the op's arguments by name, and gives the term of the result.
+An op becomes a small tree of ``Term`` over its operands: primitive scalar operations, and sums and maxima over a row.
+``ROWS`` has a rule per op: it takes the op's arguments by name, and gives the term of the result.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
-import torch
+from graphwright.kernels import reductions
+from graphwright.kernels.trees import Call, Rule, Term, Unfit, add, call, cast, constant, inverse, mul, root, squared
 
-#: What a term may be, by dtype: float32 arithmetic, whole numbers (held in 64 bits), or true and false.
-FAMILY = {torch.float32: "f", torch.bool: "b", torch.int64: "i", torch.int32: "i", torch.int8: "i", torch.uint8: "i"}
-#: The same where halves are read and written too.
-WITH_HALVES = FAMILY | {torch.float16: "f", torch.bfloat16: "f"}
-
-
-class Unfit(Exception):
-    """A region that no kernel can be generated for; says why."""
-
-
-@dataclass(frozen=True, eq=False)
-class Term:
-    """A number at each element of a region, or one for each of its rows.
-
-    Attributes:
-        op: ``"read"``, ``"constant"``, ``"call"``, ``"sum"``, ``"max"`` or ``"cat"``.
-        family: ``"f"``, ``"i"`` or ``"b"``.
-        args: terms. ``text`` is a format of their names; of a read, the number of the operand; of a constant, how it is written.
-        cost: what it takes beyond its operands, an addition being 1.
-        bounds: of ``cat``: where each operand begins, and the end.
-    """
-
-    op: str
-    family: str
-    args: tuple[Term, ...] = ()
-    text: str = ""
-    cost: float = 0.0
-    bounds: tuple[int, ...] = ()
-
-
-def constant(value: Any, family: str) -> Term:
-    """A number that is known now."""
-    if family == "f":
-        value = float(value)
-        said = repr(value) if math.isfinite(value) else ("nan" if math.isnan(value) else "inf" if value > 0 else "-inf")
-        return Term("constant", "f", text=f"real({said})")
-    if family == "b":
-        return Term("constant", "b", text=str(bool(value)))
-    if isinstance(value, float) and not value.is_integer():
-        raise Unfit(f"{value} among whole numbers")
-    return Term("constant", "i", text=str(int(value)))
-
-
-def call(text: str, family: str, *args: Term, cost: float = 1.0) -> Term:
-    """A scalar operation: ``text`` with ``{0}``, ``{1}`` for the names of its operands."""
-    return Term("call", family, args, text, cost=cost)
-
-
-def cast(x: Term, family: str) -> Term:
-    """The same number in another family."""
-    if x.family == family:
-        return x
-    if x.op == "constant" and x.family != "b":
-        return constant(float(x.text[5:-1]) if x.family == "f" else int(x.text), family)
-    text = {"bf": "(real(1.0) if {0} else real(0.0))", "bi": "(1 if {0} else 0)", "if": "real({0})", "ib": "{0} != 0",
-            "fb": "is_not_zero({0}) != 0"}.get(x.family + family)  # fmt: skip
-    if text is None:
-        raise Unfit("a float becomes a whole number")
-    return call(text, family, x)
-
-
-def add(x: Term, y: Term) -> Term:
-    return call("{0} + {1}", x.family, x, y)
-
-
-def mul(x: Term, y: Term) -> Term:
-    return call("{0} * {1}", x.family, x, y)
-
-
-def total(x: Term) -> Term:
-    """The sum over a row."""
-    return Term("sum", "f", (cast(x, "f"),), cost=1.0)
-
-
-def top(x: Term) -> Term:
-    """The largest number of a row."""
-    if x.family != "f":
-        raise Unfit("a maximum of numbers that are no floats")
-    return Term("max", "f", (x,), cost=1.0)
-
-
-def mean(x: Term, columns: int, less: int = 0) -> Term:
-    if columns - less <= 0:
-        raise Unfit("a mean of no numbers")
-    return mul(total(x), constant(1.0 / (columns - less), "f"))
-
-
-def centred(x: Term, columns: int) -> Term:
-    return call("{0} - {1}", "f", cast(x, "f"), mean(x, columns))
-
-
-def squared(x: Term) -> Term:
-    return call("{0} * {0}", x.family, x)
-
-
-def root(x: Term) -> Term:
-    return call("root({0})", "f", x, cost=6.0)
-
-
-def inverse(x: Term) -> Term:
-    return call("real(1.0) / {0}", "f", x, cost=4.0)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One op of a region, its arguments by name: terms for tensors, plain values else.
-
-    Attributes:
-        family: of its result.
-        columns: length of the last axis of what it reads.
-        rank: axes of its first operand.
-    """
-
-    named: dict[str, Any]
-    family: str
-    columns: int
-    rank: int
-
-    def __getitem__(self, name: str) -> Any:
-        return self.named.get(name)
-
-    def term(self, name: str, family: str | None = None) -> Term:
-        """An argument as a term, in the result's family unless another is asked for."""
-        value, family = self.named[name], family or self.family
-        return cast(value, family) if isinstance(value, Term) else constant(value, family)
-
-    def together(self, *names: str) -> list[Term]:
-        """Arguments in the family that can hold all of them."""
-        values = [self.named[n] for n in names]
-        kinds = {v.family if isinstance(v, Term) else "b" if isinstance(v, bool) else "i" if isinstance(v, int) else "f" for v in values}
-        family = next(f for f in "fib" if f in kinds)
-        return [self.term(n, family) for n in names]
-
-    def last_axis(self, dims: Any) -> None:
-        """Refuse a reduction over other axes than the last."""
-        dims = list(dims) if isinstance(dims, (list, tuple)) else [dims]
-        if dims != [-1] and dims != [self.rank - 1]:
-            raise Unfit(f"a reduction over axes {dims} of {self.rank}")
-
-
-Rule = Callable[[Call], Term]
-ROWS: dict[str, Rule] = {}
+ROWS: dict[str, Rule] = dict(reductions.RULES)
 
 
 def _row(*names: str) -> Callable[[Rule], Rule]:
@@ -178,26 +36,47 @@ ROWS |= {
     "square": lambda c: squared(c.term("self")), "sqrt": _float("root({0})", 6), "rsqrt": _float("real(1.0) / root({0})", 10),
     "reciprocal": _float("real(1.0) / {0}", 4), "exp": _float("exp({0})", 20), "log": _float("log({0})", 20), "erf": _float("erf({0})", 18),
     "tanh": _float("tanh({0})", 16), "sigmoid": _float("sigmoid({0})", 16), "silu": _float("silu({0})", 17),
-    "floor": _float("down({0})", 1), "relu6": _float("clipped({0}, real(0.0), real(6.0))", 2),
+    "floor": _float("down({0})", 1), "ceil": _float("up({0})", 1), "trunc": _float("inward({0})", 1), "fix": _float("inward({0})", 1),
+    "sin": _float("sine({0})", 40), "cos": _float("cosine({0})", 40), "tan": _float("sine({0}) / cosine({0})", 80), "exp2": _float("exp2({0})", 18),
+    "expm1": _float("less_one({0})", 36), "log1p": _float("log1p({0})", 26), "log2": _float("log({0}) * real(1.4426950408889634)", 21),
+    "log10": _float("log({0}) * real(0.4342944819032518)", 21), "log_sigmoid": _float("smaller({0}, real(0.0)) - log1p(exp(-magnitude({0})))", 48),
+    "frac": _float("{0} - inward({0})", 2), "relu6": _float("clipped({0}, real(0.0), real(6.0))", 2),
     "hardsigmoid": _float("clipped({0} + real(3.0), real(0.0), real(6.0)) * real(0.16666666666666666)", 4),
     "hardswish": _float("{0} * (clipped({0} + real(3.0), real(0.0), real(6.0)) * real(0.16666666666666666))", 5),
+    "isnan": lambda c: call("{0} != {0}", "b", c.term("self", "f")), "isinf": lambda c: call("magnitude({0}) == real(inf)", "b", c.term("self", "f")),
+    "isfinite": lambda c: call("magnitude({0}) < real(inf)", "b", c.term("self", "f")),
     "logical_not": lambda c: call("not {0}", "b", c.term("self", "b")),
 }  # fmt: skip
 for _name, _sign in {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}.items():
     ROWS[_name] = lambda c, sign=_sign: call(f"{{0}} {sign} {{1}}", "b", *_numbers(c))
-for _names, _text in ((("logical_and", "bitwise_and", "__and__"), "{1} if {0} else False"),
-                      (("logical_or", "bitwise_or", "__or__"), "True if {0} else {1}")):  # fmt: skip
-    ROWS.update(dict.fromkeys(_names, lambda c, text=_text: call(text, "b", *_truths(c))))
+for _names, _text, _sign in ((("logical_and", "bitwise_and", "__and__"), "{1} if {0} else False", "&"),
+                             (("logical_or", "bitwise_or", "__or__"), "True if {0} else {1}", "|"),
+                             (("logical_xor", "bitwise_xor", "__xor__"), "not {1} if {0} else {1}", "^")):  # fmt: skip
+    for _name in _names:
+        _sign_of_bits = "" if _name.startswith("logical") else _sign
+        ROWS[_name] = lambda c, text=_text, sign=_sign_of_bits: _bits(c, text, sign)
+
+
+def _bits(c: Call, text: str, sign: str) -> Term:
+    """Of truths, or, where there is a sign, of the bits of whole numbers."""
+    if sign and c.family == "i":
+        return call(f"{{0}} {sign} {{1}}", "i", c.term("self"), c.term("other"))
+    if c.family != "b":
+        raise Unfit("bits of floats")
+    return call(text, "b", *(cast(c.term(n, _own(c.named[n])), "b") for n in ("self", "other")))
+
+
+def _own(value: Term | float) -> str:
+    return value.family if isinstance(value, Term) else "b" if isinstance(value, bool) else "i" if isinstance(value, int) else "f"
+
+
+@_row("bitwise_not")
+def _inverted(c: Call) -> Term:
+    return call("not {0}", "b", c.term("self")) if c.family == "b" else call("-1 - {0}", "i", c.term("self", "i"))
 
 
 def _numbers(c: Call) -> list[Term]:
     return [cast(t, "i") if t.family == "b" else t for t in c.together("self", "other")]
-
-
-def _truths(c: Call) -> list[Term]:
-    if c.family != "b":
-        raise Unfit("bits of whole numbers")
-    return [c.term("self", "b"), c.term("other", "b")]
 
 
 def _binary(sign: str, swap: bool = False, cost: float = 1.0) -> Rule:
@@ -224,14 +103,46 @@ def _division(c: Call) -> Term:
     return call("{0} / {1}", "f", c.term("self", "f"), c.term("other", "f"), cost=4.0)
 
 
-ROWS["maximum"] = lambda c: call("larger({0}, {1})", "f", *_floats(c))
-ROWS["minimum"] = lambda c: call("smaller({0}, {1})", "f", *_floats(c))
+def _extreme(function: str, sign: str) -> Rule:
+    def rule(c: Call) -> Term:
+        if c.family == "b":
+            raise Unfit("an extreme of truths")
+        return call(f"{function}({{0}}, {{1}})" if c.family == "f" else f"{{0}} if {{0}} {sign} {{1}} else {{1}}", c.family, c.term("self"), c.term("other"))
+
+    return rule
 
 
-def _floats(c: Call) -> list[Term]:
-    if c.family != "f":
-        raise Unfit("an extreme of numbers that are no floats")
-    return [c.term("self"), c.term("other")]
+ROWS |= {"maximum": _extreme("larger", ">"), "minimum": _extreme("smaller", "<")}
+
+
+@_row("remainder")
+def _remainder(c: Call) -> Term:
+    n = c["other"]
+    if c.family != "i" or not isinstance(n, int) or n <= 0:
+        raise Unfit("a remainder but of whole numbers by a constant")
+    return call(f"({{0}} % {n} + {n}) % {n}", "i", c.term("self"), cost=40.0)  # whichever way % rounds
+
+
+@_row("floor_divide")
+def _floor_divide(c: Call) -> Term:
+    n = c["other"]
+    if c.family != "i" or not isinstance(n, int) or n <= 0:
+        raise Unfit("a division that rounds but of whole numbers by a constant")
+    return call(f"({{0}} - ({{0}} % {n} + {n}) % {n}) // {n}", "i", c.term("self"), cost=60.0)
+
+
+@_row("sign", "sgn")
+def _sign_of(c: Call) -> Term:
+    zero, one = constant(0, c.family), constant(1, c.family)
+    less = call("-{0}", c.family, one)
+    return call("{2} if {0} > {1} else ({3} if {0} < {1} else {1})", c.family, c.term("self"), zero, one, less, cost=2.0)
+
+
+@_row("round")
+def _round(c: Call) -> Term:
+    if c["decimals"] not in (None, 0):
+        raise Unfit("decimals are rounded")
+    return call("even({0})", "f", c.term("self", "f"))
 
 
 @_row("pow")
@@ -240,7 +151,7 @@ def _power(c: Call) -> Term:
     if c.family != "f" or isinstance(n, Term) or not isinstance(x, Term):
         raise Unfit("a power that is no constant of a float")
     x = cast(x, "f")
-    rules = {2: lambda: squared(x), 3: lambda: call("{0} * {0} * {0}", "f", x, cost=2.0), 0.5: lambda: root(x), 1: lambda: x,
+    rules = {4: lambda: squared(squared(x)), 1.5: lambda: mul(x, root(x)), -1.5: lambda: inverse(mul(x, root(x))), 2: lambda: squared(x), 3: lambda: call("{0} * {0} * {0}", "f", x, cost=2.0), 0.5: lambda: root(x), 1: lambda: x,
              -0.5: lambda: inverse(root(x)), -1: lambda: inverse(x), -2: lambda: inverse(squared(x))}  # fmt: skip
     if n not in rules:
         raise Unfit(f"the power {n}")
@@ -258,11 +169,16 @@ def _leaky(c: Call) -> Term:
     return call("{0} * {1} if {0} < real(0.0) else {0}", "f", c.term("self", "f"), constant(c["negative_slope"], "f"), cost=2.0)
 
 
+@_row("_prelu_kernel")
+def _prelu(c: Call) -> Term:
+    return call("{0} if {0} > real(0.0) else {0} * {1}", "f", c.term("self", "f"), c.term("weight", "f"), cost=2.0)
+
+
 @_row("elu")
 def _elu(c: Call) -> Term:
     if c["input_scale"] not in (None, 1):
         raise Unfit("elu with an input scale")
-    alpha, scale = (constant(c[n], "f") for n in ("alpha", "scale"))
+    alpha, scale = (constant(1 if c[n] is None else c[n], "f") for n in ("alpha", "scale"))
     text = "{0} * {2} if {0} > real(0.0) else expm1({0} if {0} < real(0.0) else real(0.0)) * {1} * {2}"
     return call(text, "f", c.term("self", "f"), alpha, scale, cost=22.0)
 
@@ -270,10 +186,17 @@ def _elu(c: Call) -> Term:
 @_row("hardtanh", "clamp", "clip", "clamp_min", "clamp_max")
 def _clamp(c: Call) -> Term:
     low, high = (next((c[n] for n in names if c[n] is not None), None) for names in (("min", "min_val"), ("max", "max_val")))
-    if c.family != "f" or isinstance(low, Term) or isinstance(high, Term):
-        raise Unfit("a clamp that is no constant of a float")
-    bounds = [constant(v, "f") for v in (-math.inf if low is None else low, math.inf if high is None else high)]
-    return call("clipped({0}, {1}, {2})", "f", c.term("self"), *bounds, cost=2.0)
+    if c.family == "b":
+        raise Unfit("a clamp of truths")
+    if c.family == "f" and not isinstance(low, Term) and not isinstance(high, Term):
+        bounds = [constant(v, "f") for v in (-math.inf if low is None else low, math.inf if high is None else high)]
+        return call("clipped({0}, {1}, {2})", "f", c.term("self"), *bounds, cost=2.0)
+    y = c.term("self")
+    for bound, function, sign in ((low, "larger", ">"), (high, "smaller", "<")):
+        if bound is not None:
+            bound = cast(bound, c.family) if isinstance(bound, Term) else constant(bound, c.family)
+            y = call(f"{function}({{0}}, {{1}})" if c.family == "f" else f"{{0}} if {{0}} {sign} {{1}} else {{1}}", c.family, y, bound)
+    return y
 
 
 @_row("where")
@@ -292,87 +215,37 @@ def _addcmul(c: Call) -> Term:
     return add(x, mul(mul(y, z), constant(1 if c["value"] is None else c["value"], "f")))
 
 
+@_row("addcdiv")
+def _addcdiv(c: Call) -> Term:
+    x, y, z = (c.term(n, "f") for n in ("self", "tensor1", "tensor2"))
+    return add(x, mul(call("{0} / {1}", "f", y, z, cost=4.0), constant(1 if c["value"] is None else c["value"], "f")))
+
+
+@_row("lerp")
+def _lerp(c: Call) -> Term:
+    x, y, w = c.term("self", "f"), c.term("end", "f"), c.term("weight", "f")
+    return call("{0} + {2} * ({1} - {0}) if magnitude({2}) < real(0.5) else {1} - ({1} - {0}) * (real(1.0) - {2})", "f", x, y, w, cost=6.0)
+
+
+@_row("softplus")
+def _softplus(c: Call) -> Term:
+    x = c.term("self", "f")
+    beta, limit = (constant(d if c[n] is None else c[n], "f") for n, d in (("beta", 1), ("threshold", 20)))
+    return call("{0} if {0} * {1} > {2} else log1p(exp({0} * {1})) / {1}", "f", x, beta, limit, cost=50.0)
+
+
+@_row("mish")
+def _mish(c: Call) -> Term:
+    return call("{0} * tanh({0} if {0} > real(20.0) else log1p(exp({0})))", "f", c.term("self", "f"), cost=64.0)
+
+
+@_row("threshold")
+def _threshold(c: Call) -> Term:
+    return call("{2} if {0} <= {1} else {0}", c.family, c.term("self"), c.term("threshold"), c.term("value"))
+
+
 @_row("to", "_to_copy", "clone", "contiguous", "type_as", "alias", "lift_fresh_copy", "detach")
 def _same(c: Call) -> Term:
     return c.term("self")
 
 
-#: Ops whose result has fewer elements than what they read.
-REDUCTIONS = ("sum", "mean", "amax", "amin", "var")
-
-# -- over the last axis ----------------------------------------------------------------------------------------------
-
-
-@_row("sum")
-def _sum(c: Call) -> Term:
-    c.last_axis(c["dim"])
-    if c.family != "f":
-        raise Unfit("a sum of whole numbers")
-    return total(c.term("self"))
-
-
-@_row("mean")
-def _mean(c: Call) -> Term:
-    c.last_axis(c["dim"])
-    return mean(c.term("self", "f"), c.columns)
-
-
-@_row("amax")
-def _amax(c: Call) -> Term:
-    c.last_axis(c["dim"])
-    return top(c.term("self"))
-
-
-@_row("amin")
-def _amin(c: Call) -> Term:
-    c.last_axis(c["dim"])
-    return call("-{0}", "f", top(call("-{0}", "f", c.term("self"))))
-
-
-@_row("var")
-def _var(c: Call) -> Term:
-    c.last_axis(c["dim"])
-    unbiased = c["unbiased"] if "unbiased" in c.named else True
-    less = c["correction"] if "correction" in c.named else int(unbiased)
-    less = 1 if less is None else less
-    if less != int(less):
-        raise Unfit("a correction that is no whole number")
-    return mean(squared(centred(c.term("self", "f"), c.columns)), c.columns, int(less))
-
-
-@_row("softmax", "_softmax")
-def _softmax(c: Call) -> Term:
-    c.last_axis(c["dim"])
-    x = c.term("self", "f")
-    powers = call("tile.exp({0} - {1})", "f", x, top(x), cost=20.0)
-    return mul(powers, inverse(total(powers)))
-
-
-@_row("log_softmax", "_log_softmax")
-def _log_softmax(c: Call) -> Term:
-    c.last_axis(c["dim"])
-    x = c.term("self", "f")
-    below = call("{0} - {1}", "f", x, top(x))
-    powers = call("tile.exp({0})", "f", below, cost=20.0)
-    return call("{0} - log({1})", "f", below, total(powers), cost=1.0)
-
-
-@_row("layer_norm")
-def _layer_norm(c: Call) -> Term:
-    if len(c["normalized_shape"]) != 1:
-        raise Unfit("a norm over several axes")
-    middle = centred(c.term("input", "f"), c.columns)
-    variance = mean(squared(middle), c.columns)
-    y = mul(middle, inverse(root(add(variance, constant(c["eps"], "f")))))
-    y = y if c["weight"] is None else mul(y, c.term("weight"))
-    return y if c["bias"] is None else add(y, c.term("bias"))
-
-
-@_row("rms_norm")
-def _rms_norm(c: Call) -> Term:
-    if len(c["normalized_shape"]) != 1:
-        raise Unfit("a norm over several axes")
-    x = c.term("input", "f")
-    eps = torch.finfo(torch.float32).eps if c["eps"] is None else c["eps"]
-    y = mul(x, inverse(root(add(mean(squared(x), c.columns), constant(eps, "f")))))
-    return y if c["weight"] is None else mul(y, c.term("weight"))

@@ -23,13 +23,15 @@ from graphwright.kernels.generate import Source
 from graphwright.kernels.native import Native, threads_for
 from graphwright.kernels.tile import scratch_of
 
+#: A number for each row, of those that are done beside each other.
+_LANES = scratch_of(512 + 16)
 #: additions that cost what moving one element costs: below, a pass is bound by memory
 _LIGHT = 8.0
 
 
 @functools.lru_cache(256)
 def _native(name: str, text: str, slots: str, buffer: int) -> Native:
-    return Native(Text(name, text, {**scalar.names(), "buffer": scratch_of(buffer)}), slots)
+    return Native(Text(name, text, {**scalar.names(), "buffer": scratch_of(buffer), "lanes": _LANES}), slots)
 
 
 class Generated:

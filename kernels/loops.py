@@ -5,42 +5,78 @@ Generators of kernels start from here: ``graphwright.kernels.generate`` for the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from graphwright.kernels.formulas import Term, Unfit
 from graphwright.kernels.terms import Place, Terms
+from graphwright.kernels.trees import Term, Unfit
 
 
 @dataclass
 class Axes:
-    """The loop over rows and the loop along a row: sizes, and the strides of every place in that order."""
+    """The loops over rows and along a row: sizes, and the strides of every place in the order ``sizes``, ``outer``, ``columns``.
+
+    Attributes:
+        sizes: of the axes that tell one row from another.
+        outer: of the axes along a row but the innermost.
+        columns: of the innermost axis.
+        across: the innermost axis goes from row to row, and ``outer`` has all along a row.
+    """
 
     sizes: tuple[int, ...]
+    outer: tuple[int, ...]
     columns: int
     strides: list[tuple[int, ...]]
+    across: bool = False
 
     @classmethod
-    def of(cls, space: Sequence[int], places: Sequence[Place], order: Sequence[int], fixed: bool) -> Axes:
-        """Axes of one element are left out, and neighbours that every place walks through evenly are one."""
-        kept = [a for a in order if space[a] > 1 or fixed and a == len(space) - 1]
-        merged: list[tuple[int, list[int]]] = []
-        for k, a in enumerate(kept):
-            steps = [p.strides[a] for p in places]
-            inner = fixed and k == len(kept) - 1
-            if merged and not inner and all(o == s * space[a] for o, s in zip(merged[-1][1], steps, strict=True)):
-                merged[-1] = merged[-1][0] * space[a], steps
-            else:
-                merged.append((space[a], steps))
-        if not merged:
-            merged = [(1, [0] * len(places))]
-        *rows, (columns, _) = merged
-        if len(rows) > 3:
-            raise Unfit(f"rows along {len(rows)} axes; 3 are supported")
-        return cls(tuple(n for n, _ in rows), columns, [tuple(s[k] for _, s in merged) for k in range(len(places))])
+    def of(cls, space: Sequence[int], places: Sequence[Place], order: Sequence[int], rows: Sequence[int]) -> Axes:
+        """Axes of one element are left out, and neighbours that every place walks through evenly are one.
+
+        Args:
+            order: of the axes, those of a row last.
+            rows: the axes of a row that has to stay one; empty where any will do.
+        """
+        across, along = (_merged(space, places, [a for a in order if (a in rows) == inner]) for inner in (False, True))
+        if not rows:
+            across, along = across[:-1], across[-1:]
+        along = along or [(1, [0] * len(places))]
+        merged = [*across, *along]
+        if max(len(across), len(along)) > 3:
+            raise Unfit(f"rows along {max(len(across), len(along))} axes; 3 are supported")
+        return cls(tuple(n for n, _ in across), tuple(n for n, _ in along[:-1]), along[-1][0], [tuple(s[k] for _, s in merged) for k in range(len(places))])
+
+    @property
+    def elements(self) -> int:
+        """Of a row."""
+        return math.prod(self.outer) * (1 if self.across else self.columns)
+
+    def along(self, k: int) -> tuple[int, ...]:
+        """Strides of a place along a row."""
+        return self.strides[k][len(self.sizes) : -1 if self.across else None]
+
+    def turned(self) -> Axes:
+        """The same with rows beside each other innermost."""
+        rows = len(self.sizes) - 1
+        strides = [(*s[:rows], *s[rows + 1 :], s[rows]) for s in self.strides]
+        return Axes(self.sizes[:-1], (*self.outer, self.columns), self.sizes[-1], strides, across=True)
+
+
+def _merged(space: Sequence[int], places: Sequence[Place], axes: Sequence[int]) -> list[tuple[int, list[int]]]:
+    merged: list[tuple[int, list[int]]] = []
+    for a in axes:
+        steps = [p.strides[a] for p in places]
+        if space[a] == 1:
+            continue
+        if merged and all(o == s * space[a] for o, s in zip(merged[-1][1], steps, strict=True)):
+            merged[-1] = merged[-1][0] * space[a], steps
+        else:
+            merged.append((space[a], steps))
+    return merged
 
 
 def _dense(x: Tensor) -> tuple[int, ...]:
@@ -73,19 +109,34 @@ class Loops:
         results = [region.values[n] for n in region.outputs]
         self.terms = [r.term for r in results]
         self.outs = [(tuple(r.tensor.shape), tuple(_dense(r.tensor)), r.tensor.dtype) for r in results]
-        self.narrow = [r.width == 1 and region.space[-1] > 1 for r in results]
+        self.narrow = [r.width == 1 and region.columns > 1 for r in results]
         writes = []
         for k, (shape, strides, dtype) in enumerate(self.outs):
-            wide = [s if n > 1 else 0 for n, s in zip(shape, strides, strict=True)]
-            writes.append(Place(k, 0, tuple(wide) + (0,) * (len(region.space) - len(shape)), dtype))
+            writes.append(Place(k, 0, region.steps(shape, strides), dtype))
         self.fixed = region.fixed or any(self.narrow)
-        last = len(region.space) - 1
-        first = writes[0].strides
-        order = sorted(range(last if self.fixed else last + 1), key=lambda a: -first[a]) + [last] * self.fixed
         self.places = [*region.reads, *writes]
-        self.axes = Axes.of(region.space, self.places, order, self.fixed)
+        rows = region.rows if self.fixed else ()
+        self.axes = Axes.of(region.space, self.places, self._order(rows), rows)
         bounds = {b for t in self._all() for b in t.bounds}
         self.cuts = sorted(bounds | {0, self.axes.columns}) if bounds else []
+
+    def beside(self) -> bool:
+        """Whether more of what is long lies evenly from row to row than along a row, by bytes."""
+        axes = self.axes
+        if not self.fixed or self.cuts or not axes.sizes:
+            return False
+        score = 0
+        for place, strides in zip(self.places, axes.strides, strict=True):
+            if strides[len(axes.sizes) - 1] and strides[-1]:
+                score += place.dtype.itemsize * ((strides[len(axes.sizes) - 1] == 1) - (strides[-1] == 1))
+        return score > 0
+
+    def _order(self, rows: Sequence[int]) -> list[int]:
+        """The axes as they lie in the first result, outermost first; those of a row last, as they lie in the first place that has them all."""
+        first = self.places[len(self.region.reads)].strides
+        inner = next((p.strides for p in self.places if all(p.strides[a] or self.region.space[a] == 1 for a in rows)), first)
+        across = sorted((a for a in range(len(first)) if a not in rows), key=lambda a: -first[a])
+        return [*across, *sorted(rows, key=lambda a: -inner[a])]
 
     def _all(self) -> dict[Term, None]:
         found: dict[Term, None] = {}
@@ -108,7 +159,7 @@ class Loops:
         if term not in self._even:
             match term.op:
                 case "read":
-                    even = self.axes.strides[int(term.text)][-1] == 0
+                    even = not any(self.axes.along(int(term.text)))
                 case "call":
                     even = all(self._per_row(a) for a in term.args)
                 case _:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from graphwright.kernels import tile
+from graphwright.kernels.angles import cosine, sine  # noqa: F401
 from graphwright.kernels.language import FLOAT32, UINT8, Device, intrinsic, known
 from graphwright.kernels.tile import (  # noqa: F401
     bits,
@@ -56,6 +57,24 @@ def magnitude(at, x):
 def down(at, x):
     """The largest whole number that is not above x."""
     return known(at, "llvm.floor.f32", FLOAT32.llvm, x)
+
+
+@intrinsic(FLOAT32, FLOAT32)
+def up(at, x):
+    """The smallest whole number that is not below x."""
+    return known(at, "llvm.ceil.f32", FLOAT32.llvm, x)
+
+
+@intrinsic(FLOAT32, FLOAT32)
+def inward(at, x):
+    """The whole part of x."""
+    return known(at, "llvm.trunc.f32", FLOAT32.llvm, x)
+
+
+@intrinsic(FLOAT32, FLOAT32)
+def even(at, x):
+    """The nearest whole number, the even one of two."""
+    return known(at, "llvm.rint.f32", FLOAT32.llvm, x)
 
 
 @intrinsic(UINT8, FLOAT32)
@@ -129,6 +148,44 @@ def silu(x):
 def expm1(x):
     """e^x - 1 for x <= 0."""
     return tile.expm1(x)
+
+
+@device
+def less_one(x):
+    """e^x - 1, of any x."""
+    y = tile.expm1(x if x < _HALF else _HALF)
+    return exp(x) - _ONE if x > _HALF else (y if x == x else x)  # noqa: PLR0124
+
+
+@device
+def exp2(x):
+    """2^x: 0 below 2^-126, infinite from 128 on."""
+    y = x - _ONE if x > _ONE else x  # 2^128 is out of reach, 2^127 is not
+    y = real(127.0) if y > real(127.0) else y
+    y = real(-126.0) if y < real(-126.0) else y
+    n = even(y)
+    r = y - n
+    p = real(0.00015345812425948679)
+    p = p * r + real(0.0013399930903688073)
+    p = p * r + real(0.009618489071726799)
+    p = p * r + real(0.05550328642129898)
+    p = p * r + real(0.24022646248340607)
+    p = p * r + real(0.6931471824645996)
+    p = p * r + _ONE
+    p = from_bits(np.int32(bits(p) + (np.int32(n) << 23)))
+    p = p + p if x > _ONE else p
+    p = real(inf) if x >= real(128.0) else p
+    p = _ZERO if x < real(-126.0) else p
+    return p if x == x else x  # noqa: PLR0124
+
+
+@device
+def log1p(x):
+    """log(1 + x); what 1 + x loses of x is put back."""
+    u = _ONE + x
+    v = log(u)
+    y = v + (x - (u - _ONE)) / u if u > _ZERO else v
+    return v if u > real(3.4028234663852886e38) else y
 
 
 @device

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphwright.kernels.formulas import FAMILY, REDUCTIONS, ROWS, Call, Term, Unfit
+from graphwright.kernels.formulas import ROWS
+from graphwright.kernels.reductions import REDUCTIONS, reduced
+from graphwright.kernels.trees import FAMILY, Call, Term, Unfit
 
-#: Longest row that is kept on the stack.
+_GLUED = ("cat", "concat")
+#: Longest row that is kept on the stack, and longest row of glued parts.
 MAX_COLUMNS = 16384
 
 
@@ -50,9 +53,11 @@ class Terms:
         families: what numbers of each dtype are held in; others are refused.
 
     Attributes:
-        space: sizes of the axes, the last being the row.
+        space: sizes of the axes.
+        rows: which of them a row lies along: those that are reduced, else the last.
+        columns: elements of a row.
         reads: what is read, by the number that a read's text says.
-        fixed: the last axis has to stay the innermost: something is reduced over it, or glued along it.
+        fixed: a row has to stay one: something is reduced over it, or glued along it.
     """
 
     def __init__(self, count: int, steps: Sequence[Any], outputs: Sequence[int], values: Sequence[Any],
@@ -66,11 +71,13 @@ class Terms:
         self._known: dict[Any, Term] = {}
         calls = [(n, named_arguments(op, args, kwargs)) for n, (op, args, kwargs) in enumerate(steps, count) if not self._is_look(values[n])]
         self.space = self._space(calls)
+        self.rows = self._rows(calls)
+        self.columns = math.prod(self.space[a] for a in self.rows)
         for n, (name, named) in calls:
             self.values[n] = self._value(n, name, named)
         if any(self.values[n].term is None for n in outputs):
             raise Unfit("a result is a view of an input")
-        if any(self.values[n].width not in (1, self.space[-1]) for n in outputs):
+        if any(self.values[n].width not in (1, self.columns) for n in outputs):
             raise Unfit("a result is a part of the rows")
 
     def _is_look(self, value: Any) -> bool:
@@ -88,21 +95,52 @@ class Terms:
             raise Unfit("it has no elements, or no axes")
         return largest
 
+    def _rows(self, calls: Sequence[Any]) -> tuple[int, ...]:
+        """The axes that everything is reduced over which is reduced."""
+        found: tuple[int, ...] | None = None
+        for _, (name, named) in calls:
+            first = next((self.values[k].tensor for k in _operands(named)), None)
+            axes = None if not isinstance(first, Tensor) else reduced(name, named, first.dim())
+            if axes is None or name in _GLUED:
+                continue
+            if math.prod(first.shape[a] for a in axes) == 1:
+                continue  # what it gives is what it reads
+            if tuple(first.shape) != self.space:
+                raise Unfit(f"a reduction of {tuple(first.shape)} beside {self.space}, a part of it")
+            if found is not None and any(self.space[a] > 1 for a in {*found} ^ {*axes}):
+                raise Unfit(f"reductions over axes {list(found or ())} and {list(axes)}")
+            found = axes
+        return (len(self.space) - 1,) if not found else found
+
+    def _shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of one number per row, with the axes of the rows and without."""
+        return tuple(1 if a in self.rows else n for a, n in enumerate(self.space)), tuple(n for a, n in enumerate(self.space) if a not in self.rows)
+
     def _width(self, shape: Sequence[int]) -> int:
         """Length of the rows of a value of this shape; 1 for one number per row."""
-        shape, rows = tuple(shape), self.space[:-1]
-        if len(shape) == len(self.space) and shape[:-1] == rows:
-            return shape[-1]
-        if shape == rows:
+        shape, last = tuple(shape), len(self.space) - 1
+        if shape == self.space:
+            return self.columns
+        if shape in self._shapes():
             return 1
+        if self.rows == (last,) and len(shape) == len(self.space) and shape[:-1] == self.space[:-1]:
+            return shape[-1]
         raise Unfit(f"{shape} beside {self.space}")
+
+    def steps(self, shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...]:
+        """Strides along the axes of the space, of a value of the space's shape or with one number per row; 0 where it is broadcast."""
+        steps = [s if n > 1 else 0 for n, s in zip(shape, strides, strict=True)]
+        if len(shape) < len(self.space):  # the axes of the rows are left out
+            kept = iter(steps)
+            steps = [0 if a in self.rows else next(kept) for a in range(len(self.space))]
+        return tuple(steps)
 
     def _value(self, n: int, name: str, named: dict[str, Any]) -> Value:
         tensor = self.values[n].tensor
         if not isinstance(tensor, Tensor) or tensor.dtype not in self.families:
             raise Unfit(f"a result of {getattr(tensor, 'dtype', type(tensor).__name__)}")
         family = self.families[tensor.dtype]
-        if name in ("cat", "concat"):
+        if name in _GLUED:
             return self._glued(tensor, named, family)
         if name not in ROWS:
             raise Unfit(f"no kernel is generated for {name}")
@@ -111,11 +149,12 @@ class Terms:
         space = tuple(first.shape) if reduces else tuple(tensor.shape)
         width = self._width(space)
         filled = {k: self._operand(v, space, width) for k, v in named.items()}
-        rank, columns = (len(space), space[-1]) if first is not None else (0, 1)
-        term = ROWS[name](Call(filled, family, columns, rank))
+        axes = None if first is None else reduced(name, named, first.dim())
+        columns = math.prod(space[a] for a in axes or ())
+        term = ROWS[name](Call(filled, family, columns))
         if self._reduces(term):
             self.fixed = True
-            if width != self.space[-1]:
+            if columns != self.columns:  # of one element each
                 raise Unfit("a reduction over a part of the rows")
         if term.family != family:
             raise Unfit(f"{name} gives another kind of number")
@@ -134,7 +173,7 @@ class Terms:
 
     def _glued(self, tensor: Tensor, named: dict[str, Any], family: str) -> Value:
         parts = [v["value"] for v in named["tensors"]]
-        if named.get("dim", 0) not in (-1, tensor.dim() - 1) or self._width(tensor.shape) != self.space[-1] or len(tensor.shape) != len(self.space):
+        if named.get("dim", 0) not in (-1, tensor.dim() - 1) or self._width(tensor.shape) != self.columns or self.rows != (len(self.space) - 1,) or len(tensor.shape) != len(self.space):
             raise Unfit("tensors glued along another axis than the last")
         self.fixed = True
         terms, bounds = [], [0]
@@ -145,7 +184,7 @@ class Terms:
             bounds.append(bounds[-1] + shape[-1])
         if any(t.family != family for t in terms) or bounds[-1] > MAX_COLUMNS:
             raise Unfit("glued tensors of different kinds, or too long a row")
-        return Value(tensor, Term("cat", family, tuple(terms), bounds=tuple(bounds)), self.space[-1])
+        return Value(tensor, Term("cat", family, tuple(terms), bounds=tuple(bounds)), self.columns)
 
     def _operand(self, arg: Any, space: tuple[int, ...], width: int) -> Any:
         """An argument: a term for a value, read in this space; plain data as it is."""
@@ -159,7 +198,7 @@ class Terms:
         if value.term is None:
             return self._read(value.tensor, space)
         shape = tuple(value.tensor.shape)
-        if value.width not in (1, width) or shape[: len(self.space) - 1] != self.space[:-1] or len(shape) != len(space):
+        if value.width not in (1, width) or len(shape) != len(space) or self._width(shape) not in (1, width):
             raise Unfit(f"{shape} is spread over {space}")
         return value.term
 
@@ -170,9 +209,8 @@ class Terms:
         shape = (1,) * lead + tuple(x.shape)
         if any(n not in (1, m) for n, m in zip(shape, space, strict=True)):
             raise Unfit(f"{tuple(x.shape)} is spread over {space}")
-        strides = [0 if n == 1 else s for n, s in zip(shape, (0,) * lead + x.stride(), strict=True)]
-        strides += [0] * (len(self.space) - len(space))  # one number per row
-        place = Place(self.memory[_memory(x)], x.storage_offset() * x.element_size(), tuple(strides), x.dtype)
+        strides = self.steps(shape, (0,) * lead + x.stride())
+        place = Place(self.memory[_memory(x)], x.storage_offset() * x.element_size(), strides, x.dtype)
         if place not in self._known:
             self._known[place] = Term("read", self.families[x.dtype], text=str(len(self.reads)))
             self.reads.append(place)

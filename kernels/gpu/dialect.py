@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import functools
 
-from graphwright.kernels.formulas import Unfit
+from graphwright.kernels.trees import Unfit
 
 #: What the formulas' functions are called in a Triton kernel; a bare name is one of ``graphwright.kernels.gpu.scalar``.
 FUNCTIONS = {
     "tile.exp": "tl.exp", "erf": "tl.erf", "log": "tl.log", "sigmoid": "tl.sigmoid", "magnitude": "tl.abs", "down": "tl.floor", "root": "tl.sqrt",
-    **{n: n for n in ("clipped", "exp", "expm1", "gelu", "gelu_tanh", "larger", "silu", "smaller", "tanh")},
+    "sine": "tl.sin", "cosine": "tl.cos", "up": "tl.ceil",
+    **{n: n for n in ("clipped", "even", "exp", "exp2", "expm1", "inward", "less_one", "log1p", "gelu", "gelu_tanh", "larger", "silu", "smaller", "tanh")},
 }  # fmt: skip
 
 

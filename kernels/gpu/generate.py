@@ -1,4 +1,4 @@
-"""A Triton kernel for a region of elementwise ops, broadcasts and reductions over the last axis.
+"""A Triton kernel for a region of elementwise ops, broadcasts and reductions over any axes, the same for all.
 
 It starts from the same terms as the CPU's generator (``graphwright.kernels.generate``) and writes one of three forms:
 
@@ -9,6 +9,8 @@ It starts from the same terms as the CPU's generator (``graphwright.kernels.gene
 
 Arithmetic is in float32, whatever halves are read and written. Sizes and strides are arguments; strides of 0 and 1, the length
 of rows with glued parts, and constants stand in the text.
+A row may lie along several axes: its number ``c`` is then taken apart. Where numbers lie beside each other from row to row, tiles have many
+rows, and Triton's layout of a tile follows its addresses.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from typing import Any
 
 import torch
 
-from graphwright.kernels.formulas import WITH_HALVES, Term, Unfit
 from graphwright.kernels.gpu.dialect import translated, used
 from graphwright.kernels.loops import Loops
 from graphwright.kernels.terms import Terms, named_arguments
+from graphwright.kernels.trees import WITH_HALVES, Term, Unfit
 
 _LOADED = {torch.float16: ".to(tl.float32)", torch.bfloat16: ".to(tl.float32)", torch.int8: ".to(tl.int64)", torch.uint8: ".to(tl.int64)",
            torch.int32: ".to(tl.int64)"}  # fmt: skip
@@ -49,6 +51,7 @@ class Source:
         work: operations per element of the space, an addition being 1.
         held: numbers per element that a held row keeps in registers at the most, about.
         levels: how often the long form goes along a row.
+        beside: numbers lie beside each other from row to row, not along a row.
     """
 
     name: str
@@ -64,6 +67,7 @@ class Source:
     work: float
     held: int
     levels: int
+    beside: bool = False
 
 
 def generate(inputs: Sequence[Any], steps: Sequence[Any], outputs: Sequence[int], values: Sequence[Any]) -> Source:
@@ -125,18 +129,18 @@ class _Writer(Loops):
         bodies = {"": self._body(form)} | ({"_long": self._long()} if form == "rows" else {})
         text = self._module(form, parameters, bodies)
         name = "region_" + hashlib.sha256(text.encode()).hexdigest()[:16]
-        rows, columns = math.prod(axes.sizes), axes.columns
+        rows, columns = math.prod(axes.sizes), axes.elements
         if -(-rows // 1) * -(-columns // 256) >= 2**31 - 1:
             raise Unfit(f"{rows} rows of {columns} elements are more than one launch can take")
         reach = max(self._reach(s) for s in axes.strides)
         moved = sum((1 + self._reach(s)) * p.dtype.itemsize for p, s in zip(self.places, axes.strides, strict=True))
         levels = 1 + max(self._level(t) for t in self.terms)
         return Source(name, text.replace("NAME", name), form, rows, columns, tuple((p.index, p.offset // p.dtype.itemsize) for p in self.region.reads),
-                      numbers, tuple(self.outs), max(reach, rows, columns) >= _FAR, moved, 1.0 + sum(t.cost for t in every), self._live(), levels)  # fmt: skip
+                      numbers, tuple(self.outs), max(reach, rows, columns) >= _FAR, moved, 1.0 + sum(t.cost for t in every), self._live(), levels, form == "rows" and self.beside())  # fmt: skip
 
     def _reach(self, strides: Sequence[int]) -> int:
         """How many elements lie between a place's first and its last."""
-        return sum((n - 1) * s for n, s in zip((*self.axes.sizes, self.axes.columns), strides, strict=True))
+        return sum((n - 1) * s for n, s in zip((*self.axes.sizes, *self.axes.outer, self.axes.columns), strides, strict=True))
 
     def _live(self) -> int:
         """Numbers per element that are computed at one level and needed at a later one; two at the least, and one for each read."""
@@ -149,10 +153,12 @@ class _Writer(Loops):
         """Names after the addresses, and their numbers."""
         sizes = self.axes.sizes
         found = [("rows", math.prod(sizes))] if form != "flat" else []
-        found.append(("columns", self.axes.columns))
+        found.append(("columns", self.axes.elements))
         found += [(f"n{a}", n) for a, n in enumerate(sizes) if a]
+        found += [(f"m{a}", n) for a, n in enumerate(self.axes.outer) if a] + [("inner", self.axes.columns)] * bool(self.axes.outer)
         for k, strides in enumerate(self.axes.strides):
-            found += [(f"{self._tensor(k)}_s{a}", s) for a, s in enumerate(strides[:-1]) if s not in (0, 1)]
+            found += [(f"{self._tensor(k)}_s{a}", s) for a, s in enumerate(strides[: len(sizes)]) if s not in (0, 1)]
+            found += [(f"{self._tensor(k)}_m{a}", s) for a, s in enumerate(strides[len(sizes) : -1]) if s not in (0, 1)]
             found += [(f"{self._tensor(k)}_step", strides[-1])] if strides[-1] not in (0, 1) else []
         return [n for n, _ in found], tuple(s for _, s in found)
 
@@ -203,12 +209,16 @@ class _Writer(Loops):
         """The kernel that holds its tile in registers: each number is computed once."""
         self._begin(form)
         if form == "rows":
-            self.lines.append("c = lane.to(tl.int64) if BIG else lane")
+            self.lines += ["c = lane.to(tl.int64) if BIG else lane", *self._apart()]
         if form != "flat":
             self.lines.append("inside = here & (c < columns)")
         for k, term in enumerate(self.terms):
             self._store(k, self._named(term))
         return self.lines
+
+    def _apart(self) -> list[str]:
+        """Where an element lies on each axis of a row."""
+        return {0: [], 1: ["k0, j = c // inner, c % inner"], 2: ["k0, k1, j = c // inner // m1, c // inner % m1, c % inner"]}[len(self.axes.outer)]
 
     def _long(self) -> list[str]:
         """The kernel that goes along its rows in blocks, once per level."""
@@ -234,7 +244,7 @@ class _Writer(Loops):
             self.lines.append(f"{total} = {start}")
         self.lines.append("for first in range(0, columns, BLOCK):")
         outer, self.lines = self.lines, []
-        self.lines += ["c = first + (lane.to(tl.int64) if BIG else lane)", "inside = here & (c < columns)"]
+        self.lines += ["c = first + (lane.to(tl.int64) if BIG else lane)", "inside = here & (c < columns)", *self._apart()]
         for term, total in totals.items():
             number = self._named(term.args[0])
             self.lines.append(f"{total} += tl.where(inside, {number}, 0.0)" if term.op == "sum"
@@ -324,16 +334,20 @@ class _Writer(Loops):
     def _address(self, k: int, window: _Window | None, wide: bool = False) -> tuple[str, str | None]:
         """Addresses, and which of them may be touched (None: it is one)."""
         strides, name = self.axes.strides[k], self._tensor(k)
-        parts = [name]
-        parts += [f"i{a}" if s == 1 else f"i{a} * {name}_s{a}" for a, s in enumerate(strides[:-1]) if s]
+        dims, parts = len(self.axes.sizes), [name]
+        parts += [f"i{a}" if s == 1 else f"i{a} * {name}_s{a}" for a, s in enumerate(strides[:dims]) if s]
         rows = len(parts) > 1
-        step = strides[-1] or int(wide)
-        if step:
+        outer = [f"k{a}" if s == 1 else f"k{a} * {name}_m{a}" for a, s in enumerate(strides[dims:-1]) if s]
+        step = strides[-1] or int(wide and not outer)
+        if step or outer:
             shift, low, high = window or (0, 0, self.axes.columns)
-            column = f"c - {shift}" if shift else "c"
-            parts.append(column if step == 1 else f"({column}) * {name}_step" if shift else f"c * {name}_step")
+            at = "j" if self.axes.outer else "c"
+            column = f"{at} - {shift}" if shift else at
+            parts += outer
+            if step:
+                parts.append(column if step == 1 else f"({column}) * {name}_step" if shift else f"{at} * {name}_step")
             mask = "inside" if rows or self.form == "flat" else "(c < columns)"
-            limits = [f"(c >= {low})"] * (low > 0) + [f"(c < {high})"] * (high < self.axes.columns)
+            limits = [] if self.axes.outer else [f"(c >= {low})"] * (low > 0) + [f"(c < {high})"] * (high < self.axes.columns)
             return " + ".join(parts), " & ".join([mask, *limits])
         if not rows and k >= len(self.region.reads):  # the only row there is
             parts, rows = [*parts, "r"], True

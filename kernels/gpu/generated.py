@@ -52,13 +52,23 @@ def configs(source: Source) -> tuple[Config, ...]:
     if source.form == "tiles":
         shapes = [(elements, min(wide, block), warps) for elements, warps in ((1024, 4), (2048, 4), (4096, 8)) for block in (256, 1024, 64)]
         return tuple(dict.fromkeys(Config.of(ROWS=max(1, elements // block), BLOCK=block, warps=w, stages=1) for elements, block, w in shapes))
+    if source.beside:
+        return _beside(source, wide)
     held = [Config.of(LONG=0, ROWS=rows, BLOCK=wide, warps=w, stages=1) for rows in ((1, 2, 4, 8, 16, 32) if source.rows > 1 else (1,)) for w in (1, 2, 4, 8, 16)]
     sound = [c for c in held if _fits(source, c) is None]
     return (*sound, *(c for c in _LONG if c["BLOCK"] < wide or not sound))
 
 
+def _beside(source: Source, wide: int) -> tuple[Config, ...]:
+    """Tiles of many rows: as wide as a row where that fits the registers, else going along it."""
+    rows = [n for n in (32, 64, 128, 16, 256) if n <= max(16, power_of_two(source.rows))]
+    held = [Config.of(LONG=0, ROWS=n, BLOCK=wide, warps=w, stages=1) for n in rows for w in (4, 8, 2, 16)]
+    long = [Config.of(LONG=1, ROWS=n, BLOCK=block, warps=w, stages=1) for n in rows[:4] for block, w in ((16, 4), (32, 4), (64, 8), (128, 8)) if block < wide]
+    return (*(c for c in held if _fits(source, c) is None), *(c for c in long if _fits(source, c) is None)) or tuple(held[:1])
+
+
 def _fits(source: Source, config: Config) -> str | None:
-    if source.form != "rows" or config["LONG"]:
+    if source.form != "rows" or config["LONG"] and not source.beside:
         return None
     elements = config["ROWS"] * config["BLOCK"]
     each = elements / (32 * config.warps)

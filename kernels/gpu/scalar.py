@@ -41,6 +41,39 @@ def exp(x):
 
 
 @triton.jit
+def inward(x):
+    """The whole part of x."""
+    return tl.where(x < 0, tl.ceil(x), tl.floor(x))
+
+
+@triton.jit
+def even(x):
+    """The nearest whole number, the even one of two."""
+    small = tl.abs(x) < 4194304.0
+    return tl.where(small, nearest(tl.where(small, x, 0.0)), x)
+
+
+@triton.jit
+def exp2(x):
+    """2^x; the device's own may take what is not normalized for 0."""
+    return tl.exp2(x)
+
+
+@triton.jit
+def less_one(x):
+    """e^x - 1, of any x."""
+    return keep_nan(tl.where(x > 0.25, exp(x) - 1.0, expm1(tl.where(x < 0.25, x, 0.25))), x)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x); what 1 + x loses of x is put back."""
+    u = 1.0 + x
+    v = tl.log(u)
+    return tl.where((u > 0) & (u < float("inf")), v + (x - (u - 1.0)) / u, v)
+
+
+@triton.jit
 def clipped(x, low, high):
     """x within the bounds; NaN stays."""
     y = tl.where(x < low, low, x)
@@ -64,4 +97,4 @@ def gelu_tanh(x):
     return h + h * tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
 
 
-__all__ = ["clipped", "exp", "expm1", "gelu", "gelu_tanh", "larger", "silu", "smaller", "tanh", "top"]
+__all__ = ["clipped", "even", "exp", "exp2", "expm1", "gelu", "gelu_tanh", "inward", "larger", "less_one", "log1p", "silu", "smaller", "tanh", "top"]

@@ -28,7 +28,7 @@ from graphwright.backends import inductor
 from graphwright.backends.base import Format
 from graphwright.backends.inductor import Fragment, FragmentModule, NotCompiled
 from graphwright.errors import InternalError
-from graphwright.kernels.formulas import Unfit
+from graphwright.kernels.trees import Unfit
 from graphwright.lower import Choice, Lowered, spaces
 from graphwright.lower.chains import Chosen, bind, chain, eligible, find, fragment_of, sound
 from graphwright.lower.graph import Region, schedule

@@ -1,7 +1,8 @@
 """Regions for generated kernels: ops that one loop over the same rows can do, and the kernel that does them.
 
 The cost model of their borders: an op joins the ops that it reads from where both go through the same elements, or where one of them
-holds a number per row of the other. What is smaller in another way (a table added to every head, a gate per channel) would be computed
+holds a number per row of the other; a row lies along the axes that are reduced, the same for all reductions of a region, or else along
+the last. What is smaller in another way (a table added to every head, a gate per channel) would be computed
 again for every element that reads it, and is written once outside instead. What the members read through views of their own
 is read in place. Whether a region is worth it, the stopwatch says.
 """
@@ -9,6 +10,7 @@ is read in place. Whether a region is worth it, the stopwatch says.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,9 +20,11 @@ from torch import Tensor
 from graphwright.backends.base import Slot, Work
 from graphwright.backends.inductor import Fragment, FragmentModule, Run
 from graphwright.kernels import gpu, native
-from graphwright.kernels.formulas import REDUCTIONS, ROWS, WITH_HALVES, Call, Term, Unfit
+from graphwright.kernels.formulas import ROWS
 from graphwright.kernels.generate import generate
 from graphwright.kernels.generated import Generated
+from graphwright.kernels.reductions import REDUCTIONS, reduced
+from graphwright.kernels.trees import WITH_HALVES, Call, Term, Unfit
 from graphwright.lower.chains import Chosen, Grouping, eligible, sound
 from graphwright.lower.graph import Analysis, Region
 from graphwright.lower.stopwatch import FLOORS_DB
@@ -46,7 +50,7 @@ def bare(analysis: Analysis, region: Region) -> Region | None:
 
 
 def _known(work: Work) -> bool:
-    if not isinstance(work.out, Tensor) or work.out.dim() == 0 or not isinstance(_space(work)[-1], int):
+    if not isinstance(work.out, Tensor) or not _space(work) or not all(isinstance(_space(work)[a], int) for a in {-1, *(_reduced(work) or ())}):
         return False  # the other sizes may be open
     if _name(work) in _GLUED:
         return work.named["dim"] in (-1, work.out.dim() - 1)
@@ -64,7 +68,8 @@ def _computable(work: Work) -> bool:
 
     try:
         space, family = _space(work), WITH_HALVES[work.out.dtype]
-        made = ROWS[_name(work)](Call({k: term(v) for k, v in work.named.items()}, family, space[-1], len(space)))
+        columns = math.prod(space[a] for a in _reduced(work) or ())
+        made = ROWS[_name(work)](Call({k: term(v) for k, v in work.named.items()}, family, columns))
     except (Unfit, KeyError, AttributeError):
         return False
     return made.family == family
@@ -81,6 +86,11 @@ def _space(work: Work) -> tuple[int, ...]:
     return tuple(value.shape)
 
 
+def _reduced(work: Work) -> tuple[int, ...] | None:
+    """The axes that an op reduces; None where it does not."""
+    return reduced(_name(work), work.named, len(_space(work)))
+
+
 class _Spaces(Grouping):
     """Groups of which each goes through one space: rows of one length, numbers per row, and parts that are glued to rows."""
 
@@ -91,17 +101,48 @@ class _Spaces(Grouping):
     def fits(self, before: int, after: int) -> bool:
         one, other = self.works[before], self.works[after]
         a, b = _space(one), _space(other)
+        if len(one.out.shape) != len(b):
+            return False
+        joined = [self.works[m] for k in (before, after) for m in self.members[self.group[k]]]
+        rows = [(_space(w), axes) for w in joined if (axes := _reduced(w)) is not None]
+        glues = _name(other) in _GLUED and a[-1] != b[-1]
+        if rows and not glues:
+            return self._around(before, after, *rows[0]) and all(self._alike(*rows[0], *r) for r in rows)
+        if any(axes != (len(space) - 1,) for space, axes in rows):
+            return False
         if len(a) != len(b) or not all(same(m, n) for m, n in zip(a[:-1], b[:-1], strict=True)):
             return False
-        if _name(other) in _GLUED and a[-1] != b[-1]:
+        if glues:
             alone = len(one.node.users) == 1 and len(self._widths(before)) == 1
             self._parts |= set(self.members[self.group[before]]) if alone else set()
             return alone
         return len(self._widths(before) | self._widths(after)) <= 1
 
+    def _alike(self, a: tuple[int, ...], m: tuple[int, ...], b: tuple[int, ...], n: tuple[int, ...]) -> bool:
+        """Whether two reductions go along the same axes of the same space."""
+        return m == n and _equal(a, b)
+
+    def _around(self, before: int, after: int, space: tuple[int, ...], axes: tuple[int, ...]) -> bool:
+        """Whether all members of the groups of both works go through this space, or through a number for each of its rows."""
+        kept = tuple(1 if a in axes else n for a, n in enumerate(space)), tuple(n for a, n in enumerate(space) if a not in axes)
+        last = axes == (len(space) - 1,)
+        for m in (m for k in (before, after) for m in self.members[self.group[k]]):
+            if m in self._parts or _name(self.works[m]) in _GLUED:
+                if not last:
+                    return False
+                if m in self._parts:
+                    continue
+            if not any(_equal(_space(self.works[m]), s) for s in (space, *kept)):
+                return False
+        return True
+
     def _widths(self, work: int) -> set[int]:
         """Lengths of the rows in a work's group."""
         return {_space(self.works[m])[-1] for m in self.members[self.group[work]] if m not in self._parts} - {1}
+
+
+def _equal(a: Sequence[int], b: Sequence[int]) -> bool:
+    return len(a) == len(b) and all(same(m, n) for m, n in zip(a, b, strict=True))
 
 
 def _with_looks(analysis: Analysis, groups: Sequence[list[Work]], chosen: Chosen) -> list[list[Work]]:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,12 +51,13 @@ def region(inputs: Sequence[Any], steps: Sequence[Any], *outputs: int) -> Fragme
     return Fragment(records, said, outputs or (len(records) + len(steps) - 1,))
 
 
-_UNARY = ["neg.default", "relu.default", "tanh.default", "sigmoid.default", "abs.default", "square.default", "silu.default", "erf.default"]
+_UNARY = ["neg.default", "relu.default", "tanh.default", "sigmoid.default", "abs.default", "square.default", "silu.default", "erf.default", "sin.default",
+          "expm1.default", "log1p.default", "sign.default", "softplus.default", "round.default"]
 
 
 @st.composite
 def fragments(draw: Any, dtypes: Sequence[str] = (F,)) -> Fragment:
-    """Regions over one space: inputs of every kind of broadcast and stride, elementwise ops, reductions, glued halves.
+    """Regions over one space: inputs of every kind of broadcast and stride, elementwise ops, reductions along any axes, glued halves.
 
     The first input is a float; the others are of any of the dtypes.
     """
@@ -84,10 +86,14 @@ def fragments(draw: Any, dtypes: Sequence[str] = (F,)) -> Fragment:
     sizes[zero] = [max(a, b) for a, b in zip(sizes[0], sizes[steps[-1][1][1]["value"]], strict=True)]
     for k in range(1, len(records)):
         zero = push("add.Tensor", [v(zero), v(k)], [max(a, b) for a, b in zip(sizes[zero], sizes[k], strict=True)], alpha=1)
+    dropped: list[int] = []
     full, rows, space = [zero], [], sizes[zero]
+    axes = sorted(draw(st.one_of(st.just([rank - 1]), st.sets(st.integers(0, rank - 1), min_size=1))))
+    longer, last = math.prod(space[a] for a in axes) > 1, axes == [rank - 1]
+    kept = [1 if a in axes else n for a, n in enumerate(space)]
     for _ in range(draw(st.integers(2, 10))):
         x = draw(st.sampled_from(full[-4:]))
-        match draw(st.sampled_from(["unary", "binary", "row", "norm", "reduce", "glue", "choose"])):
+        match draw(st.sampled_from(["unary", "binary", "row", "norm", "reduce", "drop", "glue", "choose"])):
             case "unary":
                 full.append(push(draw(st.sampled_from(_UNARY)), [v(x)], space))
             case "binary":
@@ -95,13 +101,16 @@ def fragments(draw: Any, dtypes: Sequence[str] = (F,)) -> Fragment:
                 full.append(push(draw(st.sampled_from(["add.Tensor", "mul.Tensor", "sub.Tensor", "maximum.default"])), [v(x), v(y)], space))
             case "row" if rows:
                 full.append(push("mul.Tensor", [v(x), v(draw(st.sampled_from(rows)))], space))
-            case "reduce" if space[-1] > 1:
+            case "reduce" if longer:
+                op = draw(st.sampled_from(["mean.dim", "amax.default", "amin.default", "sum.dim_IntList"]))
+                rows.append(push(op, [v(x), [a - rank for a in axes], True], kept))
+                rows.append(push("sigmoid.default", [v(rows[-1])], kept))
+            case "drop" if longer:
                 op = draw(st.sampled_from(["mean.dim", "amax.default", "sum.dim_IntList"]))
-                rows.append(push(op, [v(x), [-1], True], [*space[:-1], 1]))
-                rows.append(push("sigmoid.default", [v(rows[-1])], [*space[:-1], 1]))
-            case "norm" if space[-1] > 1:
-                full.append(push("softmax.int", [v(x), -1, None], space))
-            case "glue" if space[-1] % 2 == 0 and x < len(records):
+                dropped.append(push("tanh.default", [v(push(op, [v(x), axes], None))], None))
+            case "norm" if longer and len(axes) == 1:
+                full.append(push("softmax.int", [v(x), axes[0], None], space))
+            case "glue" if last and space[-1] % 2 == 0 and x < len(records):
                 half = space[-1] // 2
                 a = push("slice.Tensor", [v(0), rank - 1, 0, half, 1], None)
                 b = push("neg.default", [v(a)], None)
@@ -109,6 +118,6 @@ def fragments(draw: Any, dtypes: Sequence[str] = (F,)) -> Fragment:
             case "choose":
                 test = push("gt.Scalar", [v(x), 0.1], space)
                 full.append(push("where.self", [v(test), v(x), v(draw(st.sampled_from(full)))], space))
-    outputs = {full[-1], draw(st.sampled_from(full)), *(rows[-1:] if draw(st.booleans()) else [])}
+    outputs = {full[-1], draw(st.sampled_from(full)), *(rows[-1:] if draw(st.booleans()) else []), *dropped[-1:]}
     said = tuple((f"aten.{op}", args, kwargs) for op, args, kwargs in steps)
     return Fragment(tuple(records), said, tuple(sorted(outputs)))

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 
 from graphwright.backends.inductor import FragmentModule
 from graphwright.kernels import gpu
-from graphwright.kernels.formulas import ROWS, Unfit
+from graphwright.kernels.formulas import ROWS
+from graphwright.kernels.trees import Unfit
 from graphwright.testing.regions import F, fragments, region, v
 
 pytestmark = pytest.mark.skipif(gpu.unavailable() is not None, reason=str(gpu.unavailable()))
@@ -122,7 +123,7 @@ def test_sizes_past_two_to_the_31_are_64_bit_numbers():
 
 def test_every_formula_has_a_form_in_triton():
     """What the rows of ``formulas`` call, over operands of each kind, is known to Triton's dialect."""
-    from graphwright.kernels.formulas import Call, Term
+    from graphwright.kernels.trees import Call, Term
 
     def texts(term):
         yield from ([term.text] if term.op == "call" else [])
@@ -132,10 +133,10 @@ def test_every_formula_has_a_form_in_triton():
     met = set()
     for name, rule in ROWS.items():
         for family in "fbi":
-            operands = dict.fromkeys(("self", "other", "condition", "mask", "value", "input", "tensor1", "tensor2"), Term("read", family, text="0"))
-            plain = {"dim": [-1], "exponent": 2, "negative_slope": 0.1, "alpha": 1, "scale": 1, "min": 0.0, "normalized_shape": [4], "eps": 1e-5, "lambd": 0.5}
+            operands = dict.fromkeys(("self", "other", "end", "condition", "mask", "value", "input", "tensor1", "tensor2"), Term("read", family, text="0"))
+            plain = {"dim": [-1], "exponent": 2, "negative_slope": 0.1, "alpha": 1, "scale": 1, "min": 0.0, "normalized_shape": [4], "eps": 1e-5, "threshold": 20.0, "weight": 0.3}
             try:
-                found = rule(Call({**plain, **{k: t for k, t in operands.items() if k != "value" or name == "masked_fill"}}, family, 4, 2))
+                found = rule(Call({**plain, **{k: t for k, t in operands.items() if k != "value" or name == "masked_fill"}}, family, 4))
             except (Unfit, KeyError):
                 continue
             met.add(name)
@@ -145,7 +146,7 @@ def test_every_formula_has_a_form_in_triton():
 
 
 @pytest.mark.parametrize(("fragment", "why"), [
-    (region([(4, 5), (4, 1)], [("add.Tensor", [v(0), v(0)]), ("sum.dim_IntList", [v(2), [0], True])]), "axes \\[0\\]"),
+    (region([(4, 5)], [("sum.dim_IntList", [v(0), [1], True]), ("sum.dim_IntList", [v(0), [0], True])], 1, 2), "axes \\[1\\] and \\[0\\]"),
     (region([("float64", (4, 5))], [("neg.default", [v(0)]), ("neg.default", [v(1)])]), "float64"),
     (region([(0, 5)], [("neg.default", [v(0)]), ("neg.default", [v(1)])]), "no elements"),
     (region([(2, 8, 5, 5), (2, 8, 1, 1)], [("sigmoid.default", [v(1)]), ("mul.Tensor", [v(0), v(2)])]), "beside"),
@@ -168,7 +169,8 @@ SPECIAL = torch.tensor([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 88.
 
 
 @interpreted
-@pytest.mark.parametrize("op", ["exp", "log", "relu", "sigmoid", "tanh", "abs", "neg", "sqrt", "rsqrt", "reciprocal", "square", "floor", "erf", "silu", "relu6", "hardsigmoid"])
+@pytest.mark.parametrize("op", ["exp", "log", "relu", "sigmoid", "tanh", "abs", "neg", "sqrt", "rsqrt", "reciprocal", "square", "floor", "erf", "silu", "relu6", "hardsigmoid",
+                                "ceil", "trunc", "round", "sign", "frac", "sin", "cos", "tan", "exp2", "expm1", "log1p", "log2", "softplus"])  # fmt: skip
 def test_the_ends_of_the_range(op):
     fragment = region([(16,)], [(f"{op}.default", [v(0)]), ("mul.Tensor", [v(1), 1.0])])
     got, want = made_of(fragment)([SPECIAL])[0], FragmentModule(fragment)(SPECIAL)[0]
