@@ -134,15 +134,16 @@ def test_every_formula_has_a_form_in_triton():
     for name, rule in ROWS.items():
         for family in "fbi":
             operands = dict.fromkeys(("self", "other", "end", "condition", "mask", "value", "input", "tensor1", "tensor2"), Term("read", family, text="0"))
-            plain = {"dim": [-1], "exponent": 2, "negative_slope": 0.1, "alpha": 1, "scale": 1, "min": 0.0, "normalized_shape": [4], "eps": 1e-5, "threshold": 20.0, "weight": 0.3}
+            plain = {"dim": [-1], "exponent": 2, "negative_slope": 0.1, "alpha": 1, "scale": 1, "min": 0.0, "normalized_shape": [4], "eps": 1e-5, "value": 1.0, "threshold": 20.0, "weight": 0.3}
+            operands |= {"other": 3} if name in ("remainder", "floor_divide") else {}
             try:
-                found = rule(Call({**plain, **{k: t for k, t in operands.items() if k != "value" or name == "masked_fill"}}, family, 4))
+                found = rule(Call({**plain, **{k: t for k, t in operands.items() if k not in ("value", "weight") or name == "masked_fill"}}, family, 4))
             except (Unfit, KeyError):
                 continue
             met.add(name)
             for text in texts(found):
-                assert ast.parse(translated(text.format("v0", "v1", "v2")))
-    assert met == set(ROWS)
+                assert ast.parse(translated(text.format("v0", "v1", "v2", "v3")))
+    assert met == set(ROWS), set(ROWS) - met
 
 
 @pytest.mark.parametrize(("fragment", "why"), [
