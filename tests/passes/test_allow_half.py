@@ -316,6 +316,25 @@ def test_random_programs_keep_the_limit_and_never_convert_twice(seed, floor):
         assert sqnr_db(w, g) > floor - 25
 
 
+@pytest.mark.parametrize("recipe", ["int8", "w4"])
+def test_beside_integers(recipe, monkeypatch):
+    """Values between quantized ops may be held in half precision: whatever the stopwatch says, numbers stay those of the recipe."""
+    model, inputs = _encoder()
+    program = program_of(model, inputs)
+    program.calibration = (inputs,)
+    after, _ = Pipeline((*resolve(recipe), AllowHalf()), strict=True).run(program)
+    monkeypatch.setattr(aten, "no_float16", lambda: None)
+    for seed in range(3):
+        draw, times = random.Random(seed), {}
+        monkeypatch.setattr(Stopwatch, "work", lambda self, work, options, d=draw, t=times: [t.setdefault(work.node.name + c.name, d.random()) for c in options])
+        monkeypatch.setattr(Stopwatch, "convert", lambda self, v, a, b, q, d=draw, t=times: t.setdefault(f"{v.name}{a}{b}", 0.2 * d.random()))
+        lowered = lower(after, allowed=BOTH | {"int8"}, example=())
+        assert {c.precision for c in lowered.choices} & {"bf16", "fp16"}
+        with torch.no_grad():
+            for wanted, simulated, got in zip(program(*inputs), after(*inputs), lowered.runner(*inputs), strict=True):
+                assert sqnr_db(wanted, got) > sqnr_db(wanted, simulated) - 6
+
+
 def test_accuracy_budget_takes_half_precision_back(halves_win):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 8)).eval()
