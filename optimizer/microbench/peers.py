@@ -38,6 +38,10 @@ def _compiled(call: Callable[..., Any], *args: Any, **options: Any) -> Callable[
     return lambda: made(*args)
 
 
+#: Inductor times its templates against libraries; without CUDA graphs, which the benchmark makes itself.
+_AUTOTUNE = "max-autotune-no-cudagraphs"
+
+
 def _reference(op: str) -> Callable[..., Any]:
     return next(r for r in ops.rows() if r.name == op).reference
 
@@ -56,7 +60,7 @@ def _float_of(a: Args, device: str) -> torch.dtype:
 def _float_weight(a: Args, dtype: torch.dtype) -> Tensor:
     """The weight as floats, made ahead."""
     weight = _dense_weight(a)
-    if weight.is_floating_point():
+    if weight.is_floating_point() and weight.itemsize > 1:
         return weight.to(dtype)
     if a.get("weight_scales") is not None:
         scales = a["weight_scales"]
@@ -167,9 +171,8 @@ def int_mm_inductor(a: Args, device: str) -> Callable[[], Any]:
 
 def int_mm_autotuned(a: Args, device: str) -> Callable[[], Any]:
     """The same, with Inductor's autotuned templates."""
-    _need(device == "cuda", "Inductor's templates are for the GPU")
     call, x = _int_product(a)
-    return _compiled(call, x, mode="max-autotune-no-cudagraphs")
+    return _compiled(call, x, mode=_AUTOTUNE)
 
 
 def onednn_linear(a: Args, device: str) -> Callable[[], Any]:
@@ -313,6 +316,42 @@ def _fused(op: str) -> Maker:
     return inductor
 
 
+#: Arguments that don't change from call to call.
+_FIXED = ("weight", "indices", "values", "columns", "starts", "weight_scales", "scales", "zero_points", "bias")
+
+
+class _Layer(torch.nn.Module):
+    """An op's reference with its weights as buffers, which Inductor may pack or compute with ahead."""
+
+    def __init__(self, reference: Callable[..., Any], a: Args):
+        super().__init__()
+        self.reference, self.rest = reference, {}
+        for name, value in a.items():
+            if name in _FIXED and isinstance(value, Tensor):
+                self.register_buffer(name, value)
+            elif not isinstance(value, Tensor):
+                self.rest[name] = value
+
+    def forward(self, given: Args) -> Any:
+        return self.reference(**self.rest, **given, **dict(self.named_buffers()))
+
+
+def _tuned(op: str) -> Maker:
+    def autotuned(a: Args, device: str) -> Callable[[], Any]:
+        """The op's reference, compiled by Inductor with its templates tried and the weights frozen: what can be computed ahead is."""
+        from torch._inductor import list_mode_options
+
+        layer = _Layer(_reference(op), a).eval()
+        given = {name: value for name, value in a.items() if isinstance(value, Tensor) and name not in _FIXED}
+        return _compiled(layer, given, options={**list_mode_options(_AUTOTUNE), "freezing": True})
+
+    return autotuned
+
+
+def _both(op: str) -> dict[str, Maker]:
+    return {"inductor": _fused(op), "autotuned": _tuned(op)}
+
+
 _PRODUCT = {"float": linear_float}
 _CONV = {"float": conv_float}
 
@@ -320,18 +359,18 @@ _CONV = {"float": conv_float}
 PEERS: dict[str, dict[str, Maker]] = {
     "graphwright.linear_int8": {**_PRODUCT, "int_mm": int_mm, "onednn": onednn_linear, "inductor": int_mm_inductor, "autotuned": int_mm_autotuned,
                                 "torchao": torchao_dynamic},
-    "graphwright.linear_fp8": {**_PRODUCT, "scaled_mm": scaled_mm},
-    "graphwright.linear_w8": {**_PRODUCT, "aten": aten_w8, "torchao": torchao_w8},
-    "graphwright.linear_w8_groups": _PRODUCT,
-    "graphwright.linear_w4": {**_PRODUCT, "aten": aten_w4},
-    "graphwright.linear_w4a8": _PRODUCT,
-    "graphwright.linear_sparse24": _PRODUCT,
-    "graphwright.linear_block_sparse": {**_PRODUCT, "dense_int8": dense_int8, "torch_bsr": torch_bsr},
-    "graphwright.conv2d_int8": {**_CONV, "onednn": onednn_conv},
-    "graphwright.conv2d_winograd": _CONV,
-    "graphwright.attention": {"sdpa": sdpa},
-    "graphwright.attention_int8": {"sdpa": sdpa},
-    "graphwright.attention_int8_qk": {"sdpa": sdpa},
+    "graphwright.linear_fp8": {**_PRODUCT, "scaled_mm": scaled_mm, **_both("graphwright.linear_fp8")},
+    "graphwright.linear_w8": {**_PRODUCT, "aten": aten_w8, "torchao": torchao_w8, **_both("graphwright.linear_w8")},
+    "graphwright.linear_w8_groups": {**_PRODUCT, **_both("graphwright.linear_w8_groups")},
+    "graphwright.linear_w4": {**_PRODUCT, "aten": aten_w4, **_both("graphwright.linear_w4")},
+    "graphwright.linear_w4a8": {**_PRODUCT, **_both("graphwright.linear_w4a8")},
+    "graphwright.linear_sparse24": {**_PRODUCT, **_both("graphwright.linear_sparse24")},
+    "graphwright.linear_block_sparse": {**_PRODUCT, "dense_int8": dense_int8, "torch_bsr": torch_bsr, **_both("graphwright.linear_block_sparse")},
+    "graphwright.conv2d_int8": {**_CONV, "onednn": onednn_conv, **_both("graphwright.conv2d_int8")},
+    "graphwright.conv2d_winograd": {**_CONV, **_both("graphwright.conv2d_winograd")},
+    "graphwright.attention": {"sdpa": sdpa, **_both("graphwright.attention")},
+    "graphwright.attention_int8": {"sdpa": sdpa, **_both("graphwright.attention_int8")},
+    "graphwright.attention_int8_qk": {"sdpa": sdpa, **_both("graphwright.attention_int8_qk")},
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,25 @@ def test_peers_compute_the_same_or_say_why_not(dequantize: Kernel) -> None:
                 assert (peer.times is None) == bool(peer.reason)
                 ran |= {(op, peer.name)} if peer.times else set()
     assert {("graphwright.linear_int8", "float"), ("graphwright.linear_int8", "int_mm"), ("graphwright.attention_int8", "sdpa"), ("graphwright.norm_quantize", "eager")} <= ran
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["linear_w8", "linear_w8_groups", "linear_w4", "linear_sparse24", "conv2d_winograd", "attention"])
+def test_what_inductor_makes_of_an_op_computes_the_same(op: str, dequantize: Kernel) -> None:
+    """As it is, and with the weights frozen."""
+    if shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("Inductor needs a C++ compiler")
+    sample, _ = next(cases.samples_for(f"graphwright.{op}", SMALL))
+    kernel = next(k for k in kernels.load()[f"graphwright.{op}"] if k.device == "cpu")
+    result = run.bench(kernel, sample, microbench.Plan(rounds=3, peers=frozenset({"inductor", "autotuned"})))
+    assert [(p.name, p.reason) for p in result.peers] == [("inductor", ""), ("autotuned", "")]
+
+
+def test_a_layer_of_8_bit_floats_has_its_scales_as_a_float_layer_too() -> None:
+    sample, _ = next(cases.samples_for("graphwright.linear_fp8", SMALL))
+    named = dict(zip(next(r for r in ops.rows() if r.name == "graphwright.linear_fp8").params, sample.args(torch.Generator().manual_seed(0)), strict=False))
+    wanted = named["x"] @ (named["weight"].float() * named["weight_scales"][:, None]).t() + named["bias"]
+    assert torch.allclose(peers.linear_float(named, "cpu")(), wanted, rtol=1e-4, atol=1e-3)
 
 
 def test_a_wrong_peer_is_left_out(dequantize: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
