@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from graphwright.errors import InternalError
+
 
 @functools.cache
 def _host() -> tuple[str, str]:
@@ -31,12 +33,32 @@ def described() -> str:
     return repr((binding.llvm_version_info, binding.get_default_triple(), *_host()))
 
 
+#: What LLVM's names of instructions ask of a processor, the narrower ones first.
+_NEEDED = {
+    "llvm.x86.avx512.vpdpbusd.512": "avx512vnni", "llvm.x86.avx512.pshuf.b.512": "avx512bw",
+    "llvm.x86.avx512.mask.reduce.ps.512": "avx512dq", "llvm.x86.avx512.": "avx512f",
+}  # fmt: skip
+
+
+def _lacking(text: str) -> str | None:
+    """A feature that a module asks for and the processor has not, if there is one."""
+    held = _host()[1].split(",")
+    return next((feature for name, feature in _NEEDED.items() if name in text and f"+{feature}" not in held), None)
+
+
 def compiled(module: Any) -> bytes:
-    """The module's machine code for this processor, as an object file."""
+    """The module's machine code for this processor, as an object file.
+
+    Raises:
+        InternalError: the processor lacks an instruction. (LLVM itself would end the process.)
+    """
     from llvmlite import binding
 
+    text = str(module)
+    if (feature := _lacking(text)) is not None:
+        raise InternalError(f"this kernel needs {feature}, which the processor {_host()[0]} has not", where=module.name)
     machine = _machine()
-    parsed = binding.parse_assembly(str(module))
+    parsed = binding.parse_assembly(text)
     parsed.triple, parsed.data_layout = machine.triple, str(machine.target_data)
     parsed.verify()
     tuning = binding.create_pipeline_tuning_options(speed_level=3)

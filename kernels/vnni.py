@@ -30,7 +30,10 @@ def unfit() -> str | None:
     """None, or why these products can't run on this machine."""
     if (reason := unavailable()) is not None:
         return reason
-    return None if "avx512_vnni" in machine().get("flags", ()) else "the processor has no AVX-512 VNNI"
+    flags = machine().get("flags", ())
+    if "avx512_vnni" in flags:
+        return None
+    return "the processor has no AVX-512 VNNI" + (": its VNNI is for registers of 256 bits" if "avx_vnni" in flags else "")
 
 
 def pack(b: Tensor) -> Tensor:
