@@ -28,7 +28,7 @@ from graphwright.kernels.vector import LANES, F, add, load_f, prefetch, splat_f,
 HIGH, WIDE = 8, 3
 #: Inputs of a piece of the weight, strips of it, tiles of rows that it serves (what the pieces and the sums take fits half an L2 cache of 1 MiB), and how
 #: many of these tiles share in bringing the next piece near.
-PIECE, STRIPS, BAND, PARTS = 384, 3, 32, 4
+PIECE, STRIPS, BAND, PARTS = 384, 2, 64, 4
 
 _HIGH, _WIDE, _PIECE, _STRIPS, _BAND, _PARTS, _ONE, _ZERO = (np.int64(n) for n in (HIGH, WIDE, PIECE, STRIPS, BAND, PARTS, 1, 0))
 _piece = scratch_of(PIECE * STRIPS * WIDE * LANES)
