@@ -17,7 +17,7 @@ from graphwright.errors import LoadError
 from graphwright.ir import Program, op_name
 from graphwright.kernel_registry import RESERVED, registered
 from graphwright.kernels import ahead
-from graphwright.lower import Lowered, economy, lower, regions
+from graphwright.lower import Lowered, economy, lower, restored
 from graphwright.optimized import Optimized, Variant
 from graphwright.report import Report
 from graphwright.search import Built
@@ -88,7 +88,7 @@ def _register(archive: store.Archive) -> None:
 
 def _lowered(program: Program, kernels: dict[str, str], saved: list[dict[str, Any]], sequence: list[int] | None) -> Lowered:
     """The program under a plan: nothing is timed."""
-    return economy.restored(regions.restored(lower(program, allowed=("f32", *HALF, "int8"), plan=kernels), saved), sequence)
+    return economy.restored(restored.restored(lower(program, allowed=("f32", *HALF, "int8"), plan=kernels), saved), sequence)
 
 
 def twin(fast: Optimized) -> Optimized:

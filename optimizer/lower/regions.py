@@ -2,20 +2,17 @@
 
     lowered = generated(lowered, example)              # our kernels: compiled in a fraction of a second each
     lowered = compiled(lowered, example, deadline)     # Inductor's: as many as the time allows
-    lowered = restored(lowered, saved)                 # what a file says was taken; times nothing
 
 Each is checked against the ops and raced against the chain; what is faster is taken if the whole is faster with it. A saved
 region is plain data: ``{"nodes": [...], "strides": [...], "ms": ..., "chain_ms": ..., "maker": "llvm", "triton" or "inductor"}``. Compiled code lies in the private
-cache; where it is missing our kernels are compiled when they are first called, as are Inductor's, and where that can't be, the chain runs and a note says what it costs.
+cache. ``graphwright.lower.restored`` takes regions from a file: where code is missing our kernels are compiled when they are first called, as
+are Inductor's, and where that can't be, the chain runs and a note says what it costs.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,22 +24,18 @@ from graphwright.accelerator import Clock, device_of, of
 from graphwright.backends import inductor
 from graphwright.backends.base import Format
 from graphwright.backends.inductor import Fragment, FragmentModule, NotCompiled
-from graphwright.errors import InternalError
 from graphwright.kernels.trees import Unfit
 from graphwright.lower import Choice, Lowered, spaces
-from graphwright.lower.chains import Chosen, bind, chain, eligible, find, fragment_of, sound
-from graphwright.lower.graph import Region, schedule
+from graphwright.lower.chains import Chosen, bind, chain, find, fragment_of, sound
+from graphwright.lower.graph import Region
 from graphwright.lower.runner import Fused, Step, emit
-from graphwright.lower.stopwatch import FLOORS_DB
 from graphwright.measure import interleaved
-from graphwright.numerics import Exact, sqnr_db
+from graphwright.numerics import Exact
 
 #: a region is taken where it needs at most this share of its chain's time
 _CLEARLY = 0.9
 #: chains with less than this share of the model's time are not worth a compiler's
 _WORTH = 0.01
-#: seconds that a compilation at the first call after ``load`` may take
-_PATIENCE_S = 300.0
 
 
 @dataclass(eq=False)
@@ -98,7 +91,7 @@ def generated(lowered: Lowered, example: Sequence[Tensor], say: Callable[[str], 
             one, said = _judged(lowered, group, chosen, example, run, who)
             notes.append(f"{_name(group)}: {said}")
             taken += [] if one is None else [one]
-    lowered = _noted(lowered, notes)
+    lowered = noted(lowered, notes)
     return _raced(lowered, taken, example, say) if taken else lowered
 
 
@@ -111,14 +104,14 @@ def compiled(lowered: Lowered, example: Sequence[Tensor], deadline: float, say: 
     """
     why = inductor.reason()
     if why:
-        return _noted(lowered, [f"no region was compiled by Inductor: {why}"])
+        return noted(lowered, [f"no region was compiled by Inductor: {why}"])
     if lowered.analysis.program.signature.symbols:
-        return _noted(lowered, ["no region was compiled by Inductor: its code is made for fixed sizes, and some are left open"])
+        return noted(lowered, ["no region was compiled by Inductor: its code is made for fixed sizes, and some are left open"])
     chosen = dict(zip(lowered.analysis.works, lowered.chosen, strict=True))
     groups, total = _groups(lowered, find(lowered.analysis, chosen), example)
     groups = [g for g in groups if g.ms >= _WORTH * total]
     if not groups:
-        return _noted(lowered, [f"no region was compiled by Inductor: no chain of ops that one loop could do takes {100 * _WORTH:.0f} % of the time"])
+        return noted(lowered, [f"no region was compiled by Inductor: no chain of ops that one loop could do takes {100 * _WORTH:.0f} % of the time"])
     notes: list[str] = []
     taken: list[_Taken] = []
     seconds = inductor.expected_seconds()
@@ -146,10 +139,10 @@ def compiled(lowered: Lowered, example: Sequence[Tensor], deadline: float, say: 
         one, said = _judged(lowered, group, chosen, example, run, "inductor")
         notes.append(f"{name}: {said}")
         taken += [] if one is None else [one]
-    return _raced(_noted(lowered, notes), taken, example, say) if taken else _noted(lowered, notes)
+    return _raced(noted(lowered, notes), taken, example, say) if taken else noted(lowered, notes)
 
 
-def _noted(lowered: Lowered, notes: Sequence[str]) -> Lowered:
+def noted(lowered: Lowered, notes: Sequence[str]) -> Lowered:
     return dataclasses.replace(lowered, notes=[*lowered.notes, *notes])
 
 
@@ -176,7 +169,7 @@ def _groups(lowered: Lowered, regions: Sequence[Region], example: Sequence[Tenso
         if not all(n in met for n in region.reads):
             continue
         shapes, strides = [met[n][0] for n in region.reads], [met[n][1] for n in region.reads]
-        if not _sound(region, strides, shapes):
+        if not sound_region(region, strides, shapes):
             continue  # an expanded input, say: it could not be made anew where another call brings other strides
         fragment, constants = fragment_of(region, strides, shapes)
         group = groups.setdefault(fragment.text, _Group(fragment, [], [], 0.0))
@@ -186,7 +179,7 @@ def _groups(lowered: Lowered, regions: Sequence[Region], example: Sequence[Tenso
     return sorted(groups.values(), key=lambda g: -g.ms), sum(steps)
 
 
-def _sound(region: Region, strides: Any, shapes: Any = None) -> bool:
+def sound_region(region: Region, strides: Any, shapes: Any = None) -> bool:
     """Whether a region reads and gives tensors, of which those that it reads can be made anew with these strides."""
     if not all(isinstance(n.meta["val"], Tensor) for n in (*region.reads, *region.writes)):
         return False
@@ -227,7 +220,7 @@ def _judged(lowered: Lowered, group: _Group, chosen: Chosen, example: Sequence[T
     if problem:
         return None, f"the code by {who} is not right ({problem}); the chain runs"
     before = [f for f in lowered.fused if set(f.region.works) == set(region.works)]
-    calls = [chain(region, chosen), _call(region, group.fragment, group.constants[0], run, chosen), *(f.call for f in before)]
+    calls = [chain(region, chosen), call_of(region, group.fragment, group.constants[0], run, chosen), *(f.call for f in before)]
     plain, fused, *rivals = race(calls, reads)
     best = min(plain, *rivals) if rivals else plain
     if fused > _CLEARLY * best:
@@ -236,14 +229,14 @@ def _judged(lowered: Lowered, group: _Group, chosen: Chosen, example: Sequence[T
     return _Taken(group, run, maker, fused, plain), f"{fused:.3g} ms through {who}, {plain:.3g} ms op by op"
 
 
-def _call(region: Region, fragment: Fragment, constants: list[Tensor], run: inductor.Run, chosen: Chosen) -> Callable[..., Any]:
+def call_of(region: Region, fragment: Fragment, constants: list[Tensor], run: inductor.Run, chosen: Chosen) -> Callable[..., Any]:
     """A region's function as a step."""
     if all(w.static for w in region.works):
         return bind(fragment, constants, run)
     return spaces.Sized(fragment, constants, chain(region, chosen))
 
 
-def _forms(region: Region, chosen: Chosen) -> tuple[tuple[Format, ...], tuple[Format, ...]]:
+def forms(region: Region, chosen: Chosen) -> tuple[tuple[Format, ...], tuple[Format, ...]]:
     """The forms in which a region reads and gives its values: those of the kernels that it takes the place of."""
     needs: dict[fx.Node, Format] = {}
     for work in region.works:
@@ -284,8 +277,8 @@ def _raced(lowered: Lowered, taken: Sequence[_Taken], example: Sequence[Tensor],
     for one in taken:
         shapes, strides = ([list(r[k]) for r in one.group.fragment.inputs] for k in (1, 2))
         for region, constants in zip(one.group.regions, one.group.constants, strict=True):
-            call = _call(region, one.group.fragment, constants, one.run, chosen)
-            fused.append(Fused(region, f"{one.maker}.region{len(fused) + 1}", call, one.maker != "inductor", *_forms(region, chosen)))
+            call = call_of(region, one.group.fragment, constants, one.run, chosen)
+            fused.append(Fused(region, f"{one.maker}.region{len(fused) + 1}", call, one.maker != "inductor", *forms(region, chosen)))
             saved.append({"nodes": [w.node.name for w in region.works], "shapes": shapes[: len(region.reads)], "strides": strides[: len(region.reads)],
                           "ms": one.ms, "chain_ms": one.chain_ms, "maker": one.maker})  # fmt: skip
     runner = emit(lowered.analysis, lowered.chosen, fused)
@@ -300,103 +293,12 @@ def _raced(lowered: Lowered, taken: Sequence[_Taken], example: Sequence[Tensor],
     variants = [(f"regions through {who}", with_regions), ("without them", plain), *lowered.variants[1:]]
     if with_regions.minimum >= plain.minimum:
         why = f"the whole is not faster with the regions through {who} ({with_regions.minimum:.3g} ms) than without ({plain.minimum:.3g} ms): they are left out"
-        return dataclasses.replace(_noted(lowered, [why]), variants=[variants[1], variants[0], *variants[2:]])
-    return dataclasses.replace(lowered, runner=runner, choices=_choices(lowered, fused), variants=variants, regions=saved, fused=fused)
+        return dataclasses.replace(noted(lowered, [why]), variants=[variants[1], variants[0], *variants[2:]])
+    return dataclasses.replace(lowered, runner=runner, choices=choices(lowered, fused), variants=variants, regions=saved, fused=fused)
 
 
-def _choices(lowered: Lowered, fused: Sequence[Fused]) -> list[Choice]:
+def choices(lowered: Lowered, fused: Sequence[Fused]) -> list[Choice]:
     """What the report shows: the works of a region name it."""
     names = {w: f.name for f in fused for w in f.region.works}
     plain = [dataclasses.replace(c, name=candidate.name, fused=False) if c.fused else c for c, (candidate, _) in zip(lowered.choices, lowered.chosen, strict=True)]
     return [dataclasses.replace(c, name=names[c.work], fused=True) if c.work in names else c for c in plain]
-
-
-# -- from a file -----------------------------------------------------------------------------------------------------
-
-
-def restored(lowered: Lowered, saved: Any) -> Lowered:
-    """``lowered`` with the regions that a file names; what does not fit or can't be had runs as a chain, with a note."""
-    chosen = dict(zip(lowered.analysis.works, lowered.chosen, strict=True))
-    by_name = {w.node.name: w for w in lowered.analysis.works}
-    who = spaces.maker(device_of(lowered.analysis.program))
-    fused: list[Fused] = []
-    kept, notes = [], []
-    late = 0
-    for entry in saved if isinstance(saved, list) else []:
-        try:
-            works = [by_name[name] for name in entry["nodes"]]
-            cost = float(entry["chain_ms"]) - float(entry["ms"])
-            region = Region.of(lowered.analysis, sorted(works, key=lowered.analysis.works.index))
-            ours, shapes = entry.get("maker") in ("llvm", "triton"), entry.get("shapes")
-            fits = all(eligible(w, chosen[w][0], free=ours) for w in works)
-            if not works or not math.isfinite(cost) or not fits or not _sound(region, entry["strides"], shapes):
-                raise ValueError("its ops or strides may not be those of a region")
-            fragment, constants = fragment_of(region, entry["strides"], shapes)
-            schedule(lowered.analysis, [*(f.region for f in fused), region])
-        except (KeyError, TypeError, ValueError, AttributeError, InternalError) as error:
-            notes.append(f"a region that the file names does not fit the program ({error}); its ops run one by one")
-            continue
-        if ours:
-            try:
-                call = _call(region, fragment, constants, spaces.make(fragment, who), chosen)
-            except Unfit as error:
-                notes.append(f"{region.head.site}: no kernel can be generated for its region here ({error}); its {len(works)} ops run one by one, "
-                             f"which took {max(cost, 0.0):.2g} ms longer where it was measured")  # fmt: skip
-                continue
-            fused.append(Fused(region, f"{who}.region{len(fused) + 1}", call, True, *_forms(region, chosen)))
-            kept.append(entry)
-            continue
-        run, why = inductor.open_library(fragment), inductor.reason()
-        if run is None and why:
-            notes.append(f"{region.head.site}: the library of its region is not in this machine's cache and {why}; "
-                         f"its {len(works)} ops run one by one, which took {max(cost, 0.0):.2g} ms longer where it was measured")  # fmt: skip
-            continue
-        late += run is None
-        call = bind(fragment, constants, run) if run is not None else _Late(fragment, constants, chain(region, chosen), region.head.site)
-        fused.append(Fused(region, f"inductor.region{len(fused) + 1}", call))
-        kept.append(entry)
-    if late:
-        notes.append(f"{late} regions are compiled at the first call, about {inductor.expected_seconds():.0f} s for each different one: "
-                     "their libraries are not in this machine's cache")  # fmt: skip
-    if not fused:
-        return _noted(lowered, notes)
-    runner = emit(lowered.analysis, lowered.chosen, fused)
-    return dataclasses.replace(_noted(lowered, notes), runner=runner, choices=_choices(lowered, fused), regions=kept, fused=fused)
-
-
-class _Late:
-    """A region whose library is made at the first call; its chain where that fails."""
-
-    _lock = threading.Lock()
-
-    def __init__(self, fragment: Fragment, constants: list[Tensor], plain: Callable[..., Any], site: str):
-        self._fragment, self._constants, self._plain, self._site = fragment, constants, plain, site
-        self._call: Callable[..., Any] | None = None
-
-    def __call__(self, *reads: Tensor) -> Any:
-        if self._call is None:
-            with self._lock:
-                self._call = self._call or self._made(reads)
-        return self._call(*reads)
-
-    def _made(self, reads: Sequence[Tensor]) -> Callable[..., Any]:
-        try:
-            if inductor.open_library(self._fragment) is None:
-                warnings.warn(f"{self._site}: a region is compiled now, which takes about {inductor.expected_seconds():.0f} s, once on this machine", stacklevel=2)
-                inductor.compile_library(self._fragment, _PATIENCE_S)
-            run = inductor.open_library(self._fragment)
-            if run is None:
-                raise NotCompiled("its library cannot be opened")
-            call = bind(self._fragment, self._constants, run)
-            for wanted, got in zip(_list(self._plain(*reads)), _list(call(*reads)), strict=True):
-                same = sqnr_db(wanted.nan_to_num(), got.nan_to_num()) >= FLOORS_DB["f32"] if wanted.is_floating_point() else torch.equal(wanted, got)
-                if not same:
-                    raise NotCompiled("Inductor's code is not right here")
-            return call
-        except (NotCompiled, RuntimeError) as error:
-            warnings.warn(f"{self._site}: the region was not compiled ({error}); its ops run one by one", stacklevel=2)
-            return self._plain
-
-
-def _list(value: Any) -> list[Tensor]:
-    return [value] if isinstance(value, Tensor) else list(value)

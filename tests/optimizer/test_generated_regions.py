@@ -141,3 +141,34 @@ def test_inputs_of_other_strides(always):
     torch.testing.assert_close(fast(other, y), Gate()(other, y))
     expanded = torch.randn(1, 7, 9).expand(5, 7, 9)
     torch.testing.assert_close(fast(expanded, y), Gate()(expanded, y))
+
+
+class Channels(nn.Module):
+    """A norm over channels written by hand, a gate from the mean of an image, and the mean of tokens, weighed by angles."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gate, self.out = nn.Conv2d(3, 24, 3, padding=1), nn.Linear(24, 24), nn.Linear(24, 5)
+        self.weight, self.bias = nn.Parameter(torch.randn(24)), nn.Parameter(torch.randn(24))
+
+    def forward(self, x):
+        y = self.conv(x)
+        centre = y.mean(1, keepdim=True)
+        spread = (y - centre).pow(2).mean(1, keepdim=True)
+        y = (y - centre) / torch.sqrt(spread + 1e-6) * self.weight[:, None, None] + self.bias[:, None, None]
+        gate = torch.sigmoid(self.gate(torch.log1p(y.abs()).mean((2, 3))))
+        tokens = (y * gate[:, :, None, None]).flatten(2).transpose(1, 2)
+        return self.out((tokens * torch.sin(3 * tokens)).sum(1) / 7)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_reductions_along_other_axes_join_regions(always, memory_format):
+    torch.manual_seed(0)
+    model, x = Channels().eval().to(memory_format=memory_format), torch.randn(2, 3, 12, 10).to(memory_format=memory_format)
+    fast = gw.optimize(model, x)
+    ops = [{w.op.split(".")[1] for w in f.region.works} for f in fast._variants[0].built.lowered.fused]
+    assert any({"mean", "sqrt", "log1p"} <= o for o in ops) and any({"sum", "sin"} <= o for o in ops)
+    with torch.no_grad():
+        twice = Channels().double()
+        twice.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+        assert Exact().failure(twice(x.double()), model(x), fast(x)) is None

@@ -22,7 +22,7 @@ from graphwright.backends import inductor
 from graphwright.backends.inductor import Fragment, FragmentModule, NotCompiled, encode
 from graphwright.capture import capture
 from graphwright.errors import InternalError
-from graphwright.lower import chains, lower, regions
+from graphwright.lower import chains, lower, regions, restored
 from graphwright.lower.graph import Region, schedule
 from graphwright.lower.runner import Fused, emit
 from graphwright.measure import Timing
@@ -463,11 +463,11 @@ def test_what_a_file_says_of_regions_is_not_believed(compiler):
            {**first, "strides": [[10**12, 10**6, 1]] * len(first["strides"])}, {**first, "strides": None}, {**first, "ms": float("nan")}, {**first, "nodes": first["nodes"] * 2},
            {**first, "nodes": [first["nodes"][0], first["nodes"][-1]]}, 3]  # fmt: skip
     for entry in bad:
-        again = regions.restored(plain, [entry])
+        again = restored.restored(plain, [entry])
         assert again.regions == [] and any("does not fit" in n for n in again.notes), entry
         assert torch.equal(again.runner(x)[0], plain.runner(x)[0])
-    assert len(regions.restored(plain, [*good, *good]).regions) == len(good)
-    assert regions.restored(plain, None).regions == []
+    assert len(restored.restored(plain, [*good, *good]).regions) == len(good)
+    assert restored.restored(plain, None).regions == []
 
 
 # -- the library -----------------------------------------------------------------------------------------------------
