@@ -13,7 +13,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,8 +145,7 @@ def run(
     work = torch.empty(threads * floats)
     _NATIVE(
         threads, sgemm(), b, h, s, t, d, e, h // key.shape[1], block,
-        query.data_ptr(), *query.stride()[:3], key.data_ptr(), *key.stride()[:3], value.data_ptr(), *value.stride()[:3],
-        out.data_ptr(), KIND[out.dtype], *steps, work.data_ptr(), floats,
+        *tensor_slots(query, key, value, out, steps), work.data_ptr(), floats,
         d**-0.5 if attention_scale is None else attention_scale, *grid(scale, zero_point, low, high), causal,
         *mask_slots(mask, (b, h, s, t)),
     )  # fmt: skip
@@ -159,6 +158,12 @@ def empty_result(query: Tensor, e: int, merge: bool, dtype: torch.dtype | None) 
     out = torch.empty((b, s, h, e) if merge else (b, h, s, e), dtype=dtype or torch.float32)
     heads = out.transpose(1, 2) if merge else out
     return (out.view(b, s, h * e) if merge else out), out, heads.stride()[:3]
+
+
+def tensor_slots(query: Tensor, key: Tensor, value: Tensor, out: Tensor, steps: Sequence[int]) -> tuple[int, ...]:
+    """Address and three strides of each, the kind of ``out`` behind its address."""
+    read = (n for x in (query, key, value) for n in (x.data_ptr(), *x.stride()[:3]))
+    return *read, out.data_ptr(), KIND[out.dtype], *steps
 
 
 def adjacent(x: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ from graphwright.kernels.common import GRID, grid
 from graphwright.kernels.native import Native, openmp
 from graphwright.kernels.softmax import MASK, apply_mask, mask_row, mask_slots
 from graphwright.kernels.tile import (
-    KIND,
     SHIFT,
     bits,
     call,
@@ -344,8 +343,7 @@ def run(
     work = torch.empty(threads * size, dtype=torch.uint8)
     _NATIVE(
         threads, pieces, b, h, s, t, width, columns, h // key.shape[1], long,
-        query.data_ptr(), *query.stride()[:3], key.data_ptr(), *key.stride()[:3], value.data_ptr(), *value.stride()[:3],
-        out.data_ptr(), KIND[out.dtype], *steps, work.data_ptr(), size,
+        *attention.tensor_slots(query, key, value, out, steps), work.data_ptr(), size,
         d**-0.5 if attention_scale is None else attention_scale, *grid(scale, zero_point, low, high), causal,
         *mask_slots(mask, (b, h, s, t)), e,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,19 @@ def per_channel(scales: Tensor, bias: Tensor | None, out: int, lanes: int) -> tu
     """Float32 scales (one for all, or each its own) and biases of ``out`` channels, padded with zeros to whole vectors."""
     pad, behind = torch.nn.functional.pad, (0, -out % lanes)
     return pad(scales.detach().float().expand(out), behind), pad(torch.zeros(out) if bias is None else bias.detach().float(), behind)
+
+
+def address(t: Tensor | None) -> int:
+    """Of its first element, or 0."""
+    return 0 if t is None else t.data_ptr()
+
+
+def as_rows(other: Tensor | None, shape: Sequence[int]) -> tuple[Tensor | None, int]:
+    """A residual of the shape of the result as float32 rows with adjacent columns, and bytes from row to row; None and 0 without one."""
+    if other is None:
+        return None, 0
+    rows = rows_of(other.float().expand(shape))
+    return rows, rows.stride(0) * 4
 
 
 def rows_of(x: Tensor) -> Tensor:

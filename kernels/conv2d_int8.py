@@ -45,7 +45,7 @@ from graphwright.kernels.vector import (
     store_f,
     sub_i,
 )  # fmt: skip
-from graphwright.kernels.vnni import DEPTH, products, unfit
+from graphwright.kernels.vnni import DEPTH, products, unfit, unfit_depth
 from graphwright.kernels.vnni import pack as pack_columns
 
 #: Pixels of one task at most, in one line of all pixels, and blocks of 16 output channels.
@@ -353,10 +353,7 @@ def supports(
 
 def unfit_rest(shape: tuple[int, ...], activation: str, other: torch.dtype | None, dtype: torch.dtype | None) -> str | None:
     """None, or why a convolution with this weight and epilogue can't be served."""
-    width = shape[1] * shape[2] * shape[3]
-    if not 0 < width <= 65536:
-        return f"windows of {width} numbers; 1 to 65536 are supported"
-    return unfit_epilogue(activation, other, dtype, integers=True)
+    return unfit_depth(shape[1] * shape[2] * shape[3]) or unfit_epilogue(activation, other, dtype, integers=True)
 
 
 def samples() -> Iterator[Sample]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from graphwright.kernels.activations import CODE, SMOOTH, scalars_of, simple, smooth, unfit_epilogue
-from graphwright.kernels.common import not_cpu, rows_of
+from graphwright.kernels.common import address, as_rows, not_cpu, rows_of
 from graphwright.kernels.fma import products as multiply
 from graphwright.kernels.language import INT64, VOID, Device, intrinsic, ir, known, loop
 from graphwright.kernels.native import GRAIN, Native, specialized, threads_for
@@ -296,10 +296,7 @@ class Kind:
         count, step, every = rows.shape[0], rows.stride(0) * rows.element_size(), packed.scales.shape[1]
         threads = threads_for(max(GRAIN, packed.out * packed.width) * count // 4)
         by = None if row_scales is None else row_scales.reshape(-1).float().contiguous()
-        residual, residual_step = 0, 0
-        if other is not None:
-            other = rows_of(other.float().expand(out.shape))
-            residual, residual_step = other.data_ptr(), other.stride(0) * 4
+        other, residual_step = as_rows(other, out.shape)
         if self.many is not None and count >= MORE_ROWS:
             self.many(threads, rows, out, packed.weight, rows.shape[1], packed.step, packed.scales, packed.offsets, packed.bias, other, activation,
                       scalars_of(activation, scalars))  # fmt: skip
@@ -308,8 +305,7 @@ class Kind:
         native = self.smooth if activation in SMOOTH else self.simple
         native(
             threads, rows.data_ptr(), step, count, packed.out, packed.weight.data_ptr(), lines, lines // each, each, packed.scales.data_ptr(), every,
-            0 if packed.offsets is None else packed.offsets.data_ptr(), 0 if by is None else by.data_ptr(),
-            packed.bias.data_ptr(), residual, residual_step, out.data_ptr(), CODE[activation], *scalars_of(activation, scalars),
+            address(packed.offsets), address(by), packed.bias.data_ptr(), address(other), residual_step, out.data_ptr(), CODE[activation], *scalars_of(activation, scalars),
         )  # fmt: skip
         return out if dtype is None else out.to(dtype)
 

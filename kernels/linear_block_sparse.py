@@ -21,7 +21,7 @@ from torch import Tensor
 
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth, unfit_epilogue
-from graphwright.kernels.common import not_cpu, pieces, rows_of
+from graphwright.kernels.common import address, as_rows, not_cpu, pieces, rows_of
 from graphwright.kernels.language import FLOAT32, INT32, INT64, VOID, intrinsic, ir, known, loop
 from graphwright.kernels.linear_int8 import real_rows
 from graphwright.kernels.linear_sparse24 import unfit_rows
@@ -29,7 +29,7 @@ from graphwright.kernels.native import Native, specialized, threads_for
 from graphwright.kernels.tile import add as add_rows
 from graphwright.kernels.tile import f64, i32, i64, real, scratch_of, share, store
 from graphwright.kernels.vector import LANES, F, I, add, load_f, spread_of, store_f
-from graphwright.kernels.vnni import DEPTH, unfit
+from graphwright.kernels.vnni import DEPTH, unfit, unfit_depth
 from graphwright.ops.sparse import SIDES, by_column, check_blocks, to_blocks, unfit_blocks
 
 #: Rows of x in a task; the most rows of a tile, by the side of a block.
@@ -190,14 +190,13 @@ def apply(x: Tensor, x_scales: Tensor | None, packed: Packed, other: Tensor | No
     # the products want unsigned bytes: flipping the top bit adds 128, which the sums of the weight take away again
     rows = rows_of(x.view(torch.uint8) ^ 128 if integers else x.float())
     by = None if x_scales is None else x_scales.reshape(-1).float().contiguous()
-    residual = None if other is None else rows_of(other.float())
+    other, step = as_rows(other, out.shape)
     side, size = packed.values.shape[1] * (DEPTH if integers else 1), rows.element_size()
     threads = threads_for(rows.shape[0] * (packed.values.numel() // 16 + width))
     _native(side, integers, activation in SMOOTH)(
         threads, rows.data_ptr(), rows.stride(0) * size, rows.shape[0], width // side, packed.values.data_ptr(), packed.columns.data_ptr(),
-        packed.starts.data_ptr(), packed.sums.data_ptr(), packed.scales.data_ptr(), packed.bias.data_ptr(), 0 if by is None else by.data_ptr(),
-        *((0, 0) if residual is None else (residual.data_ptr(), residual.stride(0) * 4)), out.data_ptr(), CODE[activation],
-        *scalars_of(activation, scalars),
+        packed.starts.data_ptr(), packed.sums.data_ptr(), packed.scales.data_ptr(), packed.bias.data_ptr(), address(by),
+        address(other), step, out.data_ptr(), CODE[activation], *scalars_of(activation, scalars),
     )  # fmt: skip
     return out.to(dtype or torch.float32)
 
@@ -229,8 +228,8 @@ def unfit_layer(x: Tensor, x_scales: Tensor | None, values: Tensor, columns: Ten
         return f"{x.shape[-1] if x.ndim else 0} inputs and {out} outputs; both must be multiples of {side}, the side of a block"
     if rows * side != (x.shape[-1] if transposed else out):
         return f"{rows} rows of blocks of {side}; x has shape {tuple(x.shape)}, and there are {out} outputs"
-    if values.dtype == torch.int8 and x.shape[-1] > 65536:
-        return f"{x.shape[-1]} inputs; sums of int8 products are safe up to 65536"
+    if values.dtype == torch.int8 and (reason := unfit_depth(x.shape[-1])) is not None:
+        return reason
     return unfit_rows(x, x_scales, values, weight_scales, out, other, dtype)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth, unfit_epilogue
-from graphwright.kernels.common import GRID, grid, not_cpu, per_channel, pieces, rows_of
+from graphwright.kernels.common import GRID, address, as_rows, grid, not_cpu, per_channel, pieces, rows_of
 from graphwright.kernels.native import Native, specialized, threads_for
 from graphwright.kernels.tile import KIND, SHIFT, device, f32, f64, i32, i64, real, scratch_of, share, store
 from graphwright.kernels.tile import add as add_rows
@@ -46,7 +46,7 @@ from graphwright.kernels.vector import (
     sub_i,
     total_f,
 )  # fmt: skip
-from graphwright.kernels.vnni import DEPTH, products, unfit
+from graphwright.kernels.vnni import DEPTH, products, unfit, unfit_depth
 from graphwright.kernels.vnni import pack as pack_columns
 
 #: Rows of one task, those of one whose strip passes in pieces, and groups of four of such a piece: 256 KiB of the strip.
@@ -259,23 +259,16 @@ def apply(
         if packed.width % DEPTH or rows.stride(0) < packed.width:
             rows = torch.nn.functional.pad(rows, (0, -packed.width % DEPTH)).contiguous()
     kind = KIND[out.dtype]
-    residual, step = 0, 0
-    if other is not None:
-        other = rows_of(other.float().expand(out.shape))
-        residual, step = other.data_ptr(), other.stride(0) * 4
+    other, step = as_rows(other, out.shape)
     native = _SMOOTH if activation in SMOOTH else _SIMPLE
     code = CODE[activation]
     native(
         threads, rows.data_ptr(), rows.stride(0), rows.shape[0], packed.out, packed.weight.data_ptr(), packed.weight.shape[1],
-        packed.sums.data_ptr(), packed.scales.data_ptr(), packed.bias.data_ptr(), _address(scales), _address(points), x_scale, x_zero_point,
-        residual, step, out.data_ptr(), kind, packed.out * out.element_size(), code, *scalars_of(activation, scalars),
+        packed.sums.data_ptr(), packed.scales.data_ptr(), packed.bias.data_ptr(), address(scales), address(points), x_scale, x_zero_point,
+        address(other), step, out.data_ptr(), kind, packed.out * out.element_size(), code, *scalars_of(activation, scalars),
         *grid(scale, zero_point, low, high), *_task(rows.shape[0], packed.weight.shape[0], packed.weight.shape[1], threads),
     )  # fmt: skip
     return out.to(dtype) if narrow else out
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def round_rows(x: Tensor, threads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -309,9 +302,7 @@ def supports(
 
 def unfit_rest(activation: str, width: int, other: Tensor | None, dtype: torch.dtype | None) -> str | None:
     """None, or why a product over ``width`` inputs with this epilogue can't be served."""
-    if not 0 < width <= 65536:
-        return f"{width} inputs; 1 to 65536 are supported"
-    return unfit_epilogue(activation, None if other is None else other.dtype, dtype)
+    return unfit_depth(width) or unfit_epilogue(activation, None if other is None else other.dtype, dtype)
 
 
 def cost(

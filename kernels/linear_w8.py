@@ -21,7 +21,7 @@ from torch import Tensor
 
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth, unfit_epilogue
-from graphwright.kernels.common import not_cpu, per_channel, pieces, rows_of
+from graphwright.kernels.common import address, as_rows, not_cpu, per_channel, pieces, rows_of
 from graphwright.kernels.fma import products
 from graphwright.kernels.language import FLOAT32, INT64, VOID, intrinsic, ir, known, loop
 from graphwright.kernels.native import GRAIN, Native, specialized, threads_for, unavailable
@@ -177,10 +177,7 @@ def apply(x: Tensor, packed: Packed, other: Tensor | None, activation: str, scal
     if not out.numel():
         return out
     rows = rows_of(x)
-    residual, step = 0, 0
-    if other is not None:
-        other = rows_of(other.expand(out.shape))
-        residual, step = other.data_ptr(), other.stride(0) * 4
+    other, step = as_rows(other, out.shape)
     threads = threads_for(max(GRAIN, packed.weight.numel()) * rows.shape[0] // 4)
     if rows.shape[0] >= MORE:
         scales = packed.scales.view(-1, 1, LANES)
@@ -189,7 +186,7 @@ def apply(x: Tensor, packed: Packed, other: Tensor | None, activation: str, scal
     native = _SMOOTH if activation in SMOOTH else _SIMPLE
     native(
         threads, rows.data_ptr(), rows.stride(0) * 4, rows.shape[0], packed.out,
-        packed.weight.data_ptr(), packed.width, packed.scales.data_ptr(), packed.bias.data_ptr(), residual, step, out.data_ptr(),
+        packed.weight.data_ptr(), packed.width, packed.scales.data_ptr(), packed.bias.data_ptr(), address(other), step, out.data_ptr(),
         CODE[activation], *scalars_of(activation, scalars),
     )  # fmt: skip
     return out

@@ -36,6 +36,11 @@ def unfit() -> str | None:
     return "the processor has no AVX-512 VNNI" + (": its VNNI is for registers of 256 bits" if "avx_vnni" in flags else "")
 
 
+def unfit_depth(depth: int) -> str | None:
+    """None, or why int32 sums of so many products can't be taken."""
+    return None if 0 < depth <= 65536 else f"sums of {depth} products; 1 to 65536 are supported"
+
+
 def pack(b: Tensor) -> Tensor:
     """``b`` int8 [k, n] as ``[ceil(n / 16), ceil(k / 4), 16, 4]``, padded with zeros."""
     k, n = b.shape
