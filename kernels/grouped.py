@@ -260,12 +260,13 @@ class Kind:
         per_line: numbers of a row that belong to one line.
         high: rows of a tile.
         many: what takes over for many rows; None where the products are not those of floats: then they go the way of few.
+        starts: from how many rows on pieces become floats, and from how many ``many`` takes over.
         total_of: device function ``(address of a group's part of a row, numbers) -> what its offsets are times``; by default their sum.
     """
 
     def __init__(self, name: str, w_line: int, x_line: int, per_line: int, high: int, kind: Callable[[], Any], products: Products,
-                 many: Many | None = None, total_of: Any = None):  # fmt: skip
-        self.per_line, self.many = per_line, many
+                 many: Many | None = None, starts: tuple[int, int] = (MANY_ROWS, MORE_ROWS), total_of: Any = None):  # fmt: skip
+        self.per_line, self.many, self.starts = per_line, many, starts
         widen: Widen | None = None if many is None else many.widen
         shapes = {"MANY_WIDE": (high, 4), "MANY": (high, 1), "PAIR_WIDE": (2, 4), "WIDE": (1, 4), "SINGLE": (1, 1)}
         tiles = {n: tile(r, b, kind, products) for n, (r, b) in shapes.items()}
@@ -274,7 +275,7 @@ class Kind:
         take = Device(specialized(_take, f"{name}_take", TOTAL=total_of or (total if size == 4 else _total_bytes), SIZE=size))  # type: ignore[arg-type]
         lines: dict[str, Any] = {"UNPACK": widener(widen), "PER_LINE": np.int64(per_line), "X_LINE": np.int64(x_line)}
         names: dict[str, Any] = {"PRODUCTS": inner, "TAKE": take, "PIECES": Device(specialized(_pieces, f"{name}_pieces", **lines)),
-                                 "MANY_ROWS_": np.int64(MANY_ROWS if widen else ROWS + 1), "PER_LINE": np.int64(per_line), "W_LINE": np.int64(w_line), "X_LINE": np.int64(x_line)}
+                                 "MANY_ROWS_": np.int64(starts[0] if widen else ROWS + 1), "PER_LINE": np.int64(per_line), "W_LINE": np.int64(w_line), "X_LINE": np.int64(x_line)}
         self.simple, self.smooth = (Native(specialized(_linear, f"{name}_{f.__name__}", activate=f, **names), "q" * 17 + "dd") for f in (simple, smooth))
 
     def __call__(self, x: Tensor, packed: Packed, row_scales: Tensor | None, other: Tensor | None, activation: str, scalars: Sequence[float],
@@ -297,7 +298,7 @@ class Kind:
         threads = threads_for(max(GRAIN, packed.out * packed.width) * count // 4)
         by = None if row_scales is None else row_scales.reshape(-1).float().contiguous()
         other, residual_step = as_rows(other, out.shape)
-        if self.many is not None and count >= MORE_ROWS:
+        if self.many is not None and count >= self.starts[1]:
             self.many(threads, rows, out, packed.weight, rows.shape[1], packed.step, packed.scales, packed.offsets, packed.bias, other, activation,
                       scalars_of(activation, scalars))  # fmt: skip
             return out if dtype is None else out.to(dtype)
