@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,3 +96,14 @@ def merged_axes(
 def broadcast_strides(t: Tensor, like: Tensor) -> tuple[int, ...]:
     """Strides of t, broadcast to the shape of another."""
     return t.stride() if t.shape == like.shape else t.expand(like.shape).stride()
+
+
+_local = threading.local()
+
+
+def scratch(size: int) -> int:
+    """Address of so many bytes that belong to the calling thread: the same from call to call, so that they stay in the caches."""
+    held = getattr(_local, "held", None)
+    if held is None or held.numel() < size:
+        held = _local.held = torch.empty(size, dtype=torch.uint8)
+    return held.data_ptr()

@@ -22,6 +22,7 @@ from torch import Tensor
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth, unfit_epilogue
 from graphwright.kernels.common import not_cpu, pieces
+from graphwright.kernels.language import Device
 from graphwright.kernels.native import Native, specialized, threads_for, unavailable
 from graphwright.kernels.tile import apart, device, f64, i64, real, share
 from graphwright.kernels.vector import LANES, fma, larger, load_f, smaller, splat_f, store_f
@@ -89,55 +90,65 @@ def begin(at, dilation):
     return (dilation - 1 - at) // dilation if at < 0 else _ZERO
 
 
-def _depthwise(params):  # device code, with ``activate`` put in by ``specialized``
-    """Slots: 2-5 x, its height, width and channels; 6-8 out, its height and width; 9, 10 weight, bias; 11, 12 window; 13, 14 steps;
-    15, 16 padding; 17, 18 dilation; 19 pictures; 20 activation (-1: bounds); 21-24 its scalars and bounds."""
+def _line(params, n, i, to):  # device code, with ``activate`` put in by ``specialized``
+    """Row ``i`` of the result for picture ``n``, ``[w', c]``. Slots as those of ``_depthwise``."""
+    apart()
     p, d = i64(params), f64(params)
-    h, w, channels, high, wide = p[3], p[4], p[5], p[7], p[8]
+    h, w, channels, wide = p[3], p[4], p[5], p[8]
     rows, taps, down, across, deep, broad = p[11], p[12], p[13], p[14], p[17], p[18]
     a, b, low, top = real(d[21]), real(d[22]), real(d[23]), real(d[24])
     pixel = channels * 4
     line, tap, step = w * pixel * deep, pixel * broad, pixel * across
     inner = (p[16] + across - 1) // across  # windows from here on begin within the picture
     outer = (w - 1 - (taps - 1) * broad + p[16]) // across + 1  # and up to here end within it
-    start, end = share(params, p[19] * high)
-    for unit in range(start, end):
-        n, i = unit // high, unit % high
-        y = i * down - p[15]
-        first = begin(y, deep)
-        last = max(first, min(rows, (h - y + deep - 1) // deep))
-        source, to = p[2] + (n * h + y) * w * pixel, p[6] + unit * wide * pixel
-        j = _ZERO
-        while j < wide:
-            x = j * across - p[16]
-            count = _ONE
-            if j >= inner and j + 4 <= outer:
-                if taps == 3 and step == tap:
-                    dense_of_3(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
-                elif taps == 5 and step == tap:
-                    dense_of_5(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
-                elif taps == 7 and step == tap:
-                    dense_of_7(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
-                elif taps == 3:
-                    four_of_3(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
-                elif taps == 5:
-                    four_of_5(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
-                else:
-                    four_any(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
-                count = _FOUR
+    y = i * down - p[15]
+    first = begin(y, deep)
+    last = max(first, min(rows, (h - y + deep - 1) // deep))
+    source = p[2] + (n * h + y) * w * pixel
+    j = _ZERO
+    while j < wide:
+        x = j * across - p[16]
+        count = _ONE
+        if j >= inner and j + 4 <= outer:
+            if taps == 3 and step == tap:
+                dense_of_3(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
+            elif taps == 5 and step == tap:
+                dense_of_5(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
+            elif taps == 7 and step == tap:
+                dense_of_7(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
+            elif taps == 3:
+                four_of_3(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
+            elif taps == 5:
+                four_of_5(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
             else:
-                left = begin(x, broad)
-                right = max(left, min(taps, (w - x + broad - 1) // broad))
-                one(source + x * pixel, line, tap, p[9], channels, first, last, left, right, taps, p[10], to, low, top)
-            if p[20] >= 0:
-                activate(p[20], to, count * channels, a, b, to)  # noqa: F821
-            j += count
-            to += count * pixel
+                four_any(source + x * pixel, step, line, tap, p[9], channels, first, last, taps, p[10], to, low, top)
+            count = _FOUR
+        else:
+            left = begin(x, broad)
+            right = max(left, min(taps, (w - x + broad - 1) // broad))
+            one(source + x * pixel, line, tap, p[9], channels, first, last, left, right, taps, p[10], to, low, top)
+        if p[20] >= 0:
+            activate(p[20], to, count * channels, a, b, to)  # noqa: F821
+        j += count
+        to += count * pixel
 
 
-_SLOTS = "q" * 19 + "dddd"
-_SIMPLE = Native(specialized(_depthwise, "conv2d_depthwise_simple", activate=simple), _SLOTS)
-_SMOOTH = Native(specialized(_depthwise, "conv2d_depthwise_smooth", activate=smooth), _SLOTS)
+#: A row of the result, for each group of activations.
+LINES = {activate: Device(specialized(_line, f"depthwise_line_{activate.__name__}", activate=activate)) for activate in (simple, smooth)}
+
+
+def _depthwise(params):  # device code
+    """Slots: 2-5 x, its height, width and channels; 6-8 out, its height and width; 9, 10 weight, bias; 11, 12 window; 13, 14 steps;
+    15, 16 padding; 17, 18 dilation; 19 pictures; 20 activation (-1: bounds); 21-24 its scalars and bounds."""
+    p = i64(params)
+    start, end = share(params, p[19] * p[7])
+    for unit in range(start, end):
+        LINE(params, unit // p[7], unit % p[7], p[6] + unit * p[8] * p[5] * 4)  # noqa: F821
+
+
+#: What ``LINES`` read.
+SLOTS = "q" * 19 + "dddd"
+_SIMPLE, _SMOOTH = (Native(specialized(_depthwise, f"conv2d_depthwise_{a.__name__}", LINE=line), SLOTS) for a, line in LINES.items())
 
 # -- host side -------------------------------------------------------------------------------------------------------
 
@@ -187,15 +198,23 @@ class Convolution:
         self.tail = (-1, a, b, *bounds) if bounds else (CODE[activation], a, b, *_BOUNDS["none"])
 
     def __call__(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
-        high, wide = ((s + r) // step + 1 for s, r, step in zip((h, w), self.reach, self.stride, strict=True))
+        n, c = x.shape[:2]
+        high, wide = self.size(x)
         out = torch.empty_strided((n, c, high, wide), (high * wide * c, 1, wide * c, c))
         if out.numel():
-            x = x.contiguous(memory_format=torch.channels_last)
-            packed = self.packed
-            self.native(threads_for(out.numel() * 2), x.data_ptr(), h, w, c, out.data_ptr(), high, wide, packed.weight.data_ptr(), packed.bias.data_ptr(),
-                        *packed.weight.shape[:2], *self.stride, *self.padding, *self.dilation, n, *self.tail)  # fmt: skip
+            self.native(threads_for(out.numel() * 2), *self.slots(x.contiguous(memory_format=torch.channels_last), out))
         return out
+
+    def size(self, x: Tensor) -> tuple[int, int]:
+        """Height and width of the result."""
+        high, wide = ((s + r) // step + 1 for s, r, step in zip(x.shape[2:], self.reach, self.stride, strict=True))
+        return high, wide
+
+    def slots(self, x: Tensor, out: Tensor) -> tuple[int | float, ...]:
+        """What ``SLOTS`` stands for, of ``x`` [n, c, h, w], channels last; ``out`` has the height and width of the result."""
+        (n, c, h, w), packed = x.shape, self.packed
+        return (x.data_ptr(), h, w, c, out.data_ptr(), *out.shape[2:], packed.weight.data_ptr(), packed.bias.data_ptr(), *packed.weight.shape[:2],
+                *self.stride, *self.padding, *self.dilation, n, *self.tail)  # fmt: skip
 
 
 def run(*args: Any) -> Tensor:

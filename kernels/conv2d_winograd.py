@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from graphwright.kernel import Cost, Kernel, Sample
 from graphwright.kernels.activations import ARITHMETIC, CODE, SMOOTH, scalars_of, simple, smooth, unfit_epilogue
-from graphwright.kernels.common import not_cpu, pieces
+from graphwright.kernels.common import not_cpu, pieces, scratch
 from graphwright.kernels.fma import products
 from graphwright.kernels.native import Native, specialized, threads_for, unavailable
 from graphwright.kernels.tile import apart, call, device, f32, f64, i64, real, share
@@ -196,16 +195,6 @@ def _winograd(params):  # compiled, with ``activate`` put in by ``specialized``
 _SLOTS = "q" * 18 + "ddddq"
 _SIMPLE = Native(specialized(_winograd, "conv2d_winograd_simple", activate=simple), _SLOTS)
 _SMOOTH = Native(specialized(_winograd, "conv2d_winograd_smooth", activate=smooth), _SLOTS)
-_local = threading.local()
-
-
-def _scratch(size: int) -> int:
-    """Address of so many bytes that belong to the calling thread: the same from call to call, so that they stay in the caches."""
-    held = getattr(_local, "held", None)
-    if held is None or held.numel() < size:
-        held = _local.held = torch.empty(size, dtype=torch.uint8)
-    return held.data_ptr()
-
 
 class Convolution:
     """A convolution with all that is constant worked out; called with x and the residual."""
@@ -239,7 +228,7 @@ class Convolution:
         size = 16 * (most * (room + BLOCKS * LANES) * 4 + 128) + BLOCKS * LANES * 4 + 16 * room * 4
         mark = ctypes.c_int64(0)
         self.native(threads, x.data_ptr(), n, h, w, c, above, left, high, wide, packed.out, packed.weight.data_ptr(),
-                    packed.bias.data_ptr(), residual, out.data_ptr(), _scratch(threads * size), size, most, *self.tail, ctypes.addressof(mark))  # fmt: skip
+                    packed.bias.data_ptr(), residual, out.data_ptr(), scratch(threads * size), size, most, *self.tail, ctypes.addressof(mark))  # fmt: skip
         return self.directly(x, other) if mark.value else out
 
 
