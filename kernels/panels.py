@@ -57,22 +57,27 @@ def _turned(at, *addresses):
         at.store(value, at.inttoptr(at.add(to, INT64.llvm(k * LANES * 4)), pointer), align=4)
 
 
+@device
+def beside(row, step, left, inputs, even, to):
+    """Eight rows side by side, ``[even, 8]``: addresses, a row in bytes. What is beyond the last row, ``left`` further on, repeats it."""
+    apart()
+    whole = inputs // 16 * 16
+    for k in range(0, whole, 16):
+        at = row + k * 4
+        _turned(at, at + min(left, 1) * step, at + min(left, 2) * step, at + min(left, 3) * step, at + min(left, 4) * step, at + min(left, 5) * step,
+                at + min(left, 6) * step, at + min(left, 7) * step, to + k * 32)  # fmt: skip
+    for r in range(_HIGH):
+        source, out = f32(row + min(left, r) * step), f32(to + r * 4)
+        for k in range(whole, even):
+            out[k * 8] = source[k] if k < inputs else real(0)
+
+
 def _beside(params):  # device code
     """Slots: 2 x, 3 its row in bytes, 4 rows, 5 inputs, 6 the same, even, 7 to: ``[tiles, inputs, 8]``. What is beyond the rows repeats the last."""
     p = i64(params)
-    step, inputs = p[3], p[5]
     first, end = share(params, (p[4] + _HIGH - 1) // _HIGH)
-    for tile in range(first, end):
-        row, to, left = p[2] + tile * _HIGH * step, p[7] + tile * p[6] * 32, p[4] - 1 - tile * _HIGH
-        whole = inputs // 16 * 16
-        for k in range(0, whole, 16):
-            at = row + k * 4
-            _turned(at, at + min(left, 1) * step, at + min(left, 2) * step, at + min(left, 3) * step, at + min(left, 4) * step, at + min(left, 5) * step,
-                    at + min(left, 6) * step, at + min(left, 7) * step, to + k * 32)  # fmt: skip
-        for r in range(_HIGH):
-            source, out = f32(row + min(left, r) * step), f32(to + r * 4)
-            for k in range(whole, p[6]):
-                out[k * 8] = source[k] if k < inputs else real(0)
+    for t in range(first, end):
+        beside(p[2] + t * _HIGH * p[3], p[3], p[4] - 1 - t * _HIGH, p[5], p[6], p[7] + t * p[6] * 32)
 
 
 _BESIDE = Native(_beside, "q" * 6)
@@ -82,7 +87,7 @@ _BESIDE = Native(_beside, "q" * 6)
 
 
 @intrinsic(VOID, *[INT64] * 11)
-def _tile(at, high, wide, a, b, depth, c, c_step, more, ahead, ahead_step, strip):
+def tile_of(at, high, wide, a, b, depth, c, c_step, more, ahead, ahead_step, strip):
     """``c[:high, :16 * wide] = a @ b``, or that added where ``more`` is not 0.
 
     ``high`` is 8 or 4, ``wide`` 1 to 3; ``a [depth, 8]`` and ``b [depth, 16 * wide]`` without gaps, ``depth`` even; ``c_step`` in bytes. Every
@@ -255,7 +260,7 @@ def _linear(params):  # device code, with what a kind of weight and an activatio
                         wide = min(_WIDE, count - b)
                         if ends:
                             _expect(params, rows, row, (block + b) * 64, wide)
-                        _tile(_HIGH if rows > _HIGH // 2 else _HIGH // 2, wide, x, piece + b * 64 * depth, depth, to + b * 64, step, line,
+                        tile_of(_HIGH if rows > _HIGH // 2 else _HIGH // 2, wide, x, piece + b * 64 * depth, depth, to + b * 64, step, line,
                               ahead + b * strip + new * t * share_, new * (W_LINE * 2 // PER_LINE // parts), new * strip)  # noqa: F821  # fmt: skip
                     if ends:
                         END(params, to, step, rows, row, block * 16, min(count * 16, p[5] - block * 16))  # noqa: F821

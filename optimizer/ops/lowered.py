@@ -259,6 +259,23 @@ def conv2d_depthwise(
     return activate(y, activation, scalars).clone(memory_format=torch.channels_last)
 
 
+@op("graphwright.conv2d_separable", traits={CONTRACTION}, axes=lambda **a:
+    f"n c h w, c _ kh kw{'' if a['bias'] is None else ', c'}, o c _ _{'' if a['second_bias'] is None else ', o'}{'' if a['other'] is None else ', n o y x'} -> n o y x")
+def conv2d_separable(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], inner: str,
+    inner_scalars: Sequence[float], second: Tensor, second_bias: Tensor | None, other: Tensor | None, activation: str, scalars: Sequence[float],
+) -> Tensor:  # fmt: skip
+    """``conv2d_depthwise`` with the activation ``inner``, then ``activation(conv2d(·, second) + second_bias + other)``, all float.
+
+    ``x [n, c, h, w]``, ``weight [c, 1, k, l]``, ``bias [c]``, ``second [o, c, 1, 1]``, ``second_bias [o]``, ``other [n, o, h', w']``; the result
+    ``[n, o, h', w']`` is channels_last. Zeros are padded on both sides.
+    """
+    work = _work(x)
+    z = conv2d_depthwise(x.to(work), weight, bias, stride, padding, dilation, inner, inner_scalars)
+    y = F.conv2d(z, second.to(work), None if second_bias is None else second_bias.to(work))
+    return activate(y if other is None else y + other.to(work), activation, scalars).clone(memory_format=torch.channels_last)
+
+
 # -- softmax and attention -------------------------------------------------------------------------------------------
 
 
