@@ -153,8 +153,8 @@ def _decode(value: Any, double: bool) -> Any:
 def _op(name: str) -> Any:
     if name == "getitem":
         return operator.getitem
-    _, op, overload = name.split(".")
-    return getattr(getattr(torch.ops.aten, op), overload)
+    namespace, op, overload = name.split(".")
+    return getattr(getattr(getattr(torch.ops, namespace), op), overload)
 
 
 # -- libraries -------------------------------------------------------------------------------------------------------

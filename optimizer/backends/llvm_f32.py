@@ -35,7 +35,7 @@ def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
     m = None if reason() or llvm.kernel("graphwright.conv2d_winograd") is None else matrix(work)
     if m is None or not m.conv or not work.is_float:
         return
-    if _alone(work, m):
+    if alone(work, m):
         yield Candidate("llvm.depthwise-last", (NATIVE_LAST,), (NATIVE_LAST,), "f32", functools.partial(_build_alone, m))
     if not _fits(work, m):
         return
@@ -68,7 +68,8 @@ def _build(m: Matrix) -> Callable[..., Tensor]:
     return (lambda *r: run(r[x])) if other is None else (lambda *r: run(r[x], r[other]))
 
 
-def _alone(work: Work, m: Matrix) -> bool:
+def alone(work: Work, m: Matrix) -> bool:
+    """Whether the kernel for channels by themselves serves this convolution."""
     from graphwright.kernels.conv2d_depthwise import unfit_rest
 
     x = work.val(m.x)

@@ -25,7 +25,7 @@ from graphwright.backends import inductor
 from graphwright.backends.base import Format
 from graphwright.backends.inductor import Fragment, FragmentModule, NotCompiled
 from graphwright.kernels.trees import Unfit
-from graphwright.lower import Choice, Lowered, spaces
+from graphwright.lower import Choice, Lowered, pairs, spaces
 from graphwright.lower.chains import Chosen, bind, chain, find, fragment_of, sound
 from graphwright.lower.graph import Region
 from graphwright.lower.runner import Fused, Step, emit
@@ -61,7 +61,7 @@ class _Taken:
     chain_ms: float
 
 
-_WORDS = {"llvm": "a kernel of our own", "triton": "a Triton kernel of our own", "inductor": "Inductor"}
+_WORDS = {"llvm": "a kernel of our own", pairs.MAKER: "one kernel for both", "triton": "a Triton kernel of our own", "inductor": "Inductor"}
 
 
 def generated(lowered: Lowered, example: Sequence[Tensor], say: Callable[[str], None] = lambda text: None) -> Lowered:
@@ -74,21 +74,22 @@ def generated(lowered: Lowered, example: Sequence[Tensor], say: Callable[[str], 
     if spaces.unavailable(who) is not None:
         return lowered
     chosen = dict(zip(lowered.analysis.works, lowered.chosen, strict=True))
-    found = spaces.find(lowered.analysis, chosen)
+    found = [*spaces.find(lowered.analysis, chosen), *pairs.find(lowered.analysis, chosen)]
     notes, taken = [], []
     while found:
         groups, total = _groups(lowered, found, example)
         found = []
         for group in (g for g in groups if g.ms >= _WORTH * total):
             say(f"generating a kernel for {_name(group)}")
+            maker = pairs.MAKER if pairs.serves(group.regions[0].works, chosen) else who
             try:
-                run = spaces.make(group.fragment, who)
+                run = made(group.fragment, maker)
             except Unfit as error:
                 again = [r for r in (spaces.bare(lowered.analysis, r) for r in group.regions) if r is not None]
                 found += again
                 notes += [] if again else [f"{_name(group)}: no kernel can be generated: {error}"]
                 continue
-            one, said = _judged(lowered, group, chosen, example, run, who)
+            one, said = _judged(lowered, group, chosen, example, run, maker)
             notes.append(f"{_name(group)}: {said}")
             taken += [] if one is None else [one]
     lowered = noted(lowered, notes)
@@ -140,6 +141,11 @@ def compiled(lowered: Lowered, example: Sequence[Tensor], deadline: float, say: 
         notes.append(f"{name}: {said}")
         taken += [] if one is None else [one]
     return _raced(noted(lowered, notes), taken, example, say) if taken else noted(lowered, notes)
+
+
+def made(fragment: Fragment, maker: str) -> inductor.Run:
+    """A region's kernel by one of our own makers; raises what ``spaces.make`` does."""
+    return pairs.Pair(fragment) if maker == pairs.MAKER else spaces.make(fragment, maker)
 
 
 def noted(lowered: Lowered, notes: Sequence[str]) -> Lowered:
@@ -231,6 +237,8 @@ def _judged(lowered: Lowered, group: _Group, chosen: Chosen, example: Sequence[T
 
 def call_of(region: Region, fragment: Fragment, constants: list[Tensor], run: inductor.Run, chosen: Chosen) -> Callable[..., Any]:
     """A region's function as a step."""
+    if isinstance(run, pairs.Pair):
+        return run.bound(constants)
     if all(w.static for w in region.works):
         return bind(fragment, constants, run)
     return spaces.Sized(fragment, constants, chain(region, chosen))

@@ -20,10 +20,10 @@ from graphwright.backends import inductor
 from graphwright.backends.inductor import Fragment, NotCompiled
 from graphwright.errors import InternalError
 from graphwright.kernels.trees import Unfit
-from graphwright.lower import Lowered, spaces
+from graphwright.lower import Lowered, pairs, spaces
 from graphwright.lower.chains import bind, chain, eligible, fragment_of
 from graphwright.lower.graph import Region, schedule
-from graphwright.lower.regions import call_of, choices, forms, noted, sound_region
+from graphwright.lower.regions import call_of, choices, forms, made, noted, sound_region
 from graphwright.lower.runner import Fused, emit
 from graphwright.lower.stopwatch import FLOORS_DB
 from graphwright.numerics import sqnr_db
@@ -45,8 +45,9 @@ def restored(lowered: Lowered, saved: Any) -> Lowered:
             works = [by_name[name] for name in entry["nodes"]]
             cost = float(entry["chain_ms"]) - float(entry["ms"])
             region = Region.of(lowered.analysis, sorted(works, key=lowered.analysis.works.index))
-            ours, shapes = entry.get("maker") in ("llvm", "triton"), entry.get("shapes")
-            fits = all(eligible(w, chosen[w][0], free=ours) for w in works)
+            ours, shapes = entry.get("maker") in ("llvm", "triton", pairs.MAKER), entry.get("shapes")
+            maker = pairs.MAKER if entry.get("maker") == pairs.MAKER else who
+            fits = pairs.serves(region.works, chosen) if maker == pairs.MAKER else all(eligible(w, chosen[w][0], free=ours) for w in works)
             if not works or not math.isfinite(cost) or not fits or not sound_region(region, entry["strides"], shapes):
                 raise ValueError("its ops or strides may not be those of a region")
             fragment, constants = fragment_of(region, entry["strides"], shapes)
@@ -56,12 +57,12 @@ def restored(lowered: Lowered, saved: Any) -> Lowered:
             continue
         if ours:
             try:
-                call = call_of(region, fragment, constants, spaces.make(fragment, who), chosen)
+                call = call_of(region, fragment, constants, made(fragment, maker), chosen)
             except Unfit as error:
                 notes.append(f"{region.head.site}: no kernel can be generated for its region here ({error}); its {len(works)} ops run one by one, "
                              f"which took {max(cost, 0.0):.2g} ms longer where it was measured")  # fmt: skip
                 continue
-            fused.append(Fused(region, f"{who}.region{len(fused) + 1}", call, True, *forms(region, chosen)))
+            fused.append(Fused(region, f"{maker}.region{len(fused) + 1}", call, True, *forms(region, chosen)))
             kept.append(entry)
             continue
         run, why = inductor.open_library(fragment), inductor.reason()
