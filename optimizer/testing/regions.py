@@ -56,19 +56,22 @@ _UNARY = ["neg.default", "relu.default", "tanh.default", "sigmoid.default", "abs
 
 
 @st.composite
-def fragments(draw: Any, dtypes: Sequence[str] = (F,)) -> Fragment:
+def fragments(draw: Any, dtypes: Sequence[str] = (F,), beside: bool = False) -> Fragment:
     """Regions over one space: inputs of every kind of broadcast and stride, elementwise ops, reductions along any axes, glued halves.
 
     The first input is a float; the others are of any of the dtypes.
+
+    Args:
+        beside: nothing is reduced along the last axis, and the first input is contiguous: rows lie beside each other.
     """
-    rank = draw(st.integers(1, 4))
+    rank = draw(st.integers(1 + beside, 4))
     shape = [draw(st.integers(1, 6)) for _ in range(rank - 1)] + [draw(st.sampled_from([2, 6, 16, 34, 600]))]
     floats = [d for d in dtypes if "float" in d]
     records, kinds = [], []  # kinds: "full" or "row" (one number per row)
     for _ in range(draw(st.integers(1, 4))):
-        keep = [draw(st.booleans()) or draw(st.booleans()) for _ in shape]
+        keep = [True] * rank if beside and not records else [draw(st.booleans()) or draw(st.booleans()) for _ in shape]
         size = [n if k else 1 for n, k in zip(shape, keep, strict=True)]
-        order = draw(st.permutations(range(rank)))
+        order = range(rank)[::-1] if beside and not records else draw(st.permutations(range(rank)))
         strides, reach = [0] * rank, draw(st.sampled_from([1, 1, 2]))
         for a in order:
             strides[a], reach = reach, reach * size[a]
@@ -88,7 +91,7 @@ def fragments(draw: Any, dtypes: Sequence[str] = (F,)) -> Fragment:
         zero = push("add.Tensor", [v(zero), v(k)], [max(a, b) for a, b in zip(sizes[zero], sizes[k], strict=True)], alpha=1)
     dropped: list[int] = []
     full, rows, space = [zero], [], sizes[zero]
-    axes = sorted(draw(st.one_of(st.just([rank - 1]), st.sets(st.integers(0, rank - 1), min_size=1))))
+    axes = sorted(draw(st.sets(st.integers(0, rank - 2), min_size=1) if beside else st.one_of(st.just([rank - 1]), st.sets(st.integers(0, rank - 1), min_size=1))))
     longer, last = math.prod(space[a] for a in axes) > 1, axes == [rank - 1]
     kept = [1 if a in axes else n for a, n in enumerate(space)]
     for _ in range(draw(st.integers(2, 10))):
