@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 #: Files of this folder that hold no kernel.
-_SHARED = {"__init__", "ahead", "dialect", "generate", "generated", "interpret", "language", "launch", "machine", "scalar", "serving", "tuning"}
+_SHARED = {"__init__", "ahead", "dialect", "generate", "generated", "interpret", "language", "launch", "machine", "scalar", "serving", "tuning", "versions"}
 
 
 def interpreting() -> bool:

@@ -140,11 +140,16 @@ def source_of(launch: Launch, target: str) -> ASTSource:
     return ASTSource(fn=launch.fn, signature=ordered, constexprs={(names.index(k),): v for k, v in constants.items()}, attrs=attrs)
 
 
+def options_of(launch: Launch) -> dict[str, int]:
+    """The compiler's options for a launch; the digest covers these and the compiler gets no others."""
+    return {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
+
+
 def digest(launch: Launch, target: str) -> str:
     """Of everything of ours that the machine code depends on; not of the compiler."""
     source = source_of(launch, target)
     text = json.dumps([launch.fn.cache_key, source.signature, sorted(map(str, source.constants.items())), sorted(map(str, source.attrs.items())),
-                       launch.config.warps, launch.config.stages])  # fmt: skip
+                       *options_of(launch).values()])  # fmt: skip
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -162,8 +167,7 @@ def compile_launch(launch: Launch, target: str) -> Built:
     """Compile what a launch would run on a target, and read the machine code; never raises."""
     mark = digest(launch, target)
     try:
-        options = {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
-        made = triton.compile(source_of(launch, target), target=TARGETS[target], options=options)
+        made = triton.compile(source_of(launch, target), target=TARGETS[target], options=options_of(launch))
         found = _read_amd(made, mark) if target.startswith("gfx") else _read_nvidia(made, mark)
     except Exception as error:  # the compiler's own: any kind  # noqa: BLE001
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -234,12 +238,16 @@ def line(key: str, b: Built) -> str:
 
 
 def pruned(family: str, config: Config, target: str) -> str | None:
-    """None, or why a config is never tried on a target: what the shipped tables hold against it."""
-    return _problems(family).get((str(config), target))
+    """None, or why a config is never tried on a target: what the shipped tables hold against it, those of this version of Triton too."""
+    from graphwright.kernels.gpu import versions
+
+    where = (str(config), target)
+    return problems(family).get(where) or versions.problems(family).get(where)
 
 
 @functools.cache
-def _problems(family: str) -> dict[tuple[str, str], str]:
+def problems(family: str) -> dict[tuple[str, str], str]:
+    """By config and target: what the record holds against a kernel's configs."""
     rows = read(family)
     return {(config, target): row["problem"] for key, row in rows.items() if row["problem"] for _, config, _, target in [_parts(key)]}
 
@@ -273,10 +281,13 @@ def _recorded_here(key: str) -> bool:
 def differs(built: Built, known: dict[str, Any], same_compiler: bool = True) -> str | None:
     """None, or what is worse than on record: another verdict, spills, a tenth more registers or shared memory, other matrix instructions.
 
-    Another version of Triton than that of the record is held to what must hold everywhere alone: no spills, the matrix instruction.
+    The same compiler makes the same of the same source: there, whatever differs shows that the row was not made by this code. Another
+    version of Triton than that of the record is held to what must hold everywhere alone: no spills, the matrix instruction.
     """
     if not same_compiler:
         return built.problem if built.problem and not known["problem"] else None
+    if built.source == known["source"] and (found := {**asdict(built), "matrix": dict(built.matrix)}) != known:
+        return f"a stale row: {({k: v for k, v in found.items() if v != known.get(k)})}; on record: {({k: v for k, v in known.items() if v != found.get(k)})}"
     if bool(built.problem) != bool(known["problem"]):
         return f"{built.problem or 'good'}; on record: {known['problem'] or 'good'}"
     for name in ("registers", "shared"):

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from graphwright.kernel import Cost, Sample
-from graphwright.kernels.gpu.language import CODE, activate, nearest, to_grid
+from graphwright.kernels.gpu.language import CODE, leave, nearest
 from graphwright.kernels.gpu.launch import Config, Launch, bucket, power_of_two
 from graphwright.kernels.gpu.prepared import once
 
@@ -26,6 +26,7 @@ from graphwright.kernels.gpu.prepared import once
 WIDEST_ROW, LONGEST = 32768, 65536
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_BYTES = (torch.int8, torch.uint8)
 
 
 class Arguments(NamedTuple):
@@ -75,7 +76,7 @@ class Tail(NamedTuple):
     other_step: int
     a: float
     b: float
-    scale: float
+    inverse: float
     zero_point: int
     low: int
     high: int
@@ -87,7 +88,7 @@ class Tail(NamedTuple):
 @triton.jit
 def finish(
     acc, r, c, rows, columns, y, x_scale, x_scales, point, points, scales, sums, bias, other, other_step,
-    a, b, scale, zero_point, low, high, ACT: tl.constexpr, SHIFT: tl.constexpr,
+    a, b, inverse, zero_point, low, high, ACT: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     """From int32 sums ``acc`` of rows ``r`` and columns ``c`` to what is stored in ``y`` [rows, columns].
 
@@ -95,7 +96,6 @@ def finish(
     None, then ``point`` for all; ``sums`` [columns] int32, or None where there is no zero point; ``scales`` and ``bias`` [columns].
     """
     here, there = r < rows, c < columns
-    inside = here[:, None] & there[None, :]
     if sums is not None:
         column_sums = tl.load(sums + c, there, other=0)
         if points is not None:
@@ -109,48 +109,38 @@ def finish(
     else:
         by_column *= x_scale
     v *= by_column[None, :]
-    if bias is not None:
-        v += tl.load(bias + c, there, other=0.0).to(tl.float32)[None, :]
-    wide = r.to(tl.int64)[:, None]
-    if other is not None:
-        v += tl.load(other + wide * other_step + c[None, :], inside, other=0.0).to(tl.float32)
-    v = activate(v, a, b, ACT)
-    to = y + wide * columns + c[None, :]
-    if y.dtype.element_ty.is_int():
-        tl.store(to, to_grid(v, scale, zero_point, low, high).to(y.dtype.element_ty), inside)
-    else:
-        tl.store(to, v.to(y.dtype.element_ty), inside)
+    leave(v, r, c, rows, columns, y, bias, other, other_step, a, b, inverse, zero_point, low, high, ACT)
 
 
 @triton.jit
 def finish_tile(
     acc, r, first, rows, columns, y, x_scale, x_scales, point, points, scales, sums, bias, other, other_step,
-    a, b, scale, zero_point, low, high, ACT: tl.constexpr, SHIFT: tl.constexpr, PARTS: tl.constexpr,
+    a, b, inverse, zero_point, low, high, ACT: tl.constexpr, SHIFT: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """``finish`` for the columns from ``first`` on, in one, two or four parts one after the other: less is held in registers at a time."""
     BM: tl.constexpr = acc.shape[0]
     WIDE: tl.constexpr = acc.shape[1] // PARTS
     if PARTS == 1:
         finish(acc, r, first + tl.arange(0, WIDE), rows, columns, y, x_scale, x_scales, point, points, scales, sums, bias, other, other_step,
-               a, b, scale, zero_point, low, high, ACT, SHIFT)  # fmt: skip
+               a, b, inverse, zero_point, low, high, ACT, SHIFT)  # fmt: skip
     else:
         left, right = tl.split(acc.reshape(BM, 2, acc.shape[1] // 2).permute(0, 2, 1))
         if PARTS == 2:
             finish(left, r, first + tl.arange(0, WIDE), rows, columns, y, x_scale, x_scales, point, points, scales, sums, bias, other, other_step,
-                   a, b, scale, zero_point, low, high, ACT, SHIFT)  # fmt: skip
+                   a, b, inverse, zero_point, low, high, ACT, SHIFT)  # fmt: skip
             finish(right, r, first + WIDE + tl.arange(0, WIDE), rows, columns, y, x_scale, x_scales, point, points, scales, sums, bias,
-                   other, other_step, a, b, scale, zero_point, low, high, ACT, SHIFT)  # fmt: skip
+                   other, other_step, a, b, inverse, zero_point, low, high, ACT, SHIFT)  # fmt: skip
         else:
             p0, p1 = tl.split(left.reshape(BM, 2, WIDE).permute(0, 2, 1))
             p2, p3 = tl.split(right.reshape(BM, 2, WIDE).permute(0, 2, 1))
             finish(p0, r, first + tl.arange(0, WIDE), rows, columns, y, x_scale, x_scales, point, points, scales, sums, bias, other, other_step,
-                   a, b, scale, zero_point, low, high, ACT, SHIFT)  # fmt: skip
+                   a, b, inverse, zero_point, low, high, ACT, SHIFT)  # fmt: skip
             finish(p1, r, first + WIDE + tl.arange(0, WIDE), rows, columns, y, x_scale, x_scales, point, points, scales, sums, bias,
-                   other, other_step, a, b, scale, zero_point, low, high, ACT, SHIFT)  # fmt: skip
+                   other, other_step, a, b, inverse, zero_point, low, high, ACT, SHIFT)  # fmt: skip
             finish(p2, r, first + 2 * WIDE + tl.arange(0, WIDE), rows, columns, y, x_scale, x_scales, point, points, scales, sums, bias,
-                   other, other_step, a, b, scale, zero_point, low, high, ACT, SHIFT)  # fmt: skip
+                   other, other_step, a, b, inverse, zero_point, low, high, ACT, SHIFT)  # fmt: skip
             finish(p3, r, first + 3 * WIDE + tl.arange(0, WIDE), rows, columns, y, x_scale, x_scales, point, points, scales, sums, bias,
-                   other, other_step, a, b, scale, zero_point, low, high, ACT, SHIFT)  # fmt: skip
+                   other, other_step, a, b, inverse, zero_point, low, high, ACT, SHIFT)  # fmt: skip
 
 
 @triton.jit
@@ -229,7 +219,7 @@ def prologue(a: Arguments) -> tuple[Tensor, Tensor, Tail, dict[str, Any], list[L
     numbers = (*a.scalars, 0.0, 0.0)[:2]
     tail = Tail(y, float(a.x_scale), None if scales is None else scales.reshape(-1), point, None if points is None else points.reshape(-1),
                 a.weight_scales.contiguous(), sums, None if a.bias is None else a.bias.contiguous(), other,
-                0 if other is None else other.stride(0), *map(float, numbers), float(a.scale), a.zero_point, a.low, a.high)  # fmt: skip
+                0 if other is None else other.stride(0), *map(float, numbers), 1.0 / a.scale if a.dtype in _BYTES else 1.0, a.zero_point, a.low, a.high)  # fmt: skip
     return x, weight, tail, {"ACT": CODE[a.activation], "SHIFT": shift}, before
 
 

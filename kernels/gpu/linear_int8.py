@@ -47,7 +47,7 @@ CONFIGS = (
 @triton.jit
 def linear_int8_kernel(
     x, w, rows, columns, width, x_step, w_step, y, x_scale, x_scales, point, points, scales, sums, bias, other, other_step,
-    a, b, scale, zero_point, low, high,
+    a, b, inverse, zero_point, low, high,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, ACT: tl.constexpr, SHIFT: tl.constexpr, EVEN: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -68,7 +68,7 @@ def linear_int8_kernel(
         x += BK
         w += BK
     finish_tile(acc, r, j * BN, rows, columns, y, x_scale, x_scales, point, points, scales, sums, bias, other, other_step,
-           a, b, scale, zero_point, low, high, ACT, SHIFT, PARTS)  # fmt: skip
+           a, b, inverse, zero_point, low, high, ACT, SHIFT, PARTS)  # fmt: skip
 
 
 def plan(*args: Any, config: Config) -> Plan:

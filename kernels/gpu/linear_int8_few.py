@@ -48,7 +48,7 @@ _JOIN = Config.of(ROWS=4, BLOCK=256, warps=4, stages=1)
 @triton.jit
 def linear_int8_few_kernel(
     x, w, parts, rows, columns, width, x_step, w_step, piece, y, x_scale, x_scales, point, points, scales, sums, bias, other, other_step,
-    a, b, scale, zero_point, low, high,
+    a, b, inverse, zero_point, low, high,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr, SHIFT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     j, i, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -71,7 +71,7 @@ def linear_int8_few_kernel(
         w += BK
     if SPLIT == 1:
         finish(acc, r, c, rows, columns, y, x_scale, x_scales, point, points, scales, sums, bias, other, other_step,
-               a, b, scale, zero_point, low, high, ACT, SHIFT)  # fmt: skip
+               a, b, inverse, zero_point, low, high, ACT, SHIFT)  # fmt: skip
     else:
         to = parts + (part * rows + r).to(tl.int64)[:, None] * columns + c[None, :]
         tl.store(to, acc, here & (c < columns)[None, :])
@@ -79,7 +79,7 @@ def linear_int8_few_kernel(
 
 @triton.jit
 def join_kernel(
-    parts, rows, columns, y, x_scale, x_scales, point, points, scales, sums, bias, other, other_step, a, b, scale, zero_point, low, high,
+    parts, rows, columns, y, x_scale, x_scales, point, points, scales, sums, bias, other, other_step, a, b, inverse, zero_point, low, high,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr, ACT: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     r, c = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -89,7 +89,7 @@ def join_kernel(
     for part in tl.static_range(SPLIT):
         acc += tl.load(at + (part * rows).to(tl.int64) * columns, inside, other=0)
     finish(acc, r, c, rows, columns, y, x_scale, x_scales, point, points, scales, sums, bias, other, other_step,
-           a, b, scale, zero_point, low, high, ACT, SHIFT)  # fmt: skip
+           a, b, inverse, zero_point, low, high, ACT, SHIFT)  # fmt: skip
 
 
 def plan(*args: Any, config: Config) -> Plan:

@@ -58,7 +58,7 @@ CONFIGS = (
 @triton.jit
 def linear_int8_persistent_kernel(
     x, w, rows, columns, width, x_step, w_step, y, x_scale, x_scales, point, points, scales, sums, bias, other, other_step,
-    a, b, scale, zero_point, low, high,
+    a, b, inverse, zero_point, low, high,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr, ACT: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     of_x = tl.make_tensor_descriptor(x, [rows, width], [x_step, 1], [BM, BK])
@@ -73,7 +73,7 @@ def linear_int8_persistent_kernel(
                 u = u ^ -128
             acc = tl.dot(u, tl.trans(v), acc, out_dtype=tl.int32)
         finish_tile(acc, i * BM + tl.arange(0, BM), j * BN, rows, columns, y, x_scale, x_scales, point, points, scales, sums, bias,
-                    other, other_step, a, b, scale, zero_point, low, high, ACT, SHIFT, PARTS)  # fmt: skip
+                    other, other_step, a, b, inverse, zero_point, low, high, ACT, SHIFT, PARTS)  # fmt: skip
 
 
 def plan(*args: Any, config: Config) -> Plan:

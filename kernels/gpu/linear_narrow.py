@@ -40,6 +40,7 @@ from graphwright.kernels.gpu.weight_tiles import (
     TURN,
     Packed,
     finishing,
+    load_w4a8,
     load_weight,
     of_group,
     packed,
@@ -55,15 +56,16 @@ def part_of(x, half: tl.constexpr):
 
 @triton.jit
 def narrow_kernel(
-    x, w, scales, whole, rest, bias, other, out, rows, columns, width, turns, x_step, w_step, padded, other_row, other_column, a, b,
+    x, x_scales, w, scales, whole, rest, bias, other, out, rows, columns, width, turns, x_step, w_step, padded, other_row, other_column, a, b,
     BITS: tl.constexpr, GROUP: tl.constexpr, ODD: tl.constexpr, ACT: tl.constexpr, SPLIT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     A: tl.constexpr = BN // 16
     PART: tl.constexpr = 128 if GROUP == 0 else min(GROUP, 128)  # columns of a product
     U: tl.constexpr = 1 if GROUP == 0 else 128 // PART
+    WHOLE: tl.constexpr = x_scales is not None  # int8 rows: sums are exact in int32
     DEEP: tl.constexpr = 1 if BITS == 8 or GROUP == 32 else 2  # of a chunk, in 32 columns
-    CELLS: tl.constexpr = 4 if BITS == 4 else 16  # of a row of chunks per column of the weight
+    CELLS: tl.constexpr = 8 if WHOLE else 4 if BITS == 4 else 16  # of a row of chunks per column of the weight
     CHUNK: tl.constexpr = 32 * DEEP * CELLS
     half: tl.constexpr = tl.bfloat16 if x.dtype.element_ty == tl.float32 else x.dtype.element_ty
     tile_n, tile_m = tile_of(tl.program_id(0), tl.cdiv(columns, BN), tl.cdiv(rows, BM), 8)
@@ -77,8 +79,8 @@ def narrow_kernel(
     x_at = x + m[:, None].to(tl.int64) * x_step + tl.arange(0, PART)[None, :]
     here = (m < rows)[:, None]
     group = row[:, None] * U + tl.arange(0, U)[None, :]  # in a turn's scales
-    acc = tl.zeros((BN, BM), tl.float32)
-    sums = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BN, BM), tl.int32 if WHOLE and GROUP == 0 else tl.float32)
+    sums = tl.zeros((BM,), tl.int32 if WHOLE else tl.float32)
     next_scale = tl.load(scales + (0 if GROUP == 0 else first * padded * U) + group)
     if whole is not None:
         next_whole = tl.load(whole + (0 if GROUP == 0 else first * padded * U) + group)
@@ -100,19 +102,28 @@ def narrow_kernel(
         for j in tl.static_range(128 // PART):
             k = turn * 128 + j * PART
             if ODD:
-                v = tl.load(x_at + k, here & (k + tl.arange(0, PART) < width)[None, :], other=0.0)
+                v = tl.load(x_at + k, here & (k + tl.arange(0, PART) < width)[None, :], other=0)
             else:
-                v = tl.load(x_at + k, here, other=0.0)
-            if whole is not None:
-                z = of_group(point, j % U).to(tl.float32).to(half)
+                v = tl.load(x_at + k, here, other=0)
+            if WHOLE:
+                q = load_w4a8(w_at + k * CELLS, of_group(point, j % U) if whole is not None else 0, CHUNK, PART // (32 * DEEP), whole is not None, PTX)
             else:
-                z = tl.full((BN,), 8.0 if BITS == 4 else 0.0, tl.float32).to(half)
-            q = load_weight(w_at + k * CELLS, z, BITS, CHUNK, PART // (32 * DEEP), half, PTX)
+                if whole is not None:
+                    z = of_group(point, j % U).to(tl.float32).to(half)
+                else:
+                    z = tl.full((BN,), 8.0 if BITS == 4 else 0.0, tl.float32).to(half)
+                q = load_weight(w_at + k * CELLS, z, BITS, CHUNK, PART // (32 * DEEP), half, PTX)
             if GROUP == 0:
                 d = acc
+            elif WHOLE:  # |sum| < 2^22: added to the bits of 1.5 * 2^23 it makes the float of that sum
+                d = tl.full((BN, BM), 0x4B400000, tl.int32)
             else:
                 d = tl.zeros((BN, BM), tl.float32)
-            if x.dtype.element_ty == tl.float32:
+            if WHOLE:
+                d = tl.dot(q, tl.trans(v), d, out_dtype=tl.int32)
+                if GROUP != 0:
+                    d = d.to(tl.float32, bitcast=True) - 12582912.0
+            elif x.dtype.element_ty == tl.float32:
                 lead, less = part_of(v, half)
                 d = tl.dot(q, tl.trans(lead), d)
                 lead, less = part_of(less, half)
@@ -121,19 +132,25 @@ def narrow_kernel(
             else:
                 d = tl.dot(q, tl.trans(v), d)
             if rest is not None:
-                total = tl.sum(v.to(tl.float32), 1)
+                total = tl.sum(v.to(sums.dtype), 1)
                 if GROUP == 0:
                     sums += total
                 else:
-                    d -= of_group(left, j)[:, None] * total[None, :]
+                    d -= of_group(left, j)[:, None] * total.to(tl.float32)[None, :]
             if GROUP == 0:
                 acc = d
             else:
                 acc += d * of_group(scale, j).to(tl.float32)[:, None]
     if GROUP == 0:
+        acc = acc.to(tl.float32)
         if rest is not None:
-            acc -= of_group(next_rest, 0)[:, None] * sums[None, :]
+            acc -= of_group(next_rest, 0)[:, None] * sums.to(tl.float32)[None, :]
         acc *= of_group(next_scale, 0).to(tl.float32)[:, None]
+    if WHOLE:
+        factor = tl.load(x_scales + m, m < rows, other=0.0).to(tl.float32)
+        if whole is None:  # the numbers are 16 times what they stand for
+            factor *= 0.0625
+        acc *= factor[None, :]
     inside = (n < columns)[:, None] & (m < rows)[None, :]
     to = m[None, :].to(tl.int64) * columns + n[:, None]
     if SPLIT > 1:
@@ -165,16 +182,16 @@ def _plan(bits: int) -> Any:
         activation: str, scalars: Sequence[float], group: int, dtype: torch.dtype | None, *, config: Config,
     ) -> Plan:  # fmt: skip
         made = packed(weight, scales, zero_points, group, form)
-        return plan_packed(x, made, bias, other, activation, scalars, dtype, bits, config)
+        return plan_packed(x, None, made, bias, other, activation, scalars, dtype, bits, config)
 
     return plan
 
 
 def plan_packed(
-    x: Tensor, weight: Packed, bias: Tensor | None, other: Tensor | None, activation: str, scalars: Sequence[float], dtype: torch.dtype | None,
-    bits: int, config: Config,
+    x: Tensor, x_scales: Tensor | None, weight: Packed, bias: Tensor | None, other: Tensor | None, activation: str, scalars: Sequence[float],
+    dtype: torch.dtype | None, bits: int, config: Config,
 ) -> Plan:  # fmt: skip
-    """The plan for a weight packed ahead."""
+    """The plan for a weight packed ahead; ``x_scales`` [*, 1] where x is int8, and the weight packed as ``"w4a8"``."""
     flat = x.reshape(-1, weight.width)
     flat = flat if flat.stride(1) == 1 else flat.contiguous()
     rows, out = flat.shape[0], torch.empty((*x.shape[:-1], weight.out), dtype=dtype or torch.float32, device=x.device)
@@ -184,7 +201,7 @@ def plan_packed(
     steps = (0, 0) if residual is None else residual.stride()
     a, b = (*map(float, scalars), 0.0, 0.0)[:2]
     whole_row = weight.group >= weight.width
-    args = (flat, weight.weight, weight.scales, weight.whole, weight.rest, None if split > 1 else bias, None if split > 1 else residual, target,
+    args = (flat, None if x_scales is None else x_scales.reshape(-1).contiguous(), weight.weight, weight.scales, weight.whole, weight.rest, None if split > 1 else bias, None if split > 1 else residual, target,
             rows, weight.out, weight.width, cdiv(weight.width, TURN), flat.stride(0), weight.weight.stride(0), weight.weight.shape[0] * 16,
             *steps, a, b)  # fmt: skip
     constants = {"BITS": bits, "GROUP": 0 if whole_row else weight.group, "ODD": weight.width % TURN != 0, "ACT": CODE[activation]}

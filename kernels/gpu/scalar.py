@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from graphwright.kernels.gpu.language import expm1, keep_nan, nearest, tanh
+from graphwright.kernels.gpu.language import expm1, gelu, keep_nan, nearest, tanh
 
 
 @triton.jit
@@ -83,12 +83,6 @@ def clipped(x, low, high):
 @triton.jit
 def silu(x):
     return x * tl.sigmoid(x)
-
-
-@triton.jit
-def gelu(x):
-    h = 0.5 * x
-    return h + h * tl.erf(x * 0.7071067811865476)
 
 
 @triton.jit

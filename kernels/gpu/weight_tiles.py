@@ -310,6 +310,38 @@ def load_weight(at, z, BITS: tl.constexpr, CELLS: tl.constexpr, COUNT: tl.conste
 
 
 @triton.jit
+def widen_w4a8(w, z, ZERO: tl.constexpr, PTX: tl.constexpr):
+    """Chunks ``w [A, cells] uint8`` as int8 ``[16 A, C]``: less whole numbers ``z [16 A] int8`` if ZERO, else 16 times what they are less 8."""
+    A: tl.constexpr = w.shape[0]
+    DEEP: tl.constexpr = w.shape[1] // 256
+    w = tl.reshape(w, (A, 8, 4 * DEEP, 2, 4))
+    if PTX:
+        if ZERO:
+            z = tl.broadcast_to(by_lane((z.to(tl.int32) + 112).to(tl.uint8), A), (A, 8, 4 * DEEP, 2, 4))
+            low, high = tl.inline_asm_elementwise(_W4A8_ZERO, "=&r,=&r,r,r", [w, z], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
+        else:
+            low, high = tl.inline_asm_elementwise(_W4A8, "=&r,=&r,r", [w], dtype=(tl.int8, tl.int8), is_pure=True, pack=4)
+    else:
+        v = w.to(tl.int32) ^ 0x88
+        if ZERO:
+            y = tl.broadcast_to(by_lane(z.to(tl.int32), A), (A, 8, 4 * DEEP, 2, 4))
+            low, high = ((v & 15) - y).to(tl.int8), ((v >> 4) - y).to(tl.int8)
+        else:
+            low, high = ((v & 15) * 16 - 128).to(tl.int8), ((v >> 4) * 16 - 128).to(tl.int8)
+    q = tl.reshape(tl.join(low, high), (A, 8, 4, DEEP, 2, 4, 2))  # a g t d r p h
+    return tl.reshape(tl.permute(q, (0, 4, 1, 3, 6, 2, 5)), (A * 16, DEEP * 32))
+
+
+@triton.jit
+def load_w4a8(at, z, CELLS: tl.constexpr, COUNT: tl.constexpr, ZERO: tl.constexpr, PTX: tl.constexpr):
+    """COUNT (1 or 2) chunks of CELLS that follow each other, widened: ``[16 A, COUNT C]``."""
+    q = widen_w4a8(tl.load(at), z, ZERO, PTX)
+    if COUNT > 1:
+        q = beside(q, widen_w4a8(tl.load(at + CELLS), z, ZERO, PTX))
+    return q
+
+
+@triton.jit
 def of_group(values, J: tl.constexpr):
     """Column J of ``values [n, U]``, U 1, 2 or 4."""
     n: tl.constexpr = values.shape[0]
