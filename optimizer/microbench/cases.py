@@ -143,6 +143,14 @@ def _conv2d_float(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> A
     return {"x": x, "weight": weight, "padding": (window // 2, window // 2), **_tail(o, g), "activation": "relu"}
 
 
+def _separable(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> Args:
+    n, c, h, w, o, window, stride = shape
+    x = torch.randn(n, c, h, w, generator=g).contiguous(memory_format=torch.channels_last)
+    first, second = torch.randn(c, 1, window, window, generator=g) / window, torch.randn(o, c, 1, 1, generator=g) / c**0.5
+    return {"x": x, "weight": first, "bias": torch.randn(c, generator=g), "stride": (stride, stride), "padding": (window // 2, window // 2), "dilation": (1, 1),
+            "inner": "relu", "inner_scalars": (), "second": second, "second_bias": torch.randn(o, generator=g), "activation": "relu", "scalars": ()}  # fmt: skip
+
+
 def _norm(shape: tuple[int, ...], dtype: torch.dtype, g: Generator) -> Args:
     x, residual = (torch.randn(*shape, generator=g).to(dtype) for _ in range(2))
     weight, bias = torch.randn(2, shape[1], generator=g)
@@ -182,6 +190,7 @@ CASES = (
     Case("graphwright.linear_block_sparse", "linear", _blocks_int8, "half int8", lambda s: s[1] % SIDE == s[2] % SIDE == 0),
     Case("graphwright.conv2d_int8", "conv", _conv2d_int8),
     Case("graphwright.conv2d_winograd", "conv", _conv2d_float, fits=lambda s: s[5:] == (3, 1)),
+    Case("graphwright.conv2d_separable", "separable", _separable),
     Case("graphwright.norm_quantize", "rows", lambda s, d, g: {**_norm(s, d, g), **_UINT8_OUT}),
     Case("graphwright.norm_quantize_rows", "rows", _norm),
     Case("graphwright.activate_quantize", "rows", lambda s, d, g: {**_activate(s, d, g), **_UINT8_OUT}),

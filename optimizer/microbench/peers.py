@@ -275,6 +275,35 @@ def conv_float(a: Args, device: str) -> Callable[[], Any]:
     return lambda: end(F.conv2d(x, weight, bias, *rest))
 
 
+def two_convolutions(a: Args, device: str) -> Callable[[], Any]:
+    """One convolution after the other in floating point, channels last."""
+    _need(a["other"] is None and a["inner"] in ("none", "relu"), "without a residual, activations none and relu")
+    x, first, second = (t.contiguous(memory_format=torch.channels_last) for t in (a["x"], a["weight"], a["second"]))
+    rest, between, end = (a["stride"], a["padding"], a["dilation"], len(first)), a["inner"] == "relu", _ending(a)
+
+    def call() -> Tensor:
+        z = F.conv2d(x, first, a["bias"], *rest)
+        return end(F.conv2d(z.relu_() if between else z, second, a["second_bias"]))
+
+    return call
+
+
+def two_packed(a: Args, device: str) -> Callable[[], Any]:
+    """The same through oneDNN's convolutions with weights packed and activations fused, as Inductor calls them."""
+    _need(device == "cpu" and a["other"] is None and {a["inner"], a["activation"]} <= {"none", "relu"}, "on the CPU, without a residual, activations none and relu")
+    ops, x = torch.ops.mkldnn, a["x"]
+    stride, padding, dilation, channels = list(a["stride"]), list(a["padding"]), list(a["dilation"]), len(a["weight"])
+    first = ops._reorder_convolution_weight(a["weight"], padding, stride, dilation, channels, list(x.shape))
+    size = list(F.conv2d(x, a["weight"], None, stride, padding, dilation, channels).shape)
+    second = ops._reorder_convolution_weight(a["second"], [0, 0], [1, 1], [1, 1], 1, size)
+
+    def call() -> Tensor:
+        z = ops._convolution_pointwise(x, first, a["bias"], padding, stride, dilation, channels, a["inner"], [], None)
+        return ops._convolution_pointwise(z, second, a["second_bias"], [0, 0], [1, 1], [1, 1], 1, a["activation"], [], None)
+
+    return call
+
+
 def onednn_conv(a: Args, device: str) -> Callable[[], Any]:
     """oneDNN's quantized convolution, weights packed."""
     _need(device == "cpu" and a["x"].dtype == torch.uint8 and a["other"] is None and a["activation"] in ("none", "relu"), "for uint8, without residual")
@@ -368,6 +397,7 @@ PEERS: dict[str, dict[str, Maker]] = {
     "graphwright.linear_block_sparse": {**_PRODUCT, "dense_int8": dense_int8, "torch_bsr": torch_bsr, **_both("graphwright.linear_block_sparse")},
     "graphwright.conv2d_int8": {**_CONV, "onednn": onednn_conv, **_both("graphwright.conv2d_int8")},
     "graphwright.conv2d_winograd": {**_CONV, **_both("graphwright.conv2d_winograd")},
+    "graphwright.conv2d_separable": {"float": two_convolutions, "packed": two_packed, **_both("graphwright.conv2d_separable")},
     "graphwright.attention": {"sdpa": sdpa, **_both("graphwright.attention")},
     "graphwright.attention_int8": {"sdpa": sdpa, **_both("graphwright.attention_int8")},
     "graphwright.attention_int8_qk": {"sdpa": sdpa, **_both("graphwright.attention_int8_qk")},

@@ -16,6 +16,7 @@ class Shapes:
     Attributes:
         linear: (rows, inputs, outputs).
         conv: (pictures, channels, height, width, output channels, window, stride); padded by half of the window.
+        separable: the same of a convolution of each channel by itself, and the 1x1 one behind it that makes the output channels.
         rows: (rows, columns) of norms and activations.
         attention: (batch, heads, heads of keys, queries, width of a head, 1 where causal); as many keys as queries.
     """
@@ -24,9 +25,10 @@ class Shapes:
     conv: tuple[tuple[int, ...], ...] = ()
     rows: tuple[tuple[int, ...], ...] = ()
     attention: tuple[tuple[int, ...], ...] = ()
+    separable: tuple[tuple[int, ...], ...] = ()
 
 
-_NUMBERS = {"linear": 3, "conv": 7, "rows": 2, "attention": 6}
+_NUMBERS = {"linear": 3, "conv": 7, "rows": 2, "attention": 6, "separable": 7}
 
 SETS = {
     # BERT-base on 8 texts of 128 tokens.
@@ -42,6 +44,13 @@ SETS = {
         (1, 256, 56, 56, 128, 1, 1), (1, 128, 56, 56, 128, 3, 2), (1, 128, 28, 28, 512, 1, 1), (1, 512, 28, 28, 128, 1, 1), (1, 128, 28, 28, 128, 3, 1),
         (1, 512, 28, 28, 256, 1, 1), (1, 256, 28, 28, 256, 3, 2), (1, 256, 14, 14, 1024, 1, 1), (1, 1024, 14, 14, 256, 1, 1), (1, 256, 14, 14, 256, 3, 1),
         (1, 1024, 14, 14, 512, 1, 1), (1, 512, 14, 14, 512, 3, 2), (1, 512, 7, 7, 2048, 1, 1), (1, 2048, 7, 7, 512, 1, 1), (1, 512, 7, 7, 512, 3, 1),
+    )),
+    # MobileNet V1 on one picture of 224x224, and the second halves of MobileNet V2's blocks.
+    "mobilenet": Shapes(separable=(
+        (1, 32, 112, 112, 64, 3, 1), (1, 64, 112, 112, 128, 3, 2), (1, 128, 56, 56, 128, 3, 1), (1, 128, 56, 56, 256, 3, 2), (1, 256, 28, 28, 256, 3, 1),
+        (1, 256, 28, 28, 512, 3, 2), (1, 512, 14, 14, 512, 3, 1), (1, 512, 14, 14, 1024, 3, 2), (1, 1024, 7, 7, 1024, 3, 1), (1, 96, 112, 112, 24, 3, 2),
+        (1, 144, 56, 56, 24, 3, 1), (1, 144, 56, 56, 32, 3, 2), (1, 192, 28, 28, 32, 3, 1), (1, 384, 14, 14, 64, 3, 1), (1, 576, 14, 14, 96, 3, 1),
+        (1, 960, 7, 7, 160, 3, 1),
     )),
     # A decoder of a billion parameters (Llama 3.2 1B): one token, sixteen, a prompt of 128.
     "llama": Shapes(
