@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graphwright.decode.convention import Prompt
 from graphwright.decode.report import DecoderReport
-from graphwright.decode.sampling import Sampling, greedy
+from graphwright.decode.sampling import Repetition, Sampling, greedy
 from graphwright.decode.steps import Half, Steps, Traits
 from graphwright.errors import InputError, UnsupportedError
 from graphwright.ir import Program
@@ -59,7 +59,8 @@ class Decoder(nn.Module):
 
     def generate(
         self, input_ids: Any, max_new_tokens: int = 20, *, attention_mask: Tensor | None = None, do_sample: bool = False,
-        temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
+        temperature: float | None = None, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+        repetition_penalty: float | None = None,
         eos_token_id: int | Sequence[int] | None | Literal["model"] = "model", pad_token_id: int | None = None,
         seed: int | None = None, generator: torch.Generator | None = None, streamer: Any = None, return_dict: bool = False,
     ) -> Tensor | Generation:  # fmt: skip
@@ -70,7 +71,8 @@ class Decoder(nn.Module):
             max_new_tokens: at the most this many per row.
             attention_mask: ``[batch, length]``, 1 where a token stands; prompts are padded on the left.
             do_sample: draw tokens; else the most probable one is taken.
-            temperature, top_k, top_p: see ``Sampling``; for ``do_sample=True``.
+            temperature, top_k, top_p, min_p: see ``Sampling``; for ``do_sample=True``.
+            repetition_penalty: see ``Repetition``; None: the logits stay as they are.
             eos_token_id: tokens that end a row; ``"model"``: those of the model's own configuration; None: none.
             pad_token_id: what fills rows that have ended; the model's, else the first that ends a row.
             seed, generator: where random numbers come from; one of the two. Equal seeds give equal answers.
@@ -87,7 +89,9 @@ class Decoder(nn.Module):
         """
         prompt = Prompt.of(input_ids, attention_mask)
         self._check(prompt, max_new_tokens)
-        choose = _chooser(do_sample, temperature, top_k, top_p, seed, generator)
+        choose = _chooser(do_sample, temperature, top_k, top_p, min_p, seed, generator)
+        if repetition_penalty is not None:
+            choose = _penalizing(choose, Repetition(repetition_penalty, prompt.ids))
         ends = self._ends(eos_token_id)
         pad = pad_token_id if pad_token_id is not None else self.traits.pad if self.traits.pad is not None else (ends[0] if ends else 0)
         with torch.no_grad():
@@ -253,8 +257,8 @@ def _generate(decoder: Decoder, prompt: Prompt, new: int, choose: Callable[[Tens
     return Generation(sequences, lengths, 1e3 * (middle - start), batch * count / spent if count else None)
 
 
-def _chooser(do_sample: bool, temperature: Any, top_k: Any, top_p: Any, seed: Any, generator: Any) -> Callable[[Tensor], Tensor]:
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "generator": generator}
+def _chooser(do_sample: bool, temperature: Any, top_k: Any, top_p: Any, min_p: Any, seed: Any, generator: Any) -> Callable[[Tensor], Tensor]:
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "generator": generator}
     named = [k for k, v in given.items() if v is not None]
     if not do_sample:
         if named:
@@ -268,8 +272,12 @@ def _chooser(do_sample: bool, temperature: Any, top_k: Any, top_p: Any, seed: An
         if not isinstance(seed, int):
             raise InputError(f"seed={seed!r}", where="generate", hint="A whole number is wanted.")
         generator = torch.Generator().manual_seed(seed)
-    sampling = Sampling(1.0 if temperature is None else temperature, top_k, top_p)
+    sampling = Sampling(1.0 if temperature is None else temperature, top_k, top_p, min_p)
     return lambda logits: sampling.draw(logits, generator)
+
+
+def _penalizing(choose: Callable[[Tensor], Tensor], seen: Repetition) -> Callable[[Tensor], Tensor]:
+    return lambda logits: seen.note(choose(seen.penalized(logits)))
 
 
 def _listener(streamer: Any, prompt: Prompt) -> Callable[[Tensor | None], bool]:

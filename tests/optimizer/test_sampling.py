@@ -26,6 +26,7 @@ def left(sampling, logits=LOGITS):
         (Sampling(), [0, 1, 2, 3, 4]), (Sampling(top_k=2), [0, 1]), (Sampling(top_k=9), [0, 1, 2, 3, 4]), (Sampling(top_p=1.0), [0, 1, 2, 3, 4]),
         (Sampling(top_p=0.4), [0]), (Sampling(top_p=0.51), [0, 1]), (Sampling(top_p=0.74), [0, 1]), (Sampling(top_p=0.76), [0, 1, 2]),
         (Sampling(top_p=1e-9), [0]), (Sampling(top_k=3, top_p=0.9), [0, 1, 2]), (Sampling(top_k=3, top_p=0.8), [0, 1]),
+        (Sampling(min_p=0.0), [0, 1, 2, 3, 4]), (Sampling(min_p=0.2), [0, 1, 2]), (Sampling(min_p=0.49), [0, 1]), (Sampling(min_p=1.0), [0]),
     ],
 )  # fmt: skip
 def test_filters_leave_the_right_tokens(sampling, first):
@@ -77,3 +78,9 @@ def test_ties_infinities_and_greedy():
 def test_values_out_of_range(wrong):
     with pytest.raises(InputError, match=next(iter(wrong))):
         Sampling(**wrong)
+
+
+def test_min_p_out_of_range():
+    for value in (-0.1, 1.1, True, "0.5"):
+        with pytest.raises(InputError, match="min_p="):
+            Sampling(min_p=value)

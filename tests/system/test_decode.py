@@ -85,6 +85,17 @@ def test_greedy_answers_are_those_of_transformers(decoder, gpt2):
         agree(decoder, gpt2, given)
 
 
+@pytest.mark.parametrize("penalty", [1.3, 0.7])
+def test_repeated_tokens_are_penalized_as_in_transformers(decoder, static, gpt2, penalty):
+    given = prompt()
+    agree(decoder, gpt2, given, 12, repetition_penalty=penalty)
+    agree(static, gpt2, given, 12, repetition_penalty=penalty)
+    if penalty > 1:  # a model that repeats itself anyway can't be encouraged
+        assert not torch.equal(decoder.generate(given, 12, repetition_penalty=penalty, eos_token_id=None), decoder.generate(given, 12, eos_token_id=None))
+    with pytest.raises(gw.InputError, match="repetition_penalty=0"):
+        decoder.generate(given, 2, repetition_penalty=0)
+
+
 def test_a_static_cache_gives_the_same_answers(static, gpt2):
     for given in (prompt(), prompt(2, 3, 1), prompt(2, 16, 0)):
         agree(static, gpt2, given)
