@@ -14,7 +14,7 @@ transposed; none differs. Nor does the compiler know int8 instructions wider tha
 
     about 70 more of waiting (an instruction's latency and a barrier, assumed): 93 %
     shared memory moves 1024 * 96 bytes for the instructions and 48 KB of new tiles, at 128 bytes a clock: 89 %
-    the L2 cache gives 48 KB to each of 132 processors, 48 bytes a clock each, of some 5120 together: enough, at four fifths of what it has
+    132 processors want 48 bytes a clock each of the L2 cache, which gives some 5120 to all together: 81 %
 
 so that 60 to 75 % of the peak is what to expect. What helps is two programs on a processor, one multiplying while the other waits: tiles of
 128 x 128 with 4 warps here (EACH=2), and with 8 warps in ``linear_int8``, at twice the reading. The tuner decides.

@@ -56,7 +56,7 @@ def bench(kernel: Kernel, sample: Sample, plan: Plan | None = None) -> Result:
     plan = plan or Plan()
     args = arguments(kernel, sample)
     begin = time.process_time()
-    problem = disagreement(kernel, sample, args=args)
+    problem = _problem(kernel, sample, args)
     spent = time.process_time() - begin
     cost, unit = kernel.cost(*args), unit_of(kernel, args)
     if problem is not None:
@@ -73,6 +73,15 @@ def bench(kernel: Kernel, sample: Sample, plan: Plan | None = None) -> Result:
     speed, rate = cost.bytes / mine.p50 / 1e6, cost.flops / mine.p50 / 1e6
     return Result(kernel.op, kernel.backend, sample.name, "ok", cost.bytes, cost.flops, unit, mine, replay, (*peers, *absent), speed, rate,
                   speed / clock.copy_bandwidth(kernel.device), rate / clock.peak(unit, kernel.device), spent)  # fmt: skip
+
+
+def _problem(kernel: Kernel, sample: Sample, args: tuple[Any, ...]) -> str | None:
+    """None, or what is wrong with the kernel on the sample: also that it, or the reference, does not come to a result."""
+    try:
+        return disagreement(kernel, sample, args=args)
+    except Exception as error:  # noqa: BLE001  the compiler's or the device's own, of any kind
+        text = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {text[0][:300] if text else 'no message'}"
 
 
 def _rivals(kernel: Kernel, args: tuple[Any, ...], plan: Plan) -> tuple[dict[str, Any], list[Peer]]:

@@ -79,6 +79,17 @@ def test_overwritten_arguments_are_noticed() -> None:
     assert disagreement(wrong, sample) == "an argument was overwritten"
 
 
+def test_a_kernel_that_fails_is_a_row_of_the_table() -> None:
+    kernel = kernels.load()["graphwright.quantize"][0]
+    sample = Sample("64", lambda g: (torch.randn(64, generator=g), 0.05, 0, -128, 127, torch.int8))
+
+    def broken(*args: Any) -> torch.Tensor:
+        raise MemoryError("no room")
+
+    result = run.bench(dataclasses.replace(kernel, run=broken), sample)
+    assert result.verdict == "MemoryError: no room" and result.times is None
+
+
 def test_unknown_names_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert microbench.main(["no-such-kernel", "--device", "cpu"]) == 2
     assert "graphwright.softmax" in capsys.readouterr().err
