@@ -179,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _kernels() -> list[str]:
     """Every kernel by name, from its record of machine code, the important ones first."""
-    found = sorted(p.stem for p in (ROOT / "kernels" / "gpu" / "resources").glob("*.json"))
+    found = sorted(p.stem for p in (ROOT / "kernels" / "gpu" / "resources").glob("*.json") if p.stem != "versions")
     return [n for n in FIRST if n in found] + [n for n in found if n not in FIRST]
 
 

@@ -62,7 +62,7 @@ def configs(source: Source) -> tuple[Config, ...]:
 def _beside(source: Source, wide: int) -> tuple[Config, ...]:
     """Tiles of many rows: as wide as a row where that fits the registers, else going along it."""
     rows = [n for n in (32, 64, 128, 16, 256) if n <= max(16, power_of_two(source.rows))]
-    held = [Config.of(LONG=0, ROWS=n, BLOCK=wide, warps=w, stages=1) for n in rows for w in (4, 8, 2, 16)]
+    held = [Config.of(LONG=0, ROWS=n, BLOCK=wide, warps=w, stages=1) for n in rows for w in (4, 8, 2, 16, 1)]
     long = [Config.of(LONG=1, ROWS=n, BLOCK=block, warps=w, stages=1) for n in rows[:4] for block, w in ((16, 4), (32, 4), (64, 8), (128, 8)) if block < wide]
     return (*(c for c in held if _fits(source, c) is None), *(c for c in long if _fits(source, c) is None)) or tuple(held[:1])
 
@@ -113,9 +113,10 @@ class Generated:
     def __init__(self, source: Source):
         self.source = source
         self._plain = [torch.empty(shape, dtype=dtype, device="meta").stride() == strides for shape, strides, dtype in source.outs]
+        chosen = configs(source)
         self.family = Family(
-            "graphwright.generated", self.plan, configs(source), self.supports, self.estimate, self.bucket, self.cost, _no_samples, _no_samples,
-            lambda config, *args: _fits(source, config), precision="f32", name=source.name)  # fmt: skip
+            "graphwright.generated", self.plan, chosen, self.supports, self.estimate, self.bucket, self.cost, _no_samples, _no_samples,
+            lambda config, *args: None if config in chosen else _fits(source, config), precision="f32", name=source.name)  # fmt: skip
 
     @property
     def path(self) -> Path:
