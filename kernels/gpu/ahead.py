@@ -10,14 +10,17 @@ The record, a file per kernel in ``resources/``, is shipped: configs that it hol
 from __future__ import annotations
 
 import argparse
+import ast
 import functools
 import hashlib
+import inspect
 import json
 import random
 import re
 import subprocess
 import sys
 import tempfile
+import types
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -145,10 +148,35 @@ def options_of(launch: Launch) -> dict[str, int]:
     return {"num_warps": launch.config.warps, "num_stages": launch.config.stages}
 
 
+def written(fn: Any) -> list[str]:
+    """The text of a function and of all that it calls, and the constants that it names: what Triton's own key holds beside line numbers, which
+    change with a comment above, and the order in which a process met the functions."""
+    found: dict[str, str] = {}
+    left = [fn]
+    while left:
+        one = left.pop()
+        name = f"{one.fn.__module__}.{one.fn.__qualname__}"
+        if name in found:
+            continue
+        found[name] = one.src
+        known = inspect.getclosurevars(one.fn)
+        named = {**known.globals, **known.nonlocals}
+        for node in ast.walk(ast.parse(one.src)):
+            value = named.get(node.id) if isinstance(node, ast.Name) else None
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and isinstance(named.get(node.value.id), types.ModuleType):
+                value = getattr(named[node.value.id], node.attr, None)
+            if isinstance(value, triton.JITFunction):
+                if not value.fn.__module__.startswith("triton."):  # the compiler's own
+                    left.append(value)
+            elif isinstance(value, (triton.language.constexpr, bool, int, float, str, tuple)):
+                found[f"{name}: {ast.unparse(node)}"] = repr(value)
+    return [f"{name} = {text}" for name, text in sorted(found.items())]
+
+
 def digest(launch: Launch, target: str) -> str:
     """Of everything of ours that the machine code depends on; not of the compiler."""
     source = source_of(launch, target)
-    text = json.dumps([launch.fn.cache_key, source.signature, sorted(map(str, source.constants.items())), sorted(map(str, source.attrs.items())),
+    text = json.dumps([written(launch.fn), source.signature, sorted(map(str, source.constants.items())), sorted(map(str, source.attrs.items())),
                        *options_of(launch).values()])  # fmt: skip
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
