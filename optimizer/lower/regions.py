@@ -305,6 +305,14 @@ def _raced(lowered: Lowered, taken: Sequence[_Taken], example: Sequence[Tensor],
     return dataclasses.replace(lowered, runner=runner, choices=choices(lowered, fused), variants=variants, regions=saved, fused=fused)
 
 
+def without(lowered: Lowered, left: Callable[[Fused], bool]) -> Lowered:
+    """``lowered`` with the regions of ours and of Inductor's for which ``left`` holds run op by op."""
+    kept = [(f, entry) for f, entry in zip(lowered.fused, lowered.regions, strict=True) if not left(f)]
+    fused = [f for f, _ in kept]
+    return dataclasses.replace(lowered, runner=emit(lowered.analysis, lowered.chosen, fused), choices=choices(lowered, fused), fused=fused,
+                               regions=[entry for _, entry in kept])  # fmt: skip
+
+
 def choices(lowered: Lowered, fused: Sequence[Fused]) -> list[Choice]:
     """What the report shows: the works of a region name it."""
     names = {w: f.name for f in fused for w in f.region.works}
