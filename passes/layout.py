@@ -15,7 +15,8 @@ from torch import fx
 from graphwright.ir import Program, site_of, sites_of
 from graphwright.manager import Pass, PassResult
 from graphwright.passes import _sink as sink
-from graphwright.passes._nodes import is_tensor, permutation, renew, sweep, val
+from graphwright.passes._nodes import base, is_tensor, permutation, renew, same_layout, sweep, val
+from graphwright.passes.canonicalize import RULES, reshape
 
 #: What is moved once may meet what lies further on; each round costs a walk over the program.
 ROUNDS = 4
@@ -33,6 +34,7 @@ class Layout(Pass):
         left_out = {n for n in program.nodes if sink.entry(n) is not None and self.refused(result, n)}
         for _ in range(ROUNDS):
             _chained(program, left_out, result)
+            _joined(program, left_out, result)
             moved = _round(program, left_out, result)
             if not moved:
                 break
@@ -56,6 +58,24 @@ def _chained(program: Program, left_out: set[fx.Node], result: PassResult) -> No
             program.graph.erase_node(end)
         else:
             end.args = (source, order)
+
+
+def _joined(program: Program, left_out: set[fx.Node], result: PassResult) -> None:
+    """A reshape of a reshape: what stood between them, or read the first one beside, may be gone by now."""
+    for node in program.nodes:
+        if RULES.get(base(node)) is not reshape or node in left_out or node.args[0] in left_out:
+            continue
+        with program.graph.inserting_before(node):
+            new = reshape(program, node)
+        if not isinstance(new, fx.Node):
+            continue
+        result.change(site_of(node), "reshapes joined")
+        if new in node.all_input_nodes or not same_layout(new, node):
+            node.replace_all_uses_with(new)
+            program.graph.erase_node(node)
+            renew(program, [new])
+        else:
+            program.replace(node, new)
 
 
 def _strides(out: object) -> list[str] | None:

@@ -124,6 +124,8 @@ def _reason(limits: MergeLinears, program: Program, node: fx.Node, shared: bool 
         return "it adds a residual of its own"
     if len(arg(node, "weight").users) > 1 and not shared:
         return f"its weight {arg(node, 'weight').target} is read elsewhere too: it would be stored twice"
+    if is_op(only_user(node), "aten.split_with_sizes"):
+        return "it is several linears already, or is taken apart as such"
     if weight.shape[0] >= limits.max_columns:
         return f"it has {weight.shape[0]} columns and fills the machine by itself"
     if escapes(program, node):

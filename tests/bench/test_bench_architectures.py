@@ -8,12 +8,17 @@ import pytest
 pytest.importorskip("transformers")
 
 from bench import architectures, zoo
+from graphwright.capture import capture
+from graphwright.manager import Pipeline
+from graphwright.passes.pipeline import default_recipe
 
 RESULTS = Path(architectures.__file__).parent / "results"
 COMMITTED = json.loads((RESULTS / "architectures.json").read_text())
 ROWS = {row["name"]: row for row in COMMITTED["architectures"]}
 #: One of each kind: post-norm and pre-norm, RMS norms, parallel residuals, relative bias, windows, convolutions, audio.
 QUICK = ("bert", "gpt2", "gpt-j", "llama", "bloom", "t5", "swin", "resnet", "wav2vec2")
+#: Where passes that come late make room for early ones.
+LATE = ("cohere", "levit")
 
 
 def row(**changed):
@@ -56,6 +61,20 @@ def test_every_fusion_fires_as_often_as_the_configuration_says(name):
     assert found["captured"] == ROWS[name]["captured"], found["reasons"]
     assert (found["numerics"], found["undone"]) == (None, [])
     assert architectures.differences(found) == [], found["refusals"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(a.name, marks=() if a.name in (*QUICK, *LATE) else pytest.mark.soak) for a in zoo.ARCHITECTURES]
+)
+def test_one_run_does_all_that_can_be_done(name):
+    architecture = zoo.get(name)
+    model = architecture.build()
+    program = capture(model, (), architecture.example(model.config)).program
+    if program is None:
+        pytest.skip("not captured whole")
+    after, _ = Pipeline(default_recipe()).run(program)
+    _, records = Pipeline(default_recipe()).run(after)
+    assert {r.name: r.result.changes for r in records if r.result.changes} == {}
 
 
 def test_more_layers_more_fusions():
