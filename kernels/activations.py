@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from graphwright.kernels.language import independent
 from graphwright.kernels.tile import device, erf, exp, expm1, f32, real, sigmoid, tanh
 
 #: Names (those of ``graphwright.ops.fused.ACTIVATIONS``) by number. The first group compiles fast; the second has its
@@ -25,14 +26,14 @@ def simple(code, source, n, a, b, to):
     if code == 0:
         return source
     if code == 1 or code == 2:  # relu is hardtanh from 0 to infinity
-        for i in range(n):
+        for i in independent(n):
             v = a if x[i] < a else x[i]
             y[i] = b if v > b else v
     elif code == 3:
-        for i in range(n):
+        for i in independent(n):
             y[i] = x[i] * a if x[i] < real(0) else x[i]
     else:
-        for i in range(n):
+        for i in independent(n):
             v = x[i] + real(3)
             v = real(0) if v < real(0) else v
             v = (real(6) if v > real(6) else v) * real(1 / 6)
@@ -45,28 +46,28 @@ def smooth(code, source, n, a, b, to):
     """The same for SMOOTH."""
     x, y = f32(source), f32(to)
     if code == 0:
-        for i in range(n):
+        for i in independent(n):
             h = real(0.5) * x[i]
             y[i] = h + h * erf(x[i] * real(0.7071067811865476))
     elif code == 1:
-        for i in range(n):
+        for i in independent(n):
             u, h = x[i], real(0.5) * x[i]
             y[i] = h + h * tanh(real(0.7978845608028654) * (u + real(0.044715) * u * u * u))
     elif code == 2:
-        for i in range(n):
+        for i in independent(n):
             y[i] = x[i] * sigmoid(x[i])
     elif code == 3:
-        for i in range(n):
+        for i in independent(n):
             y[i] = sigmoid(x[i])
     elif code == 4:
-        for i in range(n):
+        for i in independent(n):
             y[i] = tanh(x[i])
     elif code == 5 or code == 6:  # elu: a the slope to the left, b to the right
-        for i in range(n):
+        for i in independent(n):
             v = expm1(x[i] if x[i] < real(0) else real(0)) * a
             y[i] = v if x[i] < real(0) else x[i] * b
     else:  # mish: tanh(log(1 + e)) = e (e + 2) / (e (e + 2) + 2); beyond 20 it is 1
-        for i in range(n):
+        for i in independent(n):
             e = exp(real(20) if x[i] > real(20) else x[i])
             m = e * (e + real(2))
             y[i] = x[i] * (m / (m + real(2)))

@@ -133,6 +133,8 @@ def maybe(at: Any, times: Any, first: list[Any], write: Callable[[list[Any]], li
 
 #: Says that a device function becomes a function of its own; see the head of this file.
 apart = Intrinsic(VOID, (), lambda at: None)
+#: A loop whose turns do not touch one another's numbers: what LLVM cannot see where a result lies over an operand.
+independent = range
 
 
 # -- loops of independent turns: metadata of a kind that llvmlite has no call for ------------------------------------
