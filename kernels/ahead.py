@@ -22,12 +22,14 @@ _SIGNS: dict[str, tuple[str, str]] = {
     "mean_pool": (r"avgpool|aten\.mean", "any"),
     "norm": ("layernorm|rmsnorm", "any"),
     "conv2d_winograd_simple": (r"conv2d|graphwright\.conv", "float"),
+    "finish_simple": ("linear", "float"),
     "pointwise_simple": ("conv|linear|relu", "int8"),
     "linear_int8_simple": ("linear", "int8"),
     "conv2d_int8_simple": (r"conv2d|graphwright\.conv", "int8"),
     "frame": (r"conv2d|graphwright\.conv", "int8"),
     "attention_int8": ("attention", "int8"),
     "attention": ("attention", "any"),
+    "finish_smooth": (_SMOOTH, "float"),
     "pointwise_smooth": (_SMOOTH, "int8"),
     "linear_int8_smooth": (_SMOOTH, "int8"),
 }
@@ -111,4 +113,5 @@ def _natives() -> dict[str, native.Native]:
     from graphwright import kernels
 
     modules = {import_module(kernel.run.__module__) for several in kernels.load().values() for kernel in several}
+    modules.add(import_module("graphwright.kernels.finish"))  # a part of candidates, no op of its own
     return {v.name: v for m in modules for v in vars(m).values() if isinstance(v, native.Native)}

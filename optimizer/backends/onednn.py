@@ -216,6 +216,8 @@ def _float_linear(work: Work, m: Matrix, allowed: frozenset[str]) -> Iterator[Ca
     yield Candidate("onednn.f32", needs, (NATIVE,), "f32", functools.partial(_build_float_linear, work, m, torch.float32))
     if torch.backends.mkl.is_available() and work.static:
         yield Candidate("mkl.f32", needs, (NATIVE,), "f32", functools.partial(_build_mkl_linear, work, m))
+        if _more_than_product(m) and llvm.reason() is None:
+            yield Candidate("mkl.f32-finish", needs, (NATIVE,), "f32", functools.partial(_build_finished_linear, work, m))
     elif not work.static:  # packed for one number of rows the weight serves no other: as it is it serves all alike
         yield Candidate("aten.linear", needs, (NATIVE,), "f32", functools.partial(_build_plain_linear, m))
     for kind in _halves(allowed):
@@ -249,14 +251,36 @@ def _build_plain_linear(m: Matrix) -> Callable[..., Tensor]:
 
 
 def _build_mkl_linear(work: Work, m: Matrix) -> Callable[..., Tensor]:
-    batch = _batch(work, m)
+    product, other, finish = _mkl_product(work, m, m.bias), m.other, _finish(m, False)
+    if other is None:
+        return lambda *r: finish(product(*r))
+    return lambda *r: finish(product(*r).add_(r[other]))
+
+
+def _mkl_product(work: Work, m: Matrix, bias: Tensor | None) -> Callable[..., Tensor]:
+    batch, x = _batch(work, m), m.x
     weight = m.weight.detach().contiguous()
     packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, batch)
-    call, x, other, bias = torch.ops.mkl._mkl_linear.default, m.x, m.other, m.bias
-    finish = _finish(m, False)
+    call = torch.ops.mkl._mkl_linear.default
+    return lambda *r: call(r[x], packed, weight, bias, batch)
+
+
+def _more_than_product(m: Matrix) -> bool:
+    """Whether there is a bias, a residual or an activation, in float32 and known to our kernels."""
+    from graphwright.kernels.finish import unfit
+
+    plain = m.bias is None and m.other is None and m.activation == "none"
+    return not plain and unfit(m.activation) is None and (m.bias is None or m.bias.dtype == torch.float32)
+
+
+def _build_finished_linear(work: Work, m: Matrix) -> Callable[..., Tensor]:
+    """The bare product, and all that follows it in one pass over its memory: MKL would write a bias to every row first."""
+    from graphwright.kernels.finish import Finish
+
+    product, finish, other = _mkl_product(work, m, None), Finish(m.bias, m.activation, m.scalars), m.other
     if other is None:
-        return lambda *r: finish(call(r[x], packed, weight, bias, batch))
-    return lambda *r: finish(call(r[x], packed, weight, bias, batch).add_(r[other]))
+        return lambda *r: finish(product(*r))
+    return lambda *r: finish(product(*r), r[other])
 
 
 # -- int8 -------------------------------------------------------------------------------------------------------------
