@@ -6,7 +6,7 @@ Two assignments are made and the better one counts, compared with what no assign
 No run takes its memory from such an arena: the runner frees each value after its last reader, so that it never holds more than the
 least an arena could be. The figures stand in the report, so that this can be seen of any model: where they part, something is held too
 long. Nor would it save time where blocks are small: ResNet-50 and MobileNetV2 on one image and MiniLM on 8x128 tokens, exact and int8, map
-no page at all in a call (eager 0 to 8), since the C library's heap hands the same blocks out again. It would where they are large: glibc maps
+no page at all in a call (eager 0 to 8), since the C library's heap hands the same blocks out again (``memory.keep_heap``). It would where they are large: glibc maps
 each block of 32 MiB and more anew, at 1.3 µs for 4 KiB here, which makes MobileNetV2 on 16 images 1.3 times as slow or worse, ResNet-50 1.1
 times. But all those blocks are results of oneDNN's convolutions, which write into no memory but their own; so the report says what
 mapping costs where it is more than a hundredth of a call, and which setting of the C library keeps the blocks.

@@ -22,6 +22,7 @@ from graphwright.lower.inplace import reuse
 from graphwright.lower.liveness import run_poisoned
 from graphwright.lower.replay import Replay
 from graphwright.lower.views import collapse
+from graphwright.memory import keep_heap
 from graphwright.ops import VIEW
 
 
@@ -68,6 +69,7 @@ class Runner(nn.Module):
         cuda = accelerator.of(accelerator.device_of(program))
         self.cuda = cuda
         self.replay = None if cuda is None else Replay(self.launched, program, cuda)
+        keep_heap()
         self._code = [(s.call, s.reads, s.writes[0] if len(s.writes) == 1 else s.writes, s.frees) for s in steps]
 
     def _start(self, leaves: Sequence[Tensor]) -> list[Any]:

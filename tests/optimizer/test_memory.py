@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
+import platform
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -154,6 +158,28 @@ def test_pages_that_a_call_maps_are_counted():
 
     assert pages <= faults(touch) < pages + 200
     assert faults(lambda: None) < 50 and 0.0 <= fault_us() < 1000.0
+
+
+_CALLS = """
+import sys, torch
+from graphwright.memory import faults, keep_heap
+torch.set_num_threads(1)
+if sys.argv[1] == "kept":
+    keep_heap()
+def call():
+    held = [torch.ones(2**18) for _ in range(40)]  # 40 MiB, gone when it returns
+for _ in range(3):
+    call()
+print(faults(call))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ, reason="glibc's own thresholds")
+def test_memory_of_a_call_is_kept_for_the_next():
+    def pages(how: str) -> int:
+        return int(subprocess.run([sys.executable, "-c", _CALLS, how], check=True, capture_output=True, text=True).stdout)
+
+    assert pages("kept") < 200 and pages("as it is") > 5000
 
 
 def test_mapping_is_told_where_it_costs(monkeypatch):
