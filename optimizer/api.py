@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import time
@@ -120,6 +121,12 @@ class Job:
         self._storage: dict[int, torch.UntypedStorage] = {}  # later captures share the copied weights
         if isinstance(calibration, Iterable) and not isinstance(calibration, (Sequence, Calibration, Tensor, Mapping)) and hasattr(calibration, "__next__"):
             self.calibration = list(calibration)  # a generator gives its items once, and new shapes need them again
+
+    def twin(self, result: Optimized, copies: Mapping[int, torch.UntypedStorage]) -> Job:
+        """The same for a copy of the result, whose memory stands in ``copies`` by the address of what it was copied from."""
+        other = copy.copy(self)
+        other.result, other._storage = result, {k: copies.get(s.data_ptr(), s) for k, s in self._storage.items()}
+        return other
 
     def first(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Variant:
         """Optimize for the given inputs, with evaluation and report."""

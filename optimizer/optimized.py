@@ -83,6 +83,14 @@ class Variant:
                     tensor.copy_(value)
 
 
+def _joined(reasons: list[str]) -> str:
+    """Why no program covers a call; what they do cover is told together where it is the same size or shape."""
+    parts = [r.partition("; covered: ") for r in dict.fromkeys(reasons)]
+    if len({said for said, _, _ in parts}) == 1:
+        return "".join(parts[0][:2]) + " or ".join(covered for *_, covered in parts)
+    return "; ".join("".join(p) for p in parts)
+
+
 class Optimized(nn.Module):
     """The fastest version of a model that was found; called like the model.
 
@@ -127,11 +135,10 @@ class Optimized(nn.Module):
     def _recapture(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Tensor], spec: Spec) -> Variant:
         near = next((v for v in self._variants if v.spec == spec), None)
         if self._compile is None:
-            seen = self._variants[0].covers(leaves, spec) if self._variants else "nothing is covered yet"
-            reason = near.covers(leaves, spec) if near is not None else seen
-            raise CoverageError(f"this call is not covered: {reason}",
-                                hint="A loaded model covers what it was captured for: optimize again with dynamic='auto', "
-                                     "or on inputs of these shapes.")  # fmt: skip
+            reasons = [v.covers(leaves, spec) or "" for v in self._variants if near is None or v.spec == spec]
+            raise CoverageError(f"this call is not covered: {_joined(reasons) if reasons else 'nothing is covered yet'}",
+                                hint="A loaded model covers what it was captured for: optimize again on inputs of these shapes, with dynamic='auto' (batch "
+                                     "and tokens), or with the sizes that vary by name: dynamic={'x': {1: 'length'}}.")  # fmt: skip
         model = self._model() if self._model is not None else None
         if model is None:
             raise CoverageError("this call is not covered, and the original model is gone",

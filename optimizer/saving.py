@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from graphwright import accelerator, store
 from graphwright.backends.base import HALF
 from graphwright.capture import Capture, Guard
+from graphwright.capture.rehearse import clone_tensor
 from graphwright.errors import LoadError
 from graphwright.ir import Program, op_name
 from graphwright.kernel_registry import RESERVED, registered
@@ -94,27 +94,29 @@ def _lowered(program: Program, kernels: dict[str, str], saved: list[dict[str, An
 def twin(fast: Optimized) -> Optimized:
     """A result of its own: tensors are copied, kernels are put together again from the same plan."""
     model = fast._model() if fast._model is not None else None
-    other = Optimized(fast._compile, model, copy.deepcopy(fast._attributes))
+    other = Optimized(None, model, copy.deepcopy(fast._attributes))
     other.__dict__["_marks"] = fast._marks
+    copies: dict[int, torch.UntypedStorage] = {}  # one for all programs: what one writes, the others go on from
     for v in fast._variants:
         built = v.built
         if built is not None:
-            program = _own(built.running)
+            program = _own(built.running, copies)
             lowered = _lowered(program, built.lowered.plan, built.lowered.regions, built.lowered.sequence)
             built = Built(program, program, built.records, lowered, built.seconds, built.unchanged)
         other._variants.append(Variant(v.spec, v.capture, built, v.guard, v.pieces))
     other.__dict__["_report"] = copy.deepcopy(fast._report)
+    if fast._compile is not None:
+        other.__dict__["_compile"] = fast._compile.__self__.twin(other, copies).again  # type: ignore[attr-defined]
     return other
 
 
-def _own(program: Program) -> Program:
+def _own(program: Program, copies: dict[int, torch.UntypedStorage]) -> Program:
     made = program.copy()
     for module in made.graph_module.modules():
         for store_ in (module._parameters, module._buffers):
             for name, tensor in store_.items():
                 if tensor is not None:
-                    fresh = tensor.detach().clone()
-                    store_[name] = nn.Parameter(fresh, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fresh
+                    store_[name] = clone_tensor(tensor, copies)
     return made
 
 

@@ -1,0 +1,75 @@
+"""Copies of a result: of its memory, and only of its memory."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import graphwright as gw
+
+
+class Counting(nn.Module):
+    """Keeps a mean of what it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x, scale=None):
+        self.seen.mul_(0.5).add_(x.mean(0))
+        y = self.inner(x) + self.seen
+        return y if scale is None else y * scale
+
+
+X, OTHER = torch.ones(3, 4), (torch.full((3, 4), 2.0), torch.tensor(3.0))
+
+
+def result():
+    torch.manual_seed(0)
+    model = Counting().eval()
+    return model, copy.deepcopy(model), gw.optimize(model, X)
+
+
+def agree(fast, eager, *calls):
+    with torch.no_grad():
+        for call in calls:
+            torch.testing.assert_close(fast(*call), eager(*call))
+
+
+def test_programs_of_a_copy_share_what_they_write():
+    _model, eager, fast = result()
+    agree(fast, eager, (X,), OTHER)
+    made, state = copy.deepcopy(fast), copy.deepcopy(eager)
+    agree(made, state, (X,), OTHER, (X,), OTHER)
+    agree(fast, eager, OTHER, (X,))
+
+
+def test_a_copy_that_captures_anew_goes_on_from_its_own_state():
+    _model, eager, fast = result()
+    made, state = copy.deepcopy(fast), copy.deepcopy(eager)
+    agree(made, state, (X,), (X,))
+    agree(made, state, OTHER, (X,), OTHER)
+    agree(fast, eager, (X,), OTHER)
+
+
+def test_a_copy_made_before_the_first_call_has_a_report_of_its_own():
+    model = Counting().eval()
+    fast = gw.optimize(model)
+    made = copy.deepcopy(fast)
+    made(X)
+    assert made.report.model == "Counting"
+    with pytest.raises(gw.errors.InputError, match="nothing has been optimized yet"):
+        fast.report  # noqa: B018
+
+
+def test_a_file_of_several_programs_names_what_they_cover(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    fast = gw.optimize(model, torch.randn(1, 3, 8, 8))
+    fast(torch.randn(1, 3, 9, 9))
+    fast.save(tmp_path / "two.gw")
+    with pytest.raises(gw.errors.CoverageError) as caught:
+        gw.load(tmp_path / "two.gw")(torch.randn(1, 3, 10, 10))
+    assert "3, 8, 8]" in str(caught.value) and "3, 9, 9]" in str(caught.value)
+    assert "by name" in str(caught.value)
