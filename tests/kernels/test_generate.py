@@ -252,6 +252,17 @@ def test_angles_of_any_size():
         torch.testing.assert_close(got.double(), want, rtol=2e-7, atol=0.0, equal_nan=True)
 
 
+def test_a_large_angle_beside_small_ones():
+    """In vectors of 16, and in what is left over: each keeps its sign of zero, its smallest numbers and its NaN."""
+    x = torch.linspace(-3, 3, 16 * 9 + 7)
+    x[[3, 17, 40, 150]], x[[4, 18]], x[[5, 19, 149]] = torch.tensor([65537.0, -3e38, math.inf, 1e9]), -0.0, 1e-42
+    fragment = region([tuple(x.shape)], [("sin.default", [v(0)]), ("cos.default", [v(0)])], 1, 2)
+    sine, cosine = Generated(source_of(fragment))([x])
+    torch.testing.assert_close(sine.double(), x.double().sin(), rtol=2e-7, atol=0.0, equal_nan=True)
+    torch.testing.assert_close(cosine.double(), x.double().cos(), rtol=2e-7, atol=0.0, equal_nan=True)
+    assert torch.equal(sine.signbit()[[4, 18]], torch.tensor([True, True]))
+
+
 def test_bits_and_whole_numbers():
     numbers = ("int64", (3, 8), (8, 1))
     steps = [("bitwise_and.Tensor", [v(0), v(1)]), ("bitwise_or.Scalar", [v(2), 8]), ("bitwise_xor.Tensor", [v(3), v(0)]), ("bitwise_not.default", [v(4)]),
