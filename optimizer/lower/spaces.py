@@ -29,7 +29,7 @@ from graphwright.lower.chains import Chosen, Grouping, eligible, sound
 from graphwright.lower.graph import Analysis, Region
 from graphwright.lower.stopwatch import FLOORS_DB
 from graphwright.numerics import sqnr_db
-from graphwright.ops import VIEW
+from graphwright.ops import NORM, VIEW
 from graphwright.ops.axes import same
 
 _GLUED = ("cat", "concat")
@@ -38,9 +38,9 @@ _SIZES = 32
 
 
 def find(analysis: Analysis, chosen: Chosen) -> list[Region]:
-    """Maximal regions of two ops at least that one generated kernel may serve, with the views that they alone read."""
+    """Maximal regions that one generated kernel may serve, with the views that they alone read: of two ops at least, or a norm."""
     groups = _Spaces(analysis, lambda w: _known(w) and eligible(w, chosen[w][0], free=True)).run()
-    return [Region.of(analysis, works) for works in _with_looks(analysis, [g for g in groups if len(g) > 1], chosen)]
+    return [Region.of(analysis, works) for works in _with_looks(analysis, [g for g in groups if len(g) > 1 or g[0].has(NORM)], chosen)]
 
 
 def bare(analysis: Analysis, region: Region) -> Region | None:

@@ -172,3 +172,30 @@ def test_reductions_along_other_axes_join_regions(always, memory_format):
         twice = Channels().double()
         twice.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
         assert Exact().failure(twice(x.double()), model(x), fast(x)) is None
+
+
+class Pictures(nn.Module):
+    """A norm between transposes, and one between linears, with nothing that would join them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.up = nn.Conv2d(3, 20, 3), nn.LayerNorm(20), nn.Linear(20, 33)
+        self.middle, self.down = nn.LayerNorm(33), nn.Linear(33, 5)
+
+    def forward(self, x):
+        return self.down(self.middle(self.up(self.norm(self.conv(x).permute(0, 2, 3, 1)))))
+
+
+def test_a_norm_by_itself_is_a_region(always, tmp_path):
+    torch.manual_seed(0)
+    model, x = Pictures().eval(), torch.randn(2, 3, 12, 10)
+    fast = gw.optimize(model, x)
+    fused = fast._variants[0].built.lowered.fused
+    assert sorted([w.op for w in f.region.works if "norm" in w.op] for f in fused) == [["aten.layer_norm"]] * 2
+    with torch.no_grad():
+        twice = Pictures().double()
+        twice.load_state_dict({k: v.double() for k, v in model.state_dict().items()})
+        assert Exact().failure(twice(x.double()), model(x), fast(x)) is None
+        fast.save(tmp_path / "norms.gw")
+        again = gw.load(tmp_path / "norms.gw")
+        assert torch.equal(again(x), fast(x)) and len(again._variants[0].built.lowered.fused) == 2
