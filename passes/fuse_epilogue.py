@@ -24,6 +24,7 @@ from graphwright.passes._nodes import (
     is_op,
     is_tensor,
     only_user,
+    permutation,
     rank,
     readers,
     renew,
@@ -52,7 +53,7 @@ class FuseEpilogue(Pass):
                 self._convert(program, node, result)
         for node in program.nodes:
             if not node._erased and is_op(node, *OURS) and self.selects(sites_of(node)):
-                fused = self._residual(program, node, result) or node
+                fused = self._residual(program, node, result) or self._past_transpose(program, node, result) or node
                 self._activation(program, fused, result)
         sweep(program, result)
         return result
@@ -83,6 +84,32 @@ class FuseEpilogue(Pass):
         if self.refused(result, add):
             return None
         return _redo(program, node, add, "residual add", result, other=other)
+
+    def _past_transpose(self, program: Program, node: fx.Node, result: PassResult) -> fx.Node | None:
+        """A residual that is added to a linear's result once its axes are back where pictures have them: turned, it is added before.
+
+        Only where everything lies in memory as the linear gives it, so that turning moves nothing.
+        """
+        turn = only_user(node)
+        order = None if turn is None else permutation(turn)
+        add = None if order is None else only_user(turn)
+        if add is None or not is_op(node, "graphwright.linear") or not is_op(add, "aten.add") or program.output in add.users:
+            return None
+        other = add.args[1] if add.args[0] is turn else add.args[0]
+        if arg(node, "other") is not None or arg(node, "activation") != "none" or not is_tensor(other):
+            return None
+        if _no_residual(turn, add, other) or not same_layout(turn, add) or not same_layout(turn, other) or self.refused(result, add):
+            return None
+        with program.graph.inserting_before(add):
+            back = other.args[0] if permutation(other) == order else program.call(turn.target, other, _inverse(order), like=turn)
+            given = {**args_by_name(node), "other": back}
+            new = program.call(node.target, *given.values(), like=node, sites=[*sites_of(node), *sites_of(add)])  # type: ignore[arg-type]
+            turned = program.call(turn.target, new, list(order), like=turn)
+        result.change(site_of(add), f"residual add drawn into {site_of(node)}, past a transpose")
+        add.replace_all_uses_with(turned)
+        for old in (add, turn, node):
+            program.graph.erase_node(old)
+        return None  # an activation would follow the transpose
 
     def _early(self, program: Program, node: fx.Node, add: fx.Node, result: PassResult) -> fx.Node | None:
         """``(node + later) + r``, as parallel attention and feed-forward parts have it: ``node`` takes ``r``."""
@@ -161,6 +188,10 @@ def _waits(other: fx.Node, add: fx.Node, node: fx.Node) -> bool:
     if not is_op(other, *OURS) or other is node or not node < other:
         return False
     return arg(other, "activation") == "none" and arg(other, "other") is None and _no_residual(other, add, node) is None
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    return [list(order).index(k) for k in range(len(order))]
 
 
 def _no_residual(node: fx.Node, add: fx.Node, other: fx.Node) -> str | None:

@@ -220,3 +220,27 @@ def test_merge_options(captured, run, ops):
     assert ops(after).count("linear") == 5 and "fills the machine by itself" in result.refusals[0][1]
     after, _ = run(captured(f, X, **tensors), MergeLinears(exclude=("linear",)))
     assert ops(after).count("linear") == 2  # one left out, four merged
+
+
+class Turned(nn.Module):
+    """Two blocks of linears on the channels of pictures, each with the picture added as it came in."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.mix = nn.Linear(3, 3), nn.Linear(3, 3), nn.Conv2d(3, 3, 3, padding=1, groups=3)
+
+    def forward(self, x):
+        x = x + self.a(self.mix(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = self.b(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) + x
+        return x.sum((2, 3))
+
+
+def test_residuals_are_drawn_in_past_transposes_where_that_moves_nothing(captured, run, ops):
+    last = IMAGE.contiguous(memory_format=torch.channels_last)
+    after, result = run(captured(Turned(), last), FuseEpilogue())
+    assert "add" not in ops(after) and [c for c in result.changes if "past a transpose" in c[1]] == [
+        ("add", "residual add drawn into a, past a transpose"), ("add#2", "residual add drawn into b, past a transpose")]  # fmt: skip
+    first, second = (n for n in after.nodes if "linear" in str(n.target))
+    assert second.args[3] is first, "what was turned there and back is read as it is"
+    after, _ = run(captured(Turned(), IMAGE), FuseEpilogue())
+    assert "add" in ops(after), "other strides would have to be copied"
