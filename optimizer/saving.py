@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from graphwright import accelerator, store
 from graphwright.backends.base import HALF
 from graphwright.capture import Capture, Guard
+from graphwright.capture.regions import Piece, Twin
+from graphwright.capture.regions import Variant as Slot
 from graphwright.capture.rehearse import clone_tensor
 from graphwright.errors import LoadError
 from graphwright.ir import Program, op_name
@@ -98,16 +102,56 @@ def twin(fast: Optimized) -> Optimized:
     other.__dict__["_marks"] = fast._marks
     copies: dict[int, torch.UntypedStorage] = {}  # one for all programs: what one writes, the others go on from
     for v in fast._variants:
-        built = v.built
-        if built is not None:
-            program = _own(built.running, copies)
-            lowered = _lowered(program, built.lowered.plan, built.lowered.regions, built.lowered.sequence)
-            built = Built(program, program, built.records, lowered, built.seconds, built.unchanged)
-        other._variants.append(Variant(v.spec, v.capture, built, v.guard, v.pieces))
+        if v.built is not None:
+            other._variants.append(Variant(v.spec, v.capture, _rebuilt(v.built, copies), v.guard))
+        else:
+            other._variants.append(_Pieces(v, copies).made)
     other.__dict__["_report"] = copy.deepcopy(fast._report)
     if fast._compile is not None:
         other.__dict__["_compile"] = fast._compile.__self__.twin(other, copies).again  # type: ignore[attr-defined]
     return other
+
+
+class _Pieces(Twin):
+    """Copies a variant in pieces: the modules between them, and each piece with what was built for it."""
+
+    def __init__(self, variant: Variant, copies: dict[int, torch.UntypedStorage]):
+        super().__init__({}, copies)
+        self.built = {id(slot.program): part for part in variant.parts for slot in _slots(variant) if slot.run is part.lowered.runner}
+        self.parts: list[Built] = []
+        assert isinstance(variant.pieces, nn.Module)
+        root = self.of(variant.pieces)
+        capture = replace(variant.capture, run=root, pieces=self.pieces)
+        self.made = Variant(variant.spec, capture, None, variant.guard, root, self.parts)
+
+    def of(self, module: nn.Module, *, plain: bool = False) -> nn.Module:
+        if not isinstance(module, Piece):
+            return super().of(module, plain=plain)
+        if id(module) not in self.modules:
+            made = Piece(module.site, [], self.of(module.original))
+            made.variants = [self._slot(slot) for slot in module.variants]
+            made.programs = nn.ModuleList(slot.program for slot in made.variants)
+            self.pieces.append(made)
+            self.modules[id(module)] = made
+        return self.modules[id(module)]
+
+    def _slot(self, slot: Slot) -> Slot:
+        part = self.built.get(id(slot.program))
+        if part is None:
+            program = _own(slot.program, self.storage)
+            return Slot(program, slot.guard, program)
+        self.parts.append(_rebuilt(part, self.storage))
+        return Slot(self.parts[-1].running, slot.guard, self.parts[-1].lowered.runner)
+
+
+def _slots(variant: Variant) -> list[Slot]:
+    return [slot for piece in variant.capture.pieces for slot in piece.variants]
+
+
+def _rebuilt(built: Built, copies: dict[int, torch.UntypedStorage]) -> Built:
+    program = _own(built.running, copies)
+    lowered = _lowered(program, built.lowered.plan, built.lowered.regions, built.lowered.sequence)
+    return Built(program, program, built.records, lowered, built.seconds, built.unchanged)
 
 
 def _own(program: Program, copies: dict[int, torch.UntypedStorage]) -> Program:

@@ -73,3 +73,37 @@ def test_a_file_of_several_programs_names_what_they_cover(tmp_path):
         gw.load(tmp_path / "two.gw")(torch.randn(1, 3, 10, 10))
     assert "3, 8, 8]" in str(caught.value) and "3, 9, 9]" in str(caught.value)
     assert "by name" in str(caught.value)
+
+
+class Branching(nn.Module):
+    """Control flow that depends on values: its linear is captured with what it writes, the rest runs as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Counting()
+        self.wide = nn.Sequential(nn.Linear(4, 256), nn.GELU(), nn.Linear(256, 4))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        h = self.wide(self.inner(x)) + self.inner.seen
+        return h * self.calls if h.sum() > 0 else h - self.calls
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["pieces", "as it was"])
+def test_a_copy_in_pieces_writes_its_own_memory(kept):
+    torch.manual_seed(0)
+    model = Branching().eval()
+    eager, fast = copy.deepcopy(model), gw.optimize(model, X)
+    variant = fast._variants[0]
+    if kept:  # whether or not the pieces were found to be faster here
+        job = fast._compile.__self__
+        variant = job.again(model, (X,), {}, again=False)
+        fast.__dict__["_variants"] = [variant]
+        assert variant.parts and any(slot.run is variant.parts[0].lowered.runner for piece in variant.capture.pieces for slot in piece.variants)
+    agree(fast, eager, (X,), (2 * X,))
+    made, state = copy.deepcopy(fast), copy.deepcopy(eager)
+    agree(made, state, (X,), (-X,), (3 * X,))
+    agree(fast, eager, (-X,), (X,))
+    if kept:
+        assert len(made._variants[0].parts) == len(variant.parts)
