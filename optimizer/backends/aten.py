@@ -41,7 +41,7 @@ _ANY_DTYPE_VIEWS = {
 #: ops of the table's view kind that copy, always or at times: worth a stopwatch
 COPIES = {"aten.reshape", "aten.flatten.using_ints", "aten.contiguous", "aten.clone", "aten.cat", "aten.repeat", "aten.stack"}
 #: views that may be asked of a channels-last value because they give the same numbers whatever the strides
-_STRIDE_FREE = {"aten.reshape", "aten.flatten.using_ints", "aten.cat"}
+_STRIDE_FREE = {"aten.reshape", "aten.flatten.using_ints", "aten.cat", "aten.permute"}
 #: ops that read memory as another type
 _REINTERPRETING = {torch.ops.aten.view_as_complex.default, torch.ops.aten.view.dtype}
 _POOLS_LAST = {"aten.max_pool2d", "aten.avg_pool2d", "aten.adaptive_avg_pool2d", "aten.mean.dim", "aten.amax"}
@@ -79,9 +79,9 @@ def candidates(work: Work, allowed: frozenset[str]) -> Iterator[Candidate]:
             yield Candidate("aten.q-last", tuple(Q_LAST if f == NATIVE_LAST else Q for f in last), (Q_LAST,), "int8", call, aliases=True)
     if work.op in _STRIDE_FREE and last is None and any(has_layouts(work.val(k)) for k in range(len(work.reads))):
         yield Candidate("aten.from-last", tuple(NATIVE_LAST if has_layouts(work.val(k)) else NATIVE for k in range(len(floats))),
-                        (NATIVE,), "f32", call, aliases=True)  # fmt: skip
+                        (NATIVE,), "f32", call, aliases=True, timed=timed)  # fmt: skip
         if _same_qparams(work):
-            yield Candidate("aten.q-from-last", (Q_LAST,) * len(floats), (Q,), "int8", call, aliases=True)
+            yield Candidate("aten.q-from-last", (Q_LAST,) * len(floats), (Q,), "int8", call, aliases=True, timed=timed)
     yield from _halves(work, allowed, last, shares, timed)
 
 

@@ -158,3 +158,28 @@ def test_zeros_at_a_windows_edge_meet_no_infinity() -> None:
     (work,) = [w for w in analyse(program).works if w.op.endswith("conv") or "conv2d" in w.op]
     lowered = lower(program, plan={work.node.name: "llvm.depthwise-last"})
     torch.testing.assert_close(lowered.runner(x)[0], model(x), equal_nan=True)
+
+
+class Turned(nn.Module):
+    """A depthwise convolution, and a linear over the channels of what it gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix, self.up = nn.Conv2d(20, 20, 7, padding=3, groups=20), nn.Linear(20, 9)
+
+    def forward(self, x):
+        return self.up(self.mix(x).permute(0, 2, 3, 1))
+
+
+@needs_avx512
+def test_a_transpose_reads_channels_last_as_it_lies() -> None:
+    torch.manual_seed(2)
+    model, x = Turned(), torch.randn(2, 20, 9, 11)
+    captured, program = _program(model, x)
+    conv, turn = (next(n for n in program.nodes if op in str(n.target)) for op in ("conv", "permute"))
+    lowered = lower(program, plan={conv.name: "llvm.depthwise-last", turn.name: "aten.from-last"})
+    names = [s.name for s in lowered.runner.steps]
+    at = names.index("llvm.depthwise-last")
+    assert not any("last→" in n for n in names[at:]) and not [n for n in lowered.notes if "does not exist" in n]
+    for far, near, got in zip(run_double(captured, (x,)), run_pure(captured, (x,)), lowered.runner(x), strict=True):
+        assert Exact().failure(far, near, got) is None
