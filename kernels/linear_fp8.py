@@ -1,25 +1,39 @@
-"""Linear layers of 8-bit floats by PyTorch's own product, ``torch._scaled_mm``, with what stands before and behind it around it.
+# ruff: noqa: FURB136  min() and max() treat NaN otherwise than the conditional expressions here do
+"""Linear layers of 8-bit floats: on CUDA by PyTorch's own product, ``torch._scaled_mm``, with what stands before and behind it around it.
 
     s[r] = max_k |x[r, k]| / 448;   x8 = fp8(x / s);   y = activation(x8 @ w8^T * s * w_scale + bias + other)
 
 ``x`` [*, K] float16, bfloat16 or float32; ``weight`` [N, K] float8_e4m3fn with a scale per row; y [*, N]. On CUDA (sm_89 and later) cuBLASLt
 multiplies, and our Triton kernels make x8 in one pass before it and do all the rest in one pass over its float32 sums behind it; a plain
-product in bfloat16 under a scale for each row needs no second pass. On the CPU oneDNN multiplies; no x86 before AMX-FP8 has
-instructions for fp8, so it widens first: exact, smaller in memory, and slower than the product of floats that it stands for.
+product in bfloat16 under a scale for each row needs no second pass. No x86 before AMX-FP8 multiplies 8-bit floats: on the CPU one pass rounds
+x to what x8 s stands for, and the weight, packed ahead as that of ``linear_w8_groups`` is, becomes floats where it is multiplied. A byte
+shifted into a float16 is the number over 256, subnormals included. Bound by memory up to about a dozen rows (a quarter of the bytes of float32),
+by arithmetic beyond.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.functional import pad
 
 from graphwright.kernel import Cost, Kernel, Sample
-from graphwright.ops.fp8 import quantize_fp8
-from graphwright.ops.fused import ACTIVATIONS, activate
+from graphwright.kernels.activations import CODE
+from graphwright.kernels.common import address, not_cpu, rows_of
+from graphwright.kernels.grouped import Packed, pack_bytes
+from graphwright.kernels.grouped import pack as pack_groups
+from graphwright.kernels.language import INT8, INT64, ir
+from graphwright.kernels.linear_w8_groups import columns
+from graphwright.kernels.native import Native, threads_for
+from graphwright.kernels.scalar import magnitude
+from graphwright.kernels.tile import apart, bits, device, f32, from_bits, i32, i64, real, share
+from graphwright.kernels.vector import LANES, F
+from graphwright.kernels.vnni import unfit
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -31,7 +45,7 @@ def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
     """``x`` with bytes of zeros up to this size; x itself where it has it."""
     if x.shape == (rows, columns) and x.stride(1) == 1 and x.stride(0) % STEP == 0:
         return x
-    return F.pad(x.contiguous().view(torch.uint8), (0, columns - x.shape[1], 0, rows - x.shape[0])).contiguous().view(x.dtype)
+    return pad(x.contiguous().view(torch.uint8), (0, columns - x.shape[1], 0, rows - x.shape[0])).contiguous().view(x.dtype)
 
 
 def _up(n: int) -> int:
@@ -41,25 +55,108 @@ def _up(n: int) -> int:
 # -- CPU -----------------------------------------------------------------------------------------------------------------
 
 
+#: The smallest number of e4m3 of full precision, its largest, and what rounds smaller ones to steps of 2^-9 when it is added and taken away.
+_NORMAL, _MOST, _STEPS = 2.0**-6, 448.0, 1.5 * 2.0**14
+_TINY = float(np.finfo(np.float32).tiny)
+_POSITIVE, _ROUND, _KEPT, _LAST = np.int32(0x7FFFFFFF), np.int32(0x7FFFF), np.int32(-(1 << 20)), np.int32(1)
+
+
+@device
+def _largest(x, n):
+    """The largest magnitude of ``n`` floats; as integers infinity and NaN are above all others."""
+    apart()
+    a, best = i32(x), np.int32(0)
+    for i in range(n):
+        key = np.int32(a[i] & _POSITIVE)
+        best = key if key > best else best
+    return from_bits(best)
+
+
+@device
+def _scale_of(most):
+    """What e4m3 has to be multiplied by where this is the largest magnitude: NaN where that is no number."""
+    scale = most / real(_MOST)
+    scale = scale if scale > real(_TINY) else real(1)
+    return scale + (most - most)
+
+
+@device
+def _round_row(x, n, scale, to):
+    """``n`` floats as what they stand for in e4m3 under a scale."""
+    apart()
+    a, out = f32(x), f32(to)
+    for i in range(n):
+        v = a[i] / scale
+        size = magnitude(v)
+        size = real(_MOST) if size > real(_MOST) else size
+        key = bits(size)
+        key = np.int32((np.int32(key + _ROUND) + (np.int32(key >> 20) & _LAST)) & _KEPT)
+        size = from_bits(key) if size >= real(_NORMAL) else (size + real(_STEPS)) - real(_STEPS)
+        out[i] = (size if v >= real(0) else -size) * scale
+
+
+def _rounded(params):  # device code
+    """Slots: 2 x, 3 its row in bytes, 4 rows, 5 columns, 6 to, 7 0 or the largest magnitude of all, a float32."""
+    p = i64(params)
+    first, end = share(params, p[4])
+    for r in range(first, end):
+        x, most = p[2] + r * p[3], real(0)
+        if p[7] != 0:
+            most = f32(p[7])[0]
+        else:
+            most = _largest(x, p[5])
+        _round_row(x, p[5], _scale_of(most), p[6] + r * p[5] * 4)
+
+
+_ROUNDED = Native(_rounded, "q" * 6)
+
+
+def _column(at: Any, block: Any, line: Any) -> Any:
+    """One input of 16 channels, from e4m3 ``[inputs, 16]``, as floats: each over 256."""
+    narrow, half = ir.VectorType(INT8.llvm, LANES), ir.VectorType(ir.IntType(16), LANES)
+    b = at.zext(at.load(at.inttoptr(at.add(block, at.mul(line, INT64.llvm(LANES))), narrow.as_pointer()), align=1), half)
+    sign, rest = (ir.Constant(half, [n] * LANES) for n in (0x80, 0x7F))
+    word = at.or_(at.shl(at.and_(b, sign), ir.Constant(half, [8] * LANES)), at.shl(at.and_(b, rest), ir.Constant(half, [7] * LANES)))
+    return at.fpext(at.bitcast(word, ir.VectorType(ir.HalfType(), LANES)), F.llvm)
+
+
+_KIND = columns("linear_fp8", _column)
+_SIMPLE, _SMOOTH = _KIND.simple, _KIND.smooth  # under these names they are found and compiled ahead
+_MANY_SIMPLE, _MANY_SMOOTH, _BESIDE = _KIND.many.natives
+
+
+def pack(weight: Tensor, weight_scales: Tensor, bias: Tensor | None) -> Packed:
+    """Pack ``weight [o, i]`` float8_e4m3fn with ``weight_scales`` and ``bias`` [o]. A channel with a NaN has nothing else."""
+    scales = weight_scales.detach().float() * 256
+    scales = torch.where(weight.detach().float().isnan().any(1), torch.nan, scales)
+    return pack_groups(pack_bytes(weight.detach().contiguous().view(torch.int8)), weight.shape[1], weight.shape[1], scales[:, None], 0.0, bias)
+
+
+def apply_cpu(x: Tensor, packed: Packed, other: Tensor | None, activation: str, scalars: Any, by_row: bool, dtype: torch.dtype | None) -> Tensor:
+    """``run_cpu`` with a weight packed ahead."""
+    if not x.numel():
+        return torch.empty((*x.shape[:-1], packed.out), dtype=dtype or torch.float32)
+    rows = rows_of(x.float())
+    real_x = torch.empty(rows.shape)
+    most = None if by_row else rows.abs().amax()
+    _ROUNDED(threads_for(8 * rows.numel()), rows.data_ptr(), rows.stride(0) * 4, *rows.shape, real_x.data_ptr(), address(most))
+    return _KIND(real_x.view(x.shape), packed, None, other, activation, scalars, dtype)
+
+
 def run_cpu(
     x: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, other: Tensor | None, activation: str, scalars: Any,
     by_row: bool, kind: torch.dtype, dtype: torch.dtype | None,
 ) -> Tensor:  # fmt: skip
     """See ``graphwright.ops.fp8.linear_fp8``."""
-    out, width = weight.shape
-    shape = (*x.shape[:-1], out)
-    if not x.numel() or not out:
-        return torch.empty(shape, dtype=dtype or torch.float32)
-    q, scales = quantize_fp8(x.reshape(-1, width), by_row, kind)
-    rows = q.shape[0]
-    one = torch.ones(())
-    y = torch._scaled_mm(_padded(q, rows, _up(width)), _padded(weight, _up(out), _up(width)).t(), one, one, out_dtype=torch.float32)[:, :out]
-    y = y * scales * weight_scales.float()
-    if bias is not None:
-        y = y + bias.float()
-    if other is not None:
-        y = y + other.reshape(rows, out).float()
-    return activate(y, activation, scalars).to(dtype or torch.float32).reshape(shape).contiguous()
+    return apply_cpu(x, pack(weight, weight_scales, bias), other, activation, scalars, by_row, dtype)
+
+
+def ready_cpu(
+    x: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, other: Tensor | None, activation: str, scalars: Any,
+    by_row: bool, kind: torch.dtype, dtype: torch.dtype | None,
+) -> Callable[[], Tensor]:  # fmt: skip
+    """See ``Kernel.ready``."""
+    return functools.partial(apply_cpu, x, pack(weight, weight_scales, bias), other, activation, scalars, by_row, dtype)
 
 
 # -- CUDA ----------------------------------------------------------------------------------------------------------------
@@ -102,14 +199,13 @@ def supports_cpu(
     x: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, other: Tensor | None, activation: str, scalars: Any,
     by_row: bool, kind: torch.dtype, dtype: torch.dtype | None,
 ) -> str | None:  # fmt: skip
-    for t in (x, weight, weight_scales, bias, other):
-        if t is not None and t.device.type != "cpu":
-            return f"a tensor lies on {t.device}"
+    if (reason := unfit() or not_cpu(x, weight, weight_scales, bias, other)) is not None:
+        return reason
     if kind != torch.float8_e4m3fn or weight.dtype != kind or x.dtype not in _FLOATS:
         return f"x is {x.dtype}, the weight {weight.dtype}; wanted float16, bfloat16 or float32, and float8_e4m3fn"
     if not x.ndim or weight.ndim != 2 or x.shape[-1] != weight.shape[1] or not weight.shape[1]:
         return f"shapes {tuple(x.shape)} and {tuple(weight.shape)} do not belong together"
-    if activation not in ACTIVATIONS:
+    if activation not in CODE:
         return f"activation {activation!r} is not fused"
     return None if dtype in (None, *_FLOATS) else f"result of {dtype}; float32, float16 and bfloat16 are supported"
 
@@ -151,6 +247,6 @@ def samples() -> Iterator[Sample]:
 
 # Sums of products are added in another order; on the GPU its matrix units keep about 14 bits while they add.
 KERNELS = (
-    Kernel("graphwright.linear_fp8", "cpu", "onednn", run_cpu, supports_cpu, cost, samples, precision="fp8"),
+    Kernel("graphwright.linear_fp8", "cpu", "llvm", run_cpu, supports_cpu, cost, samples, precision="fp8", ready=ready_cpu),
     Kernel("graphwright.linear_fp8", "cuda", "cublaslt", run_cuda, supports_cuda, cost, samples, tolerance=(5e-3, 1), precision="fp8"),
 )

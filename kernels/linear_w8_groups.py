@@ -21,22 +21,29 @@ from graphwright.kernels.common import pieces
 from graphwright.kernels.grouped import Kind, Packed, pack_bytes, spread_load, unfit_linear
 from graphwright.kernels.grouped import pack as pack_groups
 from graphwright.kernels.language import FLOAT32, INT64, known
-from graphwright.kernels.panels import BYTES, column
+from graphwright.kernels.panels import BYTES, Many
+from graphwright.kernels.panels import column as INTEGERS
 from graphwright.kernels.vector import LANES, F
 
 _INPUTS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _line(at: Any, rows: list[Any], blocks: list[Any], line: Any, sums: list[Any]) -> list[Any]:
-    long, vector, after = INT64.llvm, F.llvm, []
-    columns, row_start = [column(at, b, line) for b in blocks], at.mul(line, long(4))
-    for r, row in enumerate(rows):
-        one = spread_load(at, at.add(row, row_start), FLOAT32.llvm, vector)
-        after += [known(at, "llvm.fma.v16f32", vector, one, c, sums[r * len(blocks) + v]) for v, c in enumerate(columns)]
-    return after
+def columns(name: str, column: Callable[[Any, Any, Any], Any]) -> Kind:
+    """The kernels whose weight has a byte for each number: ``column(at, block, line)`` writes what makes 16 floats of one line."""
+
+    def line(at: Any, rows: list[Any], blocks: list[Any], number: Any, sums: list[Any]) -> list[Any]:
+        long, vector, after = INT64.llvm, F.llvm, []
+        values, row_start = [column(at, b, number) for b in blocks], at.mul(number, long(4))
+        for r, row in enumerate(rows):
+            one = spread_load(at, at.add(row, row_start), FLOAT32.llvm, vector)
+            after += [known(at, "llvm.fma.v16f32", vector, one, c, sums[r * len(blocks) + v]) for v, c in enumerate(values)]
+        return after
+
+    many = BYTES if column is INTEGERS else Many(name, LANES, 1, lambda *given: [column(*given)])
+    return Kind(name, LANES, 4, 1, 4, lambda: F.llvm, line, many)
 
 
-_KIND = Kind("linear_w8_groups", LANES, 4, 1, 4, lambda: F.llvm, _line, BYTES)
+_KIND = columns("linear_w8_groups", INTEGERS)
 _SIMPLE, _SMOOTH = _KIND.simple, _KIND.smooth  # under these names they are found and compiled ahead
 _MANY_SIMPLE, _MANY_SMOOTH, _BESIDE = BYTES.natives
 

@@ -130,4 +130,4 @@ def test_a_process_that_forks_while_kernels_are_compiled_can_compile_in_its_chil
     )
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.stdout.split() == ["2.0", "2.0"], done.stderr
+    assert done.stdout.count("2.0") == 2, done.stderr  # two processes write: lines may meet
