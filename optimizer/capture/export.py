@@ -74,7 +74,7 @@ def writing_assigned_buffers(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def tracing() -> Iterator[None]:
     """What torch.export wants round it: gradients on, its warnings and log lines silent."""
-    loggers = [logging.getLogger(n) for n in ("torch.export", "torch.fx", "torch._dynamo", "torch.fx.experimental")]
+    loggers = [logging.getLogger(n) for n in ("torch.export", "torch._export", "torch._subclasses", "torch.fx", "torch._dynamo", "torch.fx.experimental")]
     levels = [(log, log.level) for log in loggers]
     try:
         with torch.enable_grad(), plain_attention(), warnings.catch_warnings():

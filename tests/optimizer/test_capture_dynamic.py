@@ -1,5 +1,7 @@
 """Sizes that may vary: what is covered is right at every size, and what is not covered is said."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -201,3 +203,18 @@ def test_numbers_that_depend_on_sizes_are_not_frozen():
     found = capture(model, (torch.randn(3, 2),), dynamic="auto")
     assert found.program.signature.symbols == {} and found.run(torch.randn(3, 2))[1] == 3
     assert any("varying" in n for n in found.notes)
+
+
+def test_what_torch_says_about_attempts_is_not_the_users():
+    said = []
+    handler = logging.Handler()
+    handler.emit = said.append
+    logs = [logging.getLogger(n) for n in ("torch._export.non_strict_utils", "torch._subclasses.fake_tensor")]
+    for log in logs:
+        log.addHandler(handler)
+    try:
+        capture(nn.Conv2d(3, 4, 3).eval(), (torch.zeros(0, 3, 9, 9),), dynamic="auto")
+    finally:
+        for log in logs:
+            log.removeHandler(handler)
+    assert not said
