@@ -188,6 +188,7 @@ class _Writer(Loops):
         if form == "flat":
             say("c = program * BLOCK + tl.arange(0, BLOCK)")
             say("inside = c < columns")
+            self.lines += self._apart()
             return
         if form == "tiles":
             say("across = tl.cdiv(columns, BLOCK)")
@@ -209,8 +210,9 @@ class _Writer(Loops):
         """The kernel that holds its tile in registers: each number is computed once."""
         self._begin(form)
         if form == "rows":
-            self.lines += ["c = lane.to(tl.int64) if BIG else lane", *self._apart()]
+            self.lines.append("c = lane.to(tl.int64) if BIG else lane")
         if form != "flat":
+            self.lines += self._apart()
             self.lines.append("inside = here & (c < columns)")
         for k, term in enumerate(self.terms):
             self._store(k, self._named(term))

@@ -101,7 +101,8 @@ def fragments(draw: Any, dtypes: Sequence[str] = (F,), beside: bool = False) -> 
                 full.append(push(draw(st.sampled_from(_UNARY)), [v(x)], space))
             case "binary":
                 y = draw(st.sampled_from([*full, *range(len(records))]))
-                full.append(push(draw(st.sampled_from(["add.Tensor", "mul.Tensor", "sub.Tensor", "maximum.default"])), [v(x), v(y)], space))
+                minus = ["sub.Tensor"] * (y >= len(records) or records[y][0] != "bool")  # torch takes no truth value from a number
+                full.append(push(draw(st.sampled_from(["add.Tensor", "mul.Tensor", "maximum.default", *minus])), [v(x), v(y)], space))
             case "row" if rows:
                 full.append(push("mul.Tensor", [v(x), v(draw(st.sampled_from(rows)))], space))
             case "reduce" if longer:
