@@ -105,6 +105,7 @@ def optimize_decoder(
         say("generating with original and result in turns")
         with untouched(model):
             decoder.__dict__["_report"] = race.compared(decoder, calls, given, recipe, goal or Goal())
+        decoder.report.notes += _unfollowed(model)
         decoder.report.seconds["total"] = time.perf_counter() - start
     return decoder
 
@@ -148,6 +149,35 @@ def _traits(model: nn.Module, convention: Convention, cache: str, limit: int | N
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = getattr(text, "vocab_size", None)
     return Traits(cache, limit, convention.mask, tuple(t for t in ends if t >= 0), pad, size if isinstance(size, int) else None)
+
+
+#: What ``generate`` takes, and what of a generation config means nothing here: caches, what is returned, and what beams alone heed.
+_ARGUMENTS = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_KNOWN = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id", "max_length", "max_new_tokens", "use_cache", "cache_implementation",
+          "cache_config", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "output_logits", "transformers_version",
+          "length_penalty", "early_stopping", "disable_compile", "compile_config")  # fmt: skip
+#: Values that change nothing.
+_IDLE = {"temperature": 1, "top_k": 50, "top_p": 1, "min_p": 0, "repetition_penalty": 1, "num_beams": 1, "num_return_sequences": 1, "num_beam_groups": 1,
+         "no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1, "diversity_penalty": 0, "min_length": 0, "typical_p": 1,
+         "epsilon_cutoff": 0, "eta_cutoff": 0}  # fmt: skip
+
+
+def _unfollowed(model: nn.Module) -> list[str]:
+    """What the model's generation config asks for and ``generate`` does not do by itself, as notes for the report."""
+    generation = getattr(model, "generation_config", None)
+    asked = generation.to_diff_dict() if hasattr(generation, "to_diff_dict") else {}
+    asked = {k: v for k, v in asked.items() if k not in _KNOWN and not k.startswith("_") and v not in (None, False, [], {}) and not (k in _IDLE and v == _IDLE[k])}
+    passed, left = ({k: v for k, v in asked.items() if (k in _ARGUMENTS) is inside} for inside in (True, False))
+    notes = []
+    if passed:
+        notes.append(f"the model's generation config asks for {_listed(passed)}: pass that to generate, which takes the most probable token by itself")
+    if left:
+        notes.append(f"generate does not follow {_listed(left)} of the model's generation config: transformers' own may answer otherwise")
+    return notes
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={v!r}" for k, v in settings.items())
 
 
 class _Job(Job):

@@ -1,5 +1,6 @@
 """Decoders: answers token for token those of transformers, sampling, limits, storing, weights held once."""
 
+import copy
 import subprocess
 import sys
 
@@ -392,6 +393,21 @@ def test_the_report_shows_both_programs_side_by_side(decoder):
     assert first > 0 and second > 0 and report.tokens == 16 and report.batch == 2
     assert "h.0" in decoder.explain("*h.0*") and "Prefill" in decoder.explain("*h.0*")
     assert type(report).from_dict(report.to_dict()).to_dict() == report.to_dict()
+
+
+def test_the_report_names_settings_that_generate_does_not_follow(gpt2):
+    model = copy.deepcopy(gpt2)
+    config = model.generation_config
+    config.forced_eos_token_id, config.do_sample, config.temperature, config.num_beams = 7, True, 0.7, 1
+    notes = gw.optimize_decoder(model, prompt()).report.notes
+    (passed,) = [n for n in notes if "pass that to generate" in n]
+    assert "do_sample=True, temperature=0.7" in passed and "forced" not in passed
+    (left,) = [n for n in notes if "does not follow" in n]
+    assert "forced_eos_token_id=7" in left and "num_beams" not in left
+
+
+def test_the_report_has_no_such_notes_without_such_settings(decoder):
+    assert not [n for n in decoder.report.notes if "generate" in n]
 
 
 def test_a_result_that_is_not_faster_says_so_and_runs_as_captured(gpt2, monkeypatch):
