@@ -65,11 +65,14 @@ def test_what_a_version_refuses_is_not_tried(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_evidence_for_other_versions() -> None:
-    """Rows add up and are about kernels that there are; nothing that was compiled is worse than on record."""
+    """Rows add up and are about kernels that there are; nothing that was compiled is worse than on record but what is named here, and left out there."""
+    known = {("linear_w4", "3.9.0", "sm_80"): "BM=128 BN=128 SPLIT=1 warps=8 stages=3"}  # spills 32 bytes
     rows = versions.read()
     assert rows and set(rows) <= set(gpu.families())
     for name, found in rows.items():
-        for by_target in found.values():
+        for version, by_target in found.items():
             for target, row in by_target.items():
                 assert row["compiled"] == row["good"] + len(row["refused"]) and 0 < row["compiled"] <= row["builds"]
-                assert not versions.unexpected(name, target, row)
+                worse = {short.split(" | ")[1] for short in versions.unexpected(name, target, row)}
+                assert worse <= {known.get((name, version, target))}, (name, version, target)
+                assert all((config, target) in versions.problems(name, version) for config in worse)
