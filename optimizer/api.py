@@ -17,10 +17,11 @@ from graphwright import backends, search
 from graphwright.accelerator import on, random_devices
 from graphwright.calibrate import Calibration, calls, collect, missing
 from graphwright.capture import Capture, Guard, capture
+from graphwright.capture.dynamic import Changed
 from graphwright.capture.export import positional_names
 from graphwright.capture.rehearse import clone_sharing, untouched
 from graphwright.capture.weights import leaf_names
-from graphwright.errors import CalibrationError, CoverageError, InputError
+from graphwright.errors import CalibrationError, CoverageError, InputError, PassError
 from graphwright.ir import Program
 from graphwright.manager import Pass, check_patterns, narrowed
 from graphwright.memory import release
@@ -144,21 +145,31 @@ class Job:
         release()
         return variant
 
-    def again(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, again: bool) -> Variant:
-        """Optimize for a call that is not covered; once sizes have changed, batch and sequence sizes are left open."""
+    def again(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, near: Sequence[Variant]) -> Variant:
+        """Optimize for a call that is not covered; sizes in which it differs from those of ``near`` are left open, as are batch and sequence."""
         assert self.result is not None
         if self.result._report is None and not self.result._variants and not self._measuring:
             return self.first(model, args, kwargs)
-        dynamic = self.dynamic if self.dynamic is not None or not again else "auto"
+        changed = None
+        if near and (self.dynamic is None or self.dynamic is True or self.dynamic == "auto"):
+            changed = Changed(tuple(s for s in (v.sizes() for v in near) if s is not None), near[0].fixed.union(*(v.fixed for v in near)))
         with on(_home(model)):
             try:
-                variant = self._variant(model, args, kwargs, dynamic)[0]
+                variant = self._variant(model, args, kwargs, changed or self.dynamic)[0]
+            except PassError as error:
+                if changed is None:
+                    raise
+                variant = self._variant(model, args, kwargs, self.dynamic)[0]
+                variant.capture.notes.append(f"not optimized with varying sizes: {error.what}")
             except CalibrationError as error:
                 wider = self._sizes_of_both(model, args, kwargs)
                 if wider is None:
                     raise CoverageError(f"this call's inputs need calibration data of their own: {error}",
                                         hint="Optimize again, with batches that have these sizes.") from error  # fmt: skip
                 variant = self._variant(model, args, kwargs, wider)[0]
+            if changed is not None:
+                sizes = variant.sizes()
+                variant.fixed = changed.fixed.union(p for p in changed.differing(flatten_call(args, kwargs)[0]) if sizes is None or sizes[p[0]][p[1]] is not None)
             self.economize(variant)
         return variant
 

@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from graphwright import ops
 from graphwright.errors import InternalError
 from graphwright.nodes import SCALAR_FUNCTIONS, describe, normalise, sites_of
+from graphwright.sizes import always
 
 if TYPE_CHECKING:
     from graphwright.ir import Program
@@ -85,13 +86,21 @@ def _broken(program: Program, node: fx.Node) -> str | None:
     return _wrong_value(program, node)
 
 
-def _same_sizes(a: Any, b: Any) -> bool:
-    """Two fake tensors whose sizes are spelled differently and known to be equal: ``1 - Max(0, 1 - 2*s)`` and 1."""
+def _same_sizes(program: Program, a: Any, b: Any) -> bool:
+    """Two fake tensors whose sizes are spelled differently and are equal: ``1 - Max(0, 1 - 2*s)`` and 1. What torch
+    cannot tell is tried on sizes that the program covers."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # takes a second to import
 
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or a.dtype != b.dtype or a.ndim != b.ndim:
         return False
-    return all(bool(statically_known_true(x == y)) for x, y in zip(a.shape, b.shape, strict=True))
+    return all(bool(statically_known_true(x == y)) or _equal_within(program, x, y) for x, y in zip(a.shape, b.shape, strict=True))
+
+
+def _equal_within(program: Program, x: Any, y: Any) -> bool:
+    import sympy
+
+    left, right = (sympy.sympify(n.node.expr if isinstance(n, torch.SymInt) else n) for n in (x, y))
+    return always(sympy.Eq(left, right), program.signature.symbols)
 
 
 def _wrong_value(program: Program, node: fx.Node) -> str | None:
@@ -113,7 +122,7 @@ def _wrong_value(program: Program, node: fx.Node) -> str | None:
         said, found = describe(node.meta["val"]), describe(gives)
     except Exception as error:  # noqa: BLE001  an op says so by raising anything
         return f"the op does not take these arguments: {error}"
-    if said != found and not _same_sizes(node.meta["val"], gives):
+    if said != found and not _same_sizes(program, node.meta["val"], gives):
         return f"meta['val'] says {said}, the op gives {found}"
     node.meta["checked"] = found_right
     return None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from graphwright import store
 from graphwright.accelerator import device_of
 from graphwright.capture import Capture, Guard, weights_fingerprint
+from graphwright.capture.dynamic import Sizes
 from graphwright.capture.rehearse import untouched
 from graphwright.errors import CoverageError, InputError, SaveError, UnsupportedError
 from graphwright.ir import Program
@@ -40,6 +41,7 @@ class Variant:
 
     Attributes:
         built: None where the model could not be captured whole; then ``pieces`` runs, and ``parts`` are the builds in it.
+        fixed: sizes, by (input, dimension), that were to vary and could not.
     """
 
     spec: Spec
@@ -48,6 +50,7 @@ class Variant:
     guard: Guard | None
     pieces: Callable[..., Any] | None = None
     parts: list[Built] = field(default_factory=list)
+    fixed: frozenset[tuple[int, int]] = frozenset()
 
     def covers(self, leaves: list[Tensor], spec: Spec) -> str | None:
         """None, or why this variant can't serve the call."""
@@ -56,6 +59,13 @@ class Variant:
                 return f"the call's structure is {spec.describe()}; covered: {self.spec.describe()}"
             self.spec = spec  # structures of mere tensors are one object: the next comparison is free
         return self.guard.check(leaves) if self.guard is not None else None
+
+    def sizes(self) -> Sizes | None:
+        """Of every input, what is covered; None for a size that varies. None where the model was not captured whole."""
+        if self.capture.program is None:
+            return None
+        shapes = (p.meta["val"].shape for p in self.capture.program.placeholders)
+        return tuple(tuple(n if isinstance(n, int) else None for n in shape) for shape in shapes)
 
     def run(self, leaves: list[Tensor]) -> Any:
         if self.built is None:
@@ -96,7 +106,7 @@ class Optimized(nn.Module):
 
     It is a snapshot: later edits to the user's model don't reach it. A call whose shapes, dtypes or structure no
     captured program covers is captured anew while the user's model is alive and unedited (at most ``MAX_VARIANTS`` are
-    kept); after ``load`` it raises ``CoverageError``.
+    kept), and sizes that have changed are left open then; after ``load`` it raises ``CoverageError``.
 
     Attributes:
         report: what was done and measured; ``print(report)``, ``.to_json()``, ``.to_html(path)``.
@@ -133,9 +143,9 @@ class Optimized(nn.Module):
         return None
 
     def _recapture(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Tensor], spec: Spec) -> Variant:
-        near = next((v for v in self._variants if v.spec == spec), None)
+        near = [v for v in self._variants if v.spec == spec]
         if self._compile is None:
-            reasons = [v.covers(leaves, spec) or "" for v in self._variants if near is None or v.spec == spec]
+            reasons = [v.covers(leaves, spec) or "" for v in near or self._variants]
             raise CoverageError(f"this call is not covered: {_joined(reasons) if reasons else 'nothing is covered yet'}",
                                 hint="A loaded model covers what it was captured for: optimize again on inputs of these shapes, with dynamic='auto' (batch "
                                      "and tokens), or with the sizes that vary by name: dynamic={'x': {1: 'length'}}.")  # fmt: skip
@@ -147,7 +157,7 @@ class Optimized(nn.Module):
             raise CoverageError("this call is not covered, and the original model was edited since optimize()",
                                 hint="Call optimize() again: the result is a snapshot of the model as it was.")  # fmt: skip
         with self._state_of_now(model):
-            variant = self._compile(model, args, kwargs, again=near is not None)
+            variant = self._compile(model, args, kwargs, near=near)
         self._add(variant, model)
         return variant
 

@@ -6,7 +6,6 @@ Where torch.export, or the model itself, does not allow a group to vary, the gro
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,10 @@ from torch.export import Dim
 
 from graphwright import ir
 from graphwright.errors import InputError, nearest
+from graphwright.sizes import always, as_function
+
+#: of every leaf, of every dimension
+Sizes = tuple[tuple[int | None, ...], ...]
 
 _CACHE = re.compile(r"\.(keys|values)$|\['past_key_values'\](\[\d+\])+$")
 _SCAN = 4096  # sizes up to here are tried against a guard on one size
@@ -72,6 +75,34 @@ class Plan:
                 torch._check(leaves[leaf].shape[d] == first)
         for (leaf, d), parts, extra in self.sums:
             torch._check(leaves[leaf].shape[d] == sum(leaves[k].shape[j] for k, j in parts) + extra)
+
+
+@dataclass(frozen=True)
+class Changed:
+    """For ``capture(dynamic=...)``: as ``"auto"``, and what differed between the calls so far.
+
+    Attributes:
+        calls: the sizes of every leaf in each of them; None is one that varies already.
+        fixed: places (leaf, dimension) that an earlier capture could not leave open.
+    """
+
+    calls: tuple[Sizes, ...]
+    fixed: frozenset[tuple[int, int]] = frozenset()
+
+    def differing(self, leaves: Sequence[torch.Tensor]) -> dict[tuple[int, int], tuple[int | None, ...]]:
+        """Places (leaf, dimension) with the size that they have now and in each call, where those are not all one."""
+        calls = [c for c in self.calls if [len(s) for s in c] == [t.ndim for t in leaves]]
+        found = {(k, d): (n, *(c[k][d] for c in calls)) for k, t in enumerate(leaves) for d, n in enumerate(t.shape)}
+        return {place: sizes for place, sizes in found.items() if len(set(sizes)) > 1 and place not in self.fixed}
+
+    def opened(self, plan: Plan, leaves: Sequence[torch.Tensor]) -> Plan:
+        """The plan with a group for each set of sizes that have always been equal, and not always what they are now."""
+        open_ = {place for g in plan.groups for place in g.members} | {place for place, _, _ in plan.sums}
+        found: dict[tuple[int | None, ...], list[tuple[int, int]]] = {}
+        for place, sizes in self.differing(leaves).items():
+            if place not in open_:
+                found.setdefault(sizes, []).append(place)
+        return Plan([*plan.groups, *(Group("size", sizes[0] or 0, tuple(places)) for sizes, places in found.items())], plan.sums)
 
 
 # -- making a plan ---------------------------------------------------------------------------------------------------
@@ -213,7 +244,7 @@ def spans(placeholders: Sequence[fx.Node], groups: Sequence[Group]) -> dict[str,
         highs = [h for h in (high, *(h for _, h in own)) if h is not None and h < _HUGE]
         found[str(symbol)] = _fit(symbol, single[symbol], hints[symbol], low, min(highs, default=None))
     for expression in joint:
-        if not _always(expression, found):
+        if not always(expression, found):
             raise Inexpressible(f"the model's code holds for sizes with {expression} alone")
     return dict(sorted(found.items()))
 
@@ -229,8 +260,10 @@ def _fit(symbol: Any, guards: Sequence[Any], hint: int, low: int, high: int | No
                 step = step * int(mod.args[1]) // sympy.gcd(step, int(mod.args[1]))
     step = int(step)
 
+    tests = [as_function(g, (symbol,)) for g in guards]
+
     def good(value: int) -> bool:
-        return all(bool(g.subs(symbol, value)) for g in guards)
+        return all(test(value) for test in tests)
 
     bottom = hint
     while guards and bottom - step >= low and good(bottom - step):
@@ -244,20 +277,6 @@ def _fit(symbol: Any, guards: Sequence[Any], hint: int, low: int, high: int | No
     if top + step > limit and limit == hint + _SCAN and all(good(step * (10**k)) for k in range(4, 9)):
         top = high
     return ir.Span(bottom, top, step)
-
-
-def _always(expression: Any, found: Mapping[str, ir.Span]) -> bool:
-    """Whether a guard on several sizes holds for all sizes within their spans: checked on a grid, small and large."""
-    free = sorted(expression.free_symbols, key=str)
-    if len(free) > 3 or not all(str(s) in found for s in free):
-        return False
-    values = []
-    for symbol in free:
-        span = found[str(symbol)]
-        start = -(-max(span.low, 1) // span.multiple) * span.multiple
-        tried = [start + k * span.multiple for k in (0, 1, 2, 3, 4, 6, 7, 15, 32, 127, 1000)]
-        values.append([v for v in tried if span.high is None or v <= span.high])
-    return all(bool(expression.subs(dict(zip(free, v, strict=True)))) for v in itertools.product(*values))
 
 
 def _is(placeholders: Sequence[fx.Node], member: tuple[int, int], symbol: Any) -> bool:

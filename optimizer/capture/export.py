@@ -9,13 +9,15 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from graphwright import ir
 from graphwright.capture.build import Builder
-from graphwright.capture.dynamic import Plan, spans
+from graphwright.capture.dynamic import Inexpressible, Plan, spans
 from graphwright.capture.rehearse import ambient_autocast, plain_attention, untouched
 from graphwright.errors import CaptureError
 from graphwright.structure import Spec, flatten
@@ -43,11 +45,26 @@ class Flat(nn.Module):
         with ExitStack() as stack:
             for device, dtype in self.autocast:
                 stack.enter_context(torch.autocast(device, dtype))
+            if self.plan.groups:
+                stack.enter_context(_Legible())
             with writing_assigned_buffers(self.model):
                 answer = self.model(*args, **kwargs)
         tensors, outputs = flatten(answer, name="output")
         self.saw(outputs)
         return tuple(tensors)
+
+
+class _Legible(TorchFunctionMode):
+    """Ends a trace whose sizes become long expressions: each op then takes seconds, and the guards can be told to nobody."""
+
+    LIMIT = 32
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for size in out.shape if isinstance(out, torch.Tensor) else ():
+            if isinstance(size, torch.SymInt) and size.node.expr.count_ops() > self.LIMIT:
+                raise Inexpressible(f"what {getattr(func, '__name__', func)} gives has a size of {size.node.expr.count_ops()} operations on the inputs' sizes")
+        return out
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from graphwright import ir
+from graphwright.capture.dynamic import Changed
 from graphwright.capture.guard import Guard, key
 from graphwright.capture.rehearse import (
     Rehearsal,
@@ -118,7 +119,7 @@ class Regions:
                  storage: dict[int, torch.UntypedStorage]):  # fmt: skip
         self.model, self.leaves, self.spec, self.said = model, leaves, spec, said
         self.failure = failure
-        self.dynamic = dynamic if dynamic in (None, False, True, "auto") else None
+        self.dynamic = "auto" if isinstance(dynamic, Changed) else dynamic if dynamic in (None, False, True, "auto") else None
         self.storage = storage
         self.programs: dict[int, tuple[str, list[ir.Program]]] = {}
         self.regions: list[Region] = []

@@ -11,7 +11,7 @@ from torch import nn
 
 from graphwright import ir
 from graphwright.capture import dynamic as sizes
-from graphwright.capture.dynamic import Group, Plan
+from graphwright.capture.dynamic import Changed, Group, Plan
 from graphwright.capture.export import export, positional_names
 from graphwright.capture.rehearse import Rehearsal, disagreement, rehearse, where
 from graphwright.capture.weights import leaf_names
@@ -42,8 +42,10 @@ class Whole:
         self.names = leaf_names(spec.paths(), positional)
         if dynamic is None or dynamic is False:
             self.plan = Plan()
-        elif dynamic is True or dynamic == "auto":
+        elif dynamic is True or dynamic == "auto" or isinstance(dynamic, Changed):
             self.plan = sizes.automatic(leaves, self.names, spec.paths())
+            if isinstance(dynamic, Changed):
+                self.plan = dynamic.opened(self.plan, leaves)
         else:
             self.plan = sizes.stated(dynamic, leaves, self.names, positional)
 
@@ -57,8 +59,10 @@ class Whole:
         if fixed is None or not self.plan.groups:
             return fixed
         kinds = list(dict.fromkeys(g.kind for g in self.plan.groups))
-        drops = [("sequence", "cache"), ("batch",)] if {"batch", "sequence"} <= set(kinds) else [(k,) for k in kinds]
-        for drop in drops if len(kinds) > 1 else ():
+        drops = [("sequence", "cache"), ("batch",)] if {"batch", "sequence"} <= set(kinds) else [(k,) for k in kinds if k != "size"]
+        if "size" in kinds:
+            drops = [("size",), *drops, *(("size", *drop) for drop in drops)]
+        for drop in (d for d in drops if set(kinds) - set(d)):
             program = self._attempt(self.plan.without(*drop))
             if program is not None:
                 return self._said(program)

@@ -9,6 +9,7 @@ from torch.export import Dim
 from torch.nn import functional as F
 
 from graphwright.capture import Guard, capture, covers
+from graphwright.capture.dynamic import Changed, automatic
 from graphwright.errors import InputError
 from graphwright.ir import Span
 from graphwright.structure import flatten, flatten_call
@@ -93,6 +94,40 @@ def test_convolutions_and_flattening():
     found = capture(model, (torch.randn(1, 3, 8, 8),), dynamic="auto")
     for batch in (1, 2, 7):
         agree(found, model, (torch.randn(batch, 3, 8, 8),))
+
+
+def test_sizes_that_become_long_expressions_end_the_attempt():
+    """Windows within windows: torch would take minutes over the guards."""
+
+    class Windows(nn.Module):
+        def forward(self, x):
+            for window in (3, 4, 5, 7, 9):
+                x = F.pad(x, (0, -x.shape[-1] % window))
+                x = x.view(*x.shape[:-1], x.shape[-1] // window, window).amax(-1).repeat_interleave(2, -1)
+            return x
+
+    model, x = Windows(), torch.randn(2, 3, 1000)
+    found = capture(model, (x,), dynamic={"x": {2: "length"}})
+    assert any("operations on the inputs' sizes" in n for n in found.notes)
+    agree(found, model, (x,))
+
+
+@pytest.mark.parametrize(("calls", "expected"), [
+    ([((2, 3, 8, 8), (8,))], [None, 3, 8, 8]),  # nothing but the batch
+    ([((2, 3, 6, 6), (6,))], [None, 3, "a", "a"]),
+    ([((2, 3, 6, 7), (6,))], [None, 3, "a", "b"]),
+    ([((2, 3, None, 8), (None,)), ((2, 3, 8, 4), (8,))], [None, 3, "a", "b"]),
+    ([((2, 3, 6), (6,))], [None, 3, 8, 8]),  # of another rank: not the same call
+])  # fmt: skip
+def test_sizes_that_differed_between_calls(calls, expected):
+    leaves = torch.randn(2, 3, 8, 8), torch.randn(8)
+    plan = Changed(tuple(calls)).opened(automatic(leaves, ["x", "y"], ["x", "y"]), leaves)
+    dims = {place: g for g in plan.groups for place in g.members}
+    for d in range(4):
+        assert (dims.get((0, d)) is None) == isinstance(expected[d], int), d
+    assert (dims.get((0, 2)) is dims.get((0, 3))) == (expected[2] == expected[3] or isinstance(expected[2], int))
+    if expected[2] == "a":  # equal in all calls: one size
+        assert dims[0, 2] is dims[1, 0]
 
 
 def test_a_model_that_answers_otherwise_for_one():

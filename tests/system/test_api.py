@@ -143,6 +143,29 @@ def test_new_shapes_are_captured_anew_and_then_left_open(net, faster):
     assert len(fast._variants) == 2
 
 
+def test_sizes_that_have_changed_are_left_open_whatever_they_are(net, faster):
+    """Height and width of an image: equal at first, one size; of their own once they differed."""
+    fast = gw.optimize(net, X)
+    for h, w in ((26, 26), (30, 30), (26, 34), (34, 26), (25, 31)):
+        x = torch.randn(2, 3, h, w)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
+    assert [v.sizes() for v in fast._variants] == [((None, 3, None, None),), ((None, 3, None, None),), ((4, 3, 24, 24),)]
+
+
+def test_a_size_that_the_code_depends_on_stays_fixed_and_the_others_open(faster):
+    class Branches(nn.Module):
+        def forward(self, x):
+            return x * 2 if x.shape[2] == 5 else x.tanh()
+
+    model = Branches().eval()
+    fast = gw.optimize(model, torch.randn(2, 4, 5))
+    for size in ((3, 4, 6), (3, 4, 7), (3, 4, 5), (7, 4, 7)):
+        x = torch.randn(size)
+        torch.testing.assert_close(fast(x), model(x))
+    assert [v.sizes() for v in fast._variants] == [((None, 4, 5),), ((None, 4, None),), ((2, 4, 5),)]
+
+
 def test_new_dtypes_are_captured_anew(net, faster):
     fast = gw.optimize(net.double(), X.double())
     with torch.no_grad():

@@ -13,7 +13,7 @@ FOLDERS = {"optimizer": "graphwright", "passes": "graphwright.passes", "kernels"
 #: Modules by floor; a package stands for what is in it.
 FLOORS = [
     ["errors"],
-    ["difference", "drawing", "ir", "inference", "invariants", "nodes", "ops", "outline", "output", "snapshot", "source", "structure"],
+    ["difference", "drawing", "ir", "inference", "invariants", "nodes", "ops", "outline", "output", "sizes", "snapshot", "source", "structure"],
     ["rewrite", "manager", "kernel", "kernel_registry", "accelerator", "cost", "measure", "memory", "numerics", "oracle", "cache", "calibrate", "cut"],
     ["capture", "kernels"],
     ["passes"],
