@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import list_mode_options
 
 from graphwright import kernels, microbench, ops
 from graphwright.backends import inductor
@@ -141,11 +142,14 @@ def test_peers_compute_the_same_or_say_why_not(dequantize: Kernel) -> None:
 
 @functools.cache
 def inductor_fails() -> str | None:
-    """None, or why Inductor makes nothing of the simplest function here: no compiler, no headers of Python."""
+    """None, or why Inductor makes nothing of the simplest layer here, as it is or tuned: no compiler, no headers of Python."""
     if inductor.reason() is not None:
         return inductor.reason()
     try:
-        torch.compile(lambda x: torch.cos(x) + 1.0)(torch.randn(64))
+        with torch.no_grad():
+            for options in ({}, {**list_mode_options("max-autotune-no-cudagraphs"), "freezing": True}):
+                torch._dynamo.reset()
+                torch.compile(torch.nn.Linear(32, 32).eval(), options=options)(torch.randn(8, 32))
     except Exception as error:  # noqa: BLE001 - whatever it raises is the reason
         return f"Inductor does not work here: {type(error).__name__}: {str(error)[-300:]}"
     return None
