@@ -25,7 +25,21 @@ def test_what_divides_by_zero_does_not_hold():
     assert not test(7) and test(8)
 
 
-def test_a_function_without_a_form_in_python_is_left_to_sympy():
+def test_conditions_together_and_constants():
+    both = sympy.And(A < 5, sympy.Or(sympy.Eq(B, 2), A > 3))
+    assert [as_function(both, (A, B))(a, b) for a, b in ((4, 1), (3, 1), (3, 2), (5, 2))] == [True, False, True, False]
+    assert as_function(sympy.true, ())() and not as_function(sympy.false, ())()
+    assert as_function(sympy.Eq(A / 2, 2), (A,))(4)  # a half is left to sympy
+
+
+def test_the_name_of_a_size_is_never_run(tmp_path):
+    """Names may come from a file."""
+    evil = sympy.Symbol(f"open({str(tmp_path / 'ran')!r}, 'w')", integer=True, positive=True)
+    assert as_function(evil > 1, (evil,))(2) and always(evil >= 1, {str(evil): Span(1, None, 1)})
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_function_without_a_form_here_is_left_to_sympy():
     own = sympy.Function("own")
     assert as_function(sympy.Eq(own(A), own(3)), (A,))(3)
 
