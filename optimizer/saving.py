@@ -103,7 +103,7 @@ def twin(fast: Optimized) -> Optimized:
     copies: dict[int, torch.UntypedStorage] = {}  # one for all programs: what one writes, the others go on from
     for v in fast._variants:
         if v.built is not None:
-            other._variants.append(Variant(v.spec, v.capture, _rebuilt(v.built, copies), v.guard))
+            other._variants.append(Variant(v.spec, v.capture, _rebuilt(v.built, copies), v.guard, fixed=v.fixed))
         else:
             other._variants.append(_Pieces(v, copies).made)
     other.__dict__["_report"] = copy.deepcopy(fast._report)
@@ -122,7 +122,7 @@ class _Pieces(Twin):
         assert isinstance(variant.pieces, nn.Module)
         root = self.of(variant.pieces)
         capture = replace(variant.capture, run=root, pieces=self.pieces)
-        self.made = Variant(variant.spec, capture, None, variant.guard, root, self.parts)
+        self.made = Variant(variant.spec, capture, None, variant.guard, root, self.parts, variant.fixed)
 
     def of(self, module: nn.Module, *, plain: bool = False) -> nn.Module:
         if not isinstance(module, Piece):
