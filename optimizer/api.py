@@ -159,7 +159,7 @@ class Job:
             except PassError as error:
                 if changed is None:
                     raise
-                variant = self._variant(model, args, kwargs, self.dynamic)[0]
+                variant = self._variant(model, args, kwargs, "auto")[0]
                 variant.capture.notes.append(f"not optimized with varying sizes: {error.what}")
             except CalibrationError as error:
                 wider = self._sizes_of_both(model, args, kwargs)

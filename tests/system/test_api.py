@@ -166,6 +166,25 @@ def test_a_size_that_the_code_depends_on_stays_fixed_and_the_others_open(faster)
     assert [v.sizes() for v in fast._variants] == [((None, 4, 5),), ((None, 4, None),), ((2, 4, 5),)]
 
 
+def test_where_a_pass_can_not_bear_open_sizes_the_batch_alone_is_left_open(net, faster):
+    @dataclass(frozen=True)
+    class Fixed(gw.Pass):
+        name = "fixed"
+
+        def run(self, program):
+            if any(not isinstance(n, int) for n in program.placeholders[0].meta["val"].shape[1:]):
+                raise gw.errors.PassError("heights must be known")
+            return gw.PassResult()
+
+    fast = gw.optimize(net, X, [Fixed()])
+    for size in ((4, 3, 26, 26), (2, 3, 26, 26), (2, 3, 30, 28)):
+        x = torch.randn(size)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), net(x), rtol=1e-4, atol=1e-5)
+    assert [v.sizes() for v in fast._variants] == [((None, 3, 30, 28),), ((None, 3, 26, 26),), ((4, 3, 24, 24),)]
+    assert "heights must be known" in " ".join(fast._variants[1].capture.notes)
+
+
 def test_new_dtypes_are_captured_anew(net, faster):
     fast = gw.optimize(net.double(), X.double())
     with torch.no_grad():
